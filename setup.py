@@ -1,0 +1,76 @@
+"""Packaging of apollo_dist. ``pip install -e '.[pretrain,plot,dev]'`` is what ``launch/venv.sh`` does."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).resolve().parent
+
+
+def version() -> str:
+    """The version, read as text: importing the package would need torch at build time."""
+    text = (ROOT / "apollo_dist" / "_version.py").read_text(encoding="utf-8")
+    found = re.search(r'^__version__ = "([^"]+)"$', text, re.MULTILINE)
+    if found is None:
+        raise RuntimeError('apollo_dist/_version.py holds no line __version__ = "..."')
+    return found.group(1)
+
+
+# The lower bound is a guess from the interfaces that are used; only 0.19.8 is tested (constraints.txt). What is read
+# of DeepSpeed's internals is read in one file, apollo_dist/layout/zero.py, which names the version when one is missing.
+DEEPSPEED = ["deepspeed>=0.16"]
+
+PLOT = ["matplotlib>=3.7"]
+
+PRETRAIN = [
+    "transformers>=4.48",
+    "tokenizers",
+    "datasets>=3.0",
+    "tqdm>=4.60",
+    *DEEPSPEED,
+]
+
+DEV = [
+    "pytest>=8.0",
+    "ruff",
+    "mypy>=1.11",
+    "types-PyYAML",
+    "types-tqdm",
+    "packaging",
+]
+
+setup(
+    name="apollo-dist",
+    version=version(),
+    description="A sharding-aware APOLLO optimizer for DeepSpeed ZeRO and PyTorch FSDP: "
+    "sharded training takes exactly the step that one process would take.",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8") if (ROOT / "README.md").exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    packages=find_packages(include=["apollo_dist", "apollo_dist.*"]),
+    package_data={"apollo_dist": ["py.typed", "pretrain/recipes/*.yaml"]},
+    python_requires=">=3.10",
+    install_requires=["torch>=2.6", "numpy", "pyyaml"],
+    extras_require={
+        "deepspeed": DEEPSPEED,
+        "pretrain": PRETRAIN,
+        "plot": PLOT,
+        "dev": DEV,
+    },
+    zip_safe=False,
+    keywords=["optimizer", "APOLLO", "low-rank", "ZeRO", "FSDP", "DeepSpeed", "LLM pre-training"],
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Intended Audience :: Developers",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+)
