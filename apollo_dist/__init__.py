@@ -1,0 +1,11 @@
+"""APOLLO for sharded training: exact under DeepSpeed ZeRO and PyTorch FSDP."""
+
+from . import projection
+from ._version import __version__
+from .deepspeed import register
+from .groups import param_groups
+from .optimizer import APOLLO, APOLLOMini
+
+register(APOLLO, APOLLOMini)
+
+__all__ = ["APOLLO", "APOLLOMini", "__version__", "param_groups", "projection"]

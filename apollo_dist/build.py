@@ -1,0 +1,157 @@
+"""From parameter groups to units: layouts read, low-rank members decided, plans made, states checked; all local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .exchange.plan import MatrixSpec
+from .groups import CHOOSE, OPTIONS, Member, check_matrix, choose
+from .layout import detect, zero
+from .layout.holding import Holding, canonical_name
+from .unit import AdamTensor, Slot, Unit, specs_of
+
+
+@dataclass
+class Build:
+    """Everything that a ``step()`` on the same tensors needs again.
+
+    Attributes:
+        tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
+        units: the low-rank matrices by shard group.
+        adam: the other parameters.
+        facts: what all ranks must agree on before the first exchange.
+    """
+
+    tensors: list[Tensor]
+    units: list[Unit] = field(default_factory=list)
+    adam: list[AdamTensor] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+
+    def names(self) -> set[str]:
+        """Names of all matrices and tensors."""
+        return {m.spec.name for unit in self.units for m in unit.matrices} | {a.holding.name for a in self.adam}
+
+    def summary(self) -> str:
+        """One line: what is low-rank, what is not, which layout, what is exchanged."""
+        matrices = [m for unit in self.units for m in unit.matrices]
+        elements = sum(m.spec.m * m.spec.n for m in matrices)
+        rest = sum(torch.Size(a.holding.shape).numel() for a in self.adam)
+        layouts = sorted({m.holding.layout for m in matrices} | {a.holding.layout for a in self.adam})
+        shared = sum(unit.plan.shared_channels for unit in self.units)
+        first, second = (sum(unit.exchange.bytes_sent[i] for unit in self.units) for i in (0, 1))
+        ranks = sorted({m.spec.rank for m in matrices})
+        return (
+            f"{len(matrices)} matrices with {elements:,} elements are low-rank "
+            f"(rank {', '.join(map(str, ranks)) or '-'}), "
+            f"{len(self.adam)} tensors with {rest:,} elements take AdamW; layout {', '.join(layouts)}; "
+            f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step"
+        )
+
+
+def fingerprint(
+    seed: int, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]]
+) -> dict[str, object]:
+    """What ranks must have in common from the start: seed, hyperparameters, names, shapes and dtypes."""
+    facts: dict[str, object] = {"seed": seed, "number of parameter groups": len(groups)}
+    for i, (group, held) in enumerate(zip(groups, members, strict=True)):
+        for key in OPTIONS:
+            facts[f"{key} of parameter group {i}"] = group[key]
+        for m in held:
+            facts[f"parameter {m.name}"] = (m.shape, str(m.dtype), f"group {i}")
+        facts[f"number of parameters in group {i}"] = len(held)
+    return facts
+
+
+def build(
+    groups: Sequence[dict[str, Any]],
+    members: Mapping[int, Member],
+    engine: zero.Engine,
+    slots: Callable[[str], Slot],
+    *,
+    seed: int,
+    cache_projection: bool | str,
+) -> Build:
+    """Read the layouts of all parameters in ``groups`` and prepare what a step needs.
+
+    Args:
+        groups: the optimizer's ``param_groups`` as this step sees them.
+        members: the parameters that the optimizer was given, by ``id``.
+        engine: DeepSpeed's part in this step.
+        slots: returns the state of a matrix or tensor by name: empty, or filled by an earlier build or a load.
+        seed: of the projections.
+        cache_projection: as in ``APOLLO``.
+
+    Raises:
+        ValueError: if a layout cannot be read or is not supported, or a loaded state does not fit.
+    """
+    names = _names(members, engine)
+
+    def name_of(tensor: Tensor) -> str:
+        try:
+            return names[id(tensor)]
+        except KeyError:
+            raise ValueError(
+                f"a parameter of shape {tuple(tensor.shape)} is not one that the optimizer was built with. Build "
+                "APOLLO after the model is wrapped or sharded; under DeepSpeed, call optimizer.attach(engine)"
+            ) from None
+
+    chosen: set[str] | None = None
+    if any(group.get(CHOOSE) for group in groups):
+        known = [Member(names[key], m.shape, m.dtype, m.named or names[key] != m.name) for key, m in members.items()]
+        chosen = choose(known, engine.module)
+    result = Build([tensor for group in groups for tensor in group["params"]])
+    entries: dict[tuple[Any, ...], list[tuple[Holding, MatrixSpec, dict[str, Any]]]] = {}
+    seen: list[list[Member]] = []
+    for group in groups:
+        seen.append([])
+        for holding in detect.read(group["params"], name_of, engine):
+            seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
+            if is_low_rank(group, holding.name, chosen):
+                check_matrix(holding.name, holding.shape, group["rank"])
+                key = (id(holding.group.process_group), holding.device)
+                entries.setdefault(key, []).extend((holding, spec, group) for spec in specs_of(holding, group))
+            elif holding.numel:
+                result.adam.append(AdamTensor(holding, group, slots(holding.name)))
+    result.facts = fingerprint(seed, groups, seen)
+    for i, listed in enumerate(entries.values()):
+        cache = listed[0][0].device.type == "cpu" if cache_projection == "auto" else bool(cache_projection)
+        unit = Unit(listed)
+        unit.load(slots, cache)
+        result.units.append(unit)
+        result.facts[f"exchange plan {i}"] = unit.plan.digest
+    return result
+
+
+def is_low_rank(group: Mapping[str, Any], name: str, chosen: set[str] | None) -> bool:
+    """Whether a parameter of a group is low-rank: by the group's rank, or by name where the group has no own rank."""
+    if group["rank"] is None:
+        return False
+    return not group.get(CHOOSE) or chosen is None or name in chosen
+
+
+def _names(members: Mapping[int, Member], engine: zero.Engine) -> dict[int, str]:
+    """Names by ``id``: as given; where none was, the engine's; else ``param_0, param_1, ...``."""
+    engine_names: dict[int, str] = zero.names(engine.wrapper)
+    if engine.module is not None:
+        engine_names.update((id(p), name) for name, p in engine.module.named_parameters())
+    names = {}
+    for key, m in members.items():
+        names[key] = m.name if m.named else canonical_name(engine_names.get(key, m.name))
+    check_unique(names.values())
+    return names
+
+
+def check_unique(names: Iterable[str]) -> None:
+    """Raise ValueError if two parameters share a canonical name: they would share a projection and a state."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(
+                f"two parameters are named {name}; names must be unique after wrapper prefixes are stripped"
+            )
+        seen.add(name)

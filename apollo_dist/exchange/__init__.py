@@ -1,0 +1,1 @@
+"""Who owns which channels, and the two collectives of a step."""

@@ -1,0 +1,1 @@
+"""Where each engine's shards of each matrix are: one file per engine, one question each (see ``detect.read``)."""

@@ -1,0 +1,42 @@
+"""Pick the layout of every tensor that a step is given, or say why none fits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from . import dtensor, whole, zero
+from .holding import Holding
+
+
+def read(tensors: Sequence[Tensor], name_of: zero.Name, engine: zero.Engine) -> list[Holding]:
+    """What this rank holds of the parameters in ``tensors`` (one parameter group's ``params``), in order.
+
+    Args:
+        tensors: parameters, DTensors, or the tensors that DeepSpeed put in their place.
+        name_of: the canonical name of a parameter of the model.
+        engine: DeepSpeed's part in this step.
+
+    Raises:
+        ValueError: if the layout of a tensor cannot be read; the message says what to do.
+    """
+    holdings: list[Holding] = []
+    for tensor in tensors:
+        found = None if engine.wrapper is None else zero.read(engine.wrapper, tensor, name_of)
+        holdings += [_plain(tensor, name_of(tensor))] if found is None else found
+    return holdings
+
+
+def _plain(tensor: Tensor, name: str) -> Holding:
+    if tensor.grad is not None and tensor.grad.is_sparse:
+        raise ValueError(
+            f"{name} has a sparse gradient, which APOLLO does not support; use sparse=False in nn.Embedding"
+        )
+    if dtensor.is_dtensor(tensor):
+        return dtensor.read(name, tensor)  # type: ignore[arg-type]
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise ValueError(f"{name} is an FSDP1 parameter, which is not supported yet; use FSDP2 (fully_shard)")
+    if hasattr(tensor, "ds_id"):
+        raise ValueError(f"{name} is a ZeRO-3 parameter, which is not supported yet; use stage 0, 1 or 2")
+    return whole.read(name, tensor)

@@ -1,0 +1,91 @@
+"""DTensor parameters: FSDP2 (``fully_shard``) on dim 0, and HSDP.
+
+``Shard(0)`` cuts a row-major tensor into runs of whole rows, so it is a flat cover like the others. Ranks beyond the
+last row hold nothing and still take part in everything.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from .holding import WHOLE, Holding, ShardGroup, whole_cover
+from .tiles import FlatCover, Range
+
+
+def read(name: str, parameter: DTensor) -> Holding:
+    """The holding of a DTensor parameter.
+
+    Raises:
+        ValueError: for placements other than ``Shard(0)`` on one axis and ``Replicate`` on the rest, or if the local
+            tensor is not the chunk that those placements say.
+    """
+    local = parameter.to_local()
+    group, ranges = _divide(name, parameter)
+    cover = FlatCover(ranges) if group.size > 1 else whole_cover(parameter.numel())
+    if local.numel() != cover.numel(group.rank):
+        raise ValueError(
+            f"{name}: rank {group.rank} of the shard group holds {local.numel()} elements, expected "
+            f"{cover.numel(group.rank)} from {parameter.placements} of shape {tuple(parameter.shape)}"
+        )
+    return Holding(
+        name=name,
+        shape=tuple(parameter.shape),
+        dtype=parameter.dtype,
+        device=local.device,
+        layout="dtensor",
+        group=group,
+        cover=cover,
+        weight=lambda: _local(parameter),
+        grad=lambda: _local_grad(name, parameter),
+    )
+
+
+def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, tuple[Range, ...]]:
+    mesh, shape = parameter.device_mesh, parameter.shape
+    # Exact types: _StridedShard is a Shard, and means another order of rows.
+    unsupported = [p for p in parameter.placements if type(p) not in (Replicate, Shard)]
+    sharded = [axis for axis, p in enumerate(parameter.placements) if type(p) is Shard and mesh.size(axis) > 1]
+    if unsupported or len(sharded) > 1 or any(_dim(parameter, axis) != 0 for axis in sharded):
+        raise ValueError(
+            f"{name}: placements {parameter.placements} are not supported yet. This version reads Shard(0) on one mesh "
+            "axis with Replicate on the others (FSDP2 and HSDP); tensor parallelism and dim-1 sharding come later"
+        )
+    if not sharded:
+        return WHOLE, ()
+    group = ShardGroup.of(mesh.get_group(sharded[0]))
+    rows, rest = shape[0], parameter.numel() // max(shape[0], 1)
+    # torch.chunk's rule, which Shard follows: chunks of ceil(rows / size), the last ones smaller or empty.
+    chunk = -(-rows // group.size)
+    edges = [min(rank * chunk, rows) * rest for rank in range(group.size + 1)]
+    return group, tuple(itertools.pairwise(edges))
+
+
+def _dim(parameter: DTensor, axis: int) -> int:
+    placement = parameter.placements[axis]
+    assert isinstance(placement, Shard)
+    return placement.dim % parameter.ndim
+
+
+def _local(parameter: DTensor) -> Tensor:
+    with torch.no_grad():
+        return parameter.to_local()
+
+
+def _local_grad(name: str, parameter: DTensor) -> Tensor | None:
+    grad = parameter.grad
+    if grad is None:
+        return None
+    if not isinstance(grad, DTensor) or tuple(grad.placements) != tuple(parameter.placements):
+        got = grad.placements if isinstance(grad, DTensor) else "a plain tensor"
+        raise ValueError(f"{name}: the gradient is {got}, the parameter {parameter.placements}; they must match")
+    return grad.to_local()
+
+
+def is_dtensor(parameter: Tensor) -> bool:
+    """Whether ``parameter`` is a DTensor; False where torch was built without torch.distributed."""
+    return dist.is_available() and isinstance(parameter, DTensor)

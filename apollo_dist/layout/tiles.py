@@ -1,0 +1,128 @@
+"""Tiles: the rectangles of a logical matrix that one rank holds. Integers only.
+
+A flat row-major range [start, stop) of an m x n matrix is at most three tiles::
+
+        . . . . # #     the end of a row        tile 1
+        # # # # # #     whole rows              tile 2
+        # # # # # #
+        # # # . . .     the start of a row      tile 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+Range = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows ``row .. row + height`` and columns ``column .. column + width`` of a matrix.
+
+    ``offset`` is where the tile starts in the rank's local flat buffer; its elements lie there row by row without
+    gaps.
+    """
+
+    row: int
+    column: int
+    height: int
+    width: int
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """How many elements the tile has."""
+        return self.height * self.width
+
+    def channels(self, tall: bool) -> Range:
+        """The tile's half-open range along the channel dimension (rows of a tall matrix, columns of a wide one)."""
+        return (self.row, self.row + self.height) if tall else (self.column, self.column + self.width)
+
+    def inner(self, tall: bool) -> Range:
+        """The tile's half-open range along the projected dimension."""
+        return (self.column, self.column + self.width) if tall else (self.row, self.row + self.height)
+
+
+def flat_tiles(n: int, start: int, stop: int, offset: int = 0) -> tuple[Tile, ...]:
+    """The row-major flat range [start, stop) of a matrix with ``n`` columns, as at most three tiles.
+
+    ``offset`` is the position of element ``start`` in the local flat buffer. An empty range gives no tiles.
+    """
+    assert 0 <= start and n > 0
+    if stop <= start:
+        return ()
+    first_row, first_col = divmod(start, n)
+    last_row, last_col = divmod(stop, n)
+    if first_row == last_row:
+        return (Tile(first_row, first_col, 1, stop - start, offset),)
+    tiles = []
+    if first_col:
+        tiles.append(Tile(first_row, first_col, 1, n - first_col, offset))
+        first_row += 1
+    if last_row > first_row:
+        whole = offset + first_row * n - start
+        tiles.append(Tile(first_row, 0, last_row - first_row, n, whole))
+    if last_col:
+        tiles.append(Tile(last_row, 0, 1, last_col, offset + last_row * n - start))
+    return tuple(tiles)
+
+
+@dataclass(frozen=True)
+class FlatCover:
+    """Which row-major flat range of one parameter each rank of a shard group holds.
+
+    ``ranges[k]`` is rank k's half-open range of the parameter's elements; it may be empty.
+    """
+
+    ranges: tuple[Range, ...]
+
+    def numel(self, rank: int) -> int:
+        """How many elements rank ``rank`` holds."""
+        start, stop = self.ranges[rank]
+        return max(0, stop - start)
+
+    def held(self, rank: int) -> list[Range]:
+        """What rank ``rank`` holds, as plain integers: checkpoints compare it."""
+        return [self.ranges[rank]]
+
+    def tiles(self, index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
+        """For each rank its tiles of the ``index``-th m x n matrix of the parameter (0 for a 2-D parameter).
+
+        Offsets count from the start of the rank's own range.
+        """
+        base = index * m * n
+        result = []
+        for start, stop in self.ranges:
+            a, b = max(start, base), min(stop, base + m * n)
+            result.append(flat_tiles(n, a - base, b - base, a - start) if a < b else ())
+        return tuple(result)
+
+
+def check_cover(name: str, m: int, n: int, tiles: Sequence[Sequence[Tile]]) -> None:
+    """Raise ValueError unless the tiles of all ranks cover the m x n matrix exactly once.
+
+    Sweeps over the bands of rows between tile edges; in every band the tiles must follow each other without gap or
+    overlap from column 0 to n.
+    """
+    flat = [(rank, tile) for rank, held in enumerate(tiles) for tile in held if tile.numel]
+    edges = sorted({0, m} | {t.row for _, t in flat} | {t.row + t.height for _, t in flat})
+    band_of = {edge: i for i, edge in enumerate(edges)}
+    bands: list[list[tuple[int, int, int]]] = [[] for _ in edges]
+    for rank, tile in flat:
+        for band in range(band_of[tile.row], band_of[tile.row + tile.height]):
+            bands[band].append((tile.column, tile.column + tile.width, rank))
+    if edges[0] != 0 or edges[-1] != m:
+        raise ValueError(f"{name}: tiles reach rows {edges[0]}..{edges[-1]} of a matrix with {m} rows")
+    for band in range(len(edges) - 1):
+        reached = 0
+        for start, stop, rank in sorted(bands[band]):
+            if start != reached:
+                what = "held twice" if start < reached else "held by no rank"
+                raise ValueError(
+                    f"{name}: row {edges[band]}, columns {min(start, reached)}..{max(start, reached)} are {what} "
+                    f"(seen at rank {rank} of the shard group)"
+                )
+            reached = stop
+        if reached != n:
+            raise ValueError(f"{name}: row {edges[band]}, columns {reached}..{n} are held by no rank")

@@ -1,0 +1,256 @@
+"""One logical matrix as this rank holds it: its tiles, its projection slab, its owned state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import rule
+from .exchange.collectives import TERMS, Channels
+from .exchange.plan import ChannelSet, MatrixSpec
+from .layout.holding import Holding
+from .layout.tiles import Range, Tile
+from .projection import gaussian
+
+# Columns of a matrix's norm terms: ||N||^2, ||R||^2, and ||G||^2 (tensor) or sum_c s_c^2 ||G_c||^2 (channel).
+NORMALIZED, LOW_RANK, GRADIENT = range(TERMS)
+
+
+def spec_of(name: str, m: int, n: int, group: Mapping[str, Any], tiles: tuple[tuple[Tile, ...], ...]) -> MatrixSpec:
+    """What the planner needs to know of an m x n matrix under a parameter group's options."""
+    tensor = group["scale_type"] == "tensor"
+    limiter = not group["disable_nl"]
+    terms = (NORMALIZED, LOW_RANK) if tensor else ()
+    return MatrixSpec(
+        name=name,
+        m=m,
+        n=n,
+        rank=group["rank"],
+        channel_norms=limiter and not tensor,
+        channel_scales=not tensor,
+        terms=(*terms, GRADIENT) if limiter else terms,
+        tiles=tiles,
+    )
+
+
+@dataclass(frozen=True)
+class _Pieces:
+    """How the local tiles overlap a set of channels.
+
+    ``parts`` lists (tile number, rows of the tile's channels-first view, position in the set), None meaning all of
+    them. ``overlapping`` says whether several tiles hold elements of one channel, so that their contributions add up.
+    """
+
+    parts: tuple[tuple[int, slice | None, slice | None], ...]
+    overlapping: bool
+
+    @staticmethod
+    def of(tiles: Sequence[Tile], tall: bool, chosen: ChannelSet) -> _Pieces:
+        parts: list[tuple[int, slice | None, slice | None]] = []
+        covered = 0
+        for number, tile in enumerate(tiles):
+            first, last = tile.channels(tall)
+            for start, stop, at in chosen.positions(first, last):
+                count = stop - start
+                rows = None if (start, stop) == (first, last) else slice(start - first, stop - first)
+                parts.append((number, rows, None if count == chosen.count else slice(at, at + count)))
+                covered += count
+        return _Pieces(tuple(parts), covered > chosen.count)
+
+
+def _take(tensor: Tensor, rows: slice | None) -> Tensor:
+    return tensor if rows is None else tensor[rows]
+
+
+class Matrix:
+    """The part of one matrix that this rank works on.
+
+    Attributes:
+        spec: shape, rank and tiles of all ranks.
+        group: the parameter group, whose hyperparameters are read at every step.
+        state: ``step`` (int), ``exp_avg`` and ``exp_avg_sq`` (owned channels, r), ``last_norm`` (scalar).
+        channels: which channels this rank deals with.
+    """
+
+    def __init__(
+        self,
+        spec: MatrixSpec,
+        holding: Holding,
+        channels: Channels,
+        group: dict[str, Any],
+        state: dict[str, Any],
+        cache_projection: bool,
+    ) -> None:
+        self.spec, self.holding, self.channels, self.group, self.state = spec, holding, channels, group, state
+        self.tiles = spec.tiles[holding.group.rank]
+        self._cache = cache_projection
+        self._drawn: tuple[int, Tensor] | None = None
+        inner = [tile.inner(spec.tall) for tile in self.tiles]
+        self._slab: Range = (min(a for a, _ in inner), max(b for _, b in inner)) if inner else (0, 0)
+        self._alone, self._shared, self._held = (
+            _Pieces.of(self.tiles, spec.tall, chosen)
+            for chosen in (channels.alone, channels.shared_held, channels.held)
+        )
+        self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
+
+    def _gradients(self) -> list[Tensor]:
+        """The gradient of each tile, channels first, in the compute dtype.
+
+        Each is (channels of the tile, its inner extent): a tile of a wide matrix comes transposed. Low-precision
+        gradients are converted anew in each phase, so that never more than one matrix is kept in float32.
+        """
+        grad = self.holding.grad()
+        assert grad is not None
+        if grad.is_sparse:
+            raise ValueError(f"{self.spec.name} has a sparse gradient, which APOLLO does not support")
+        views, _ = self._split(grad)
+        return [view.to(self.holding.compute_dtype) for view in views]
+
+    def _split(self, local: Tensor) -> tuple[list[Tensor], Tensor | None]:
+        """Views of the tiles in a local tensor, channels first; and the flat copy they are of, if it took one."""
+        tall, tiles = self.spec.tall, self.tiles
+        if len(tiles) == 1 and local.shape == (tiles[0].height, tiles[0].width):
+            return [local if tall else local.t()], None
+        flat = local.reshape(-1)
+        views = []
+        for tile in tiles:
+            view = flat[tile.offset : tile.offset + tile.numel].view(tile.height, tile.width)
+            views.append(view if tall else view.t())
+        return views, None if local.is_contiguous() else flat
+
+    def begin_step(self) -> bool:
+        """Count the step if there is a gradient; without one this rank leaves the matrix alone."""
+        if self.holding.grad() is None:
+            return False
+        self.state["step"] += 1
+        return True
+
+    def partial(self, seed: int, active: bool) -> tuple[Tensor, Tensor | None]:
+        """What exchange 1 carries: this rank's part of R, and of the squared norms, over ``shared_held``.
+
+        Sizes depend on the plan alone: without a gradient (``active`` False) the parts are zeros.
+        """
+        count = self.channels.shared_held.count
+        if not active or not count:
+            norms = torch.zeros(count, **self._kind) if self.spec.channel_norms else None
+            return torch.zeros((count, self.spec.rank), **self._kind), norms
+        grads = self._gradients()
+        low_rank = torch.empty((count, self.spec.rank), **self._kind)
+        self._project(grads, self._shared, seed, low_rank)
+        if not self.spec.channel_norms:
+            return low_rank, None
+        norms = torch.empty(count, **self._kind)
+        self._squared_norms(grads, self._shared, norms)
+        return low_rank, norms
+
+    def complete(
+        self, low_rank: Tensor, norms: Tensor | None, seed: int, received: tuple[Tensor, Tensor | None] | None
+    ) -> None:
+        """Write R, and the squared gradient norms, over the owned channels: held alone first, then received ones.
+
+        Args:
+            low_rank: (owned channels, r), written.
+            norms: (owned channels,), written; None where norms by channel are not needed.
+            seed: of the projections.
+            received: R and squared norms over ``shared_owned`` from exchange 1, if there was one.
+        """
+        alone = self.channels.alone.count
+        if alone:
+            grads = self._gradients()
+            self._project(grads, self._alone, seed, low_rank[:alone])
+            if norms is not None:
+                self._squared_norms(grads, self._alone, norms[:alone])
+        if received is not None and self.channels.shared_owned.count:
+            low_rank[alone:] = received[0]
+            if norms is not None and received[1] is not None:
+                norms[alone:] = received[1]
+
+    def raw_gradients(self) -> list[Tensor]:
+        """The gradient of each tile in the dtype it is stored in."""
+        grad = self.holding.grad()
+        assert grad is not None
+        return self._split(grad)[0]
+
+    def shared_scale(self, owned: Tensor | None) -> Tensor | None:
+        """What exchange 2 carries: the scaling factors over ``shared_owned``."""
+        return None if owned is None else owned[self.channels.alone.count :]
+
+    def _project(self, grads: Sequence[Tensor], pieces: _Pieces, seed: int, out: Tensor) -> None:
+        """Write this rank's part of R over a set of channels to ``out``, (channels, r).
+
+        R = G P^T for a tall matrix; for a wide one R^T = (P G)^T = G^T P^T, stored channels first alike. Each tile
+        needs only the columns of P that it spans.
+        """
+        if not pieces.parts:
+            return
+        projection = self._projection(seed)
+        if pieces.overlapping:
+            out.zero_()
+        for number, rows, position in pieces.parts:
+            a, b = (edge - self._slab[0] for edge in self.tiles[number].inner(self.spec.tall))
+            part, target = _take(grads[number], rows), _take(out, position)
+            if pieces.overlapping:
+                target.addmm_(part, projection[:, a:b].t())
+            elif self.spec.rank == 1:
+                rule.project_to_one(part, projection[0, a:b], target.view(-1))
+            else:
+                torch.mm(part, projection[:, a:b].t(), out=target)
+
+    def _squared_norms(self, grads: Sequence[Tensor], pieces: _Pieces, out: Tensor) -> None:
+        """Write this rank's part of each channel's squared gradient norm over a set of channels, (channels,)."""
+        if pieces.overlapping:
+            out.zero_()
+        for number, rows, position in pieces.parts:
+            norms = rule.squared_channel_norms(_take(grads[number], rows))
+            if pieces.overlapping:
+                _take(out, position).add_(norms)
+            else:
+                _take(out, position).copy_(norms)
+
+    def _projection(self, seed: int) -> Tensor:
+        """The columns of P that this rank's tiles span, for the current step."""
+        refresh = (self.state["step"] - 1) // self.group["update_proj_gap"]
+        if self._drawn is not None and self._drawn[0] == refresh:
+            return self._drawn[1]
+        self._drawn = None
+        size = min(self.spec.m, self.spec.n)
+        drawn = gaussian(seed, self.spec.name, refresh, self.spec.rank, size, *self._slab, **self._kind)
+        if self._cache:
+            self._drawn = (refresh, drawn)
+        return drawn
+
+    def held_scale(self, owned: Tensor | None, received: Tensor | None) -> Tensor | None:
+        """The scaling factors of the held channels: this rank's own, then those received in exchange 2."""
+        if owned is None or received is None:
+            return owned
+        alone = owned[: self.channels.alone.count]
+        return torch.cat([alone, received.to(owned.dtype)]) if received.numel() else alone
+
+    def apply(self, scale: Tensor | None, factor: Tensor) -> None:
+        """Update the local weights.
+
+        Args:
+            scale: scaling factors of the held channels, or None with tensor scaling.
+            factor: scalar; the limiter's factor, times the tensor's scaling factor where it has one.
+        """
+        group, grads = self.group, self._gradients()
+        size = group["lr"] * rule.bias_correction(self.state["step"], group["betas"]) * group["scale"] ** 0.5
+        decay = group["lr"] * group["weight_decay"]
+        coefficient = factor if scale is None else (scale * factor)[:, None]
+        stored = self.holding.weight()
+        weights, copied = self._split(stored)
+        work = [weight.to(self.holding.compute_dtype) for weight in weights]
+        for number, rows, position in self._held.parts:
+            by = coefficient if scale is None else _take(coefficient, position)
+            _take(work[number], rows).addcmul_(_take(grads[number], rows), by, value=-size)
+        for weight, updated in zip(weights, work, strict=True):
+            if decay:
+                updated.mul_(1.0 - decay)
+            if updated is not weight:
+                weight.copy_(updated)
+        if copied is not None:
+            stored.copy_(copied.view(stored.shape))

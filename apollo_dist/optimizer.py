@@ -1,0 +1,368 @@
+"""APOLLO as a ``torch.optim.Optimizer`` for whole and sharded parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from . import rule
+from .agreement import agree, run_together
+from .build import Build, build, check_unique, fingerprint
+from .deepspeed import register
+from .exchange.collectives import TERMS
+from .groups import (
+    CHOOSE,
+    FOREIGN,
+    OPTIONS,
+    Member,
+    check_known,
+    check_matrix,
+    choose,
+    member,
+    param_groups,
+    split_params,
+    validate_options,
+)
+from .layout import zero
+from .unit import AdamTensor, Slot, Unit
+
+logger = logging.getLogger("apollo_dist")
+
+_ARGUMENTS = ("seed", "exclude", "cache_projection", "process_group")
+
+
+class APOLLO(Optimizer):
+    r"""APOLLO (arXiv 2412.05270), exact under every layout: plain, DDP, FSDP2, HSDP and DeepSpeed ZeRO.
+
+    Low-rank matrices follow the rule in ``apollo_dist.rule``; all other parameters take AdamW with the same lr, betas,
+    eps, bias correction and decay.
+
+    Args:
+        params: a model, which is best: attention and MLP matrices are found by name and become low-rank. Or parameter
+            groups, where a group with ``rank`` is low-rank and one without is AdamW; if no group has ``rank``, or for
+            parameters without groups, members are chosen by name (without names, every matrix). Parameters may come
+            as (name, parameter) pairs.
+        lr: learning rate.
+        betas, eps, weight_decay: as in AdamW; the decay is decoupled and acts on the new weight.
+        rank: r, for a model or for groups chosen by name. At most min(m, n) of every matrix.
+        scale: the update is multiplied by its square root.
+        scale_type: "channel" for one scaling factor for each channel, "tensor" for one for each matrix.
+        update_proj_gap: steps between redraws of the projections.
+        seed: of the projections; equal on all ranks.
+        proj: "random".
+        proj_type: "std".
+        scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
+            a ratio.
+        disable_nl: turn the norm-growth limiter off.
+        exclude: with a model, a regular expression of names to leave to AdamW.
+        cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
+            keep them on CPU, redraw on accelerators. The results are identical.
+        process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
+            is built and at the first step, so every one of them must build it.
+
+    Raises:
+        ValueError: for bad or unknown arguments, on all ranks alike.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 256,
+        scale: float = 1.0,
+        scale_type: str = "channel",
+        update_proj_gap: int = 200,
+        seed: int = 0,
+        proj: str = "random",
+        proj_type: str = "std",
+        scale_front: bool = False,
+        disable_nl: bool = False,
+        exclude: str | None = None,
+        cache_projection: bool | str = "auto",
+        process_group: dist.ProcessGroup | None = None,
+        **unknown: Any,
+    ) -> None:
+        options = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale,
+            "scale_type": scale_type, "update_proj_gap": update_proj_gap, "proj": proj, "proj_type": proj_type,
+            "scale_front": scale_front, "disable_nl": disable_nl,
+        }  # fmt: skip
+        self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
+        self._process_group = process_group
+        self._members: dict[int, Member] = {}
+        # Keeps the given parameters alive, so that their ids stay theirs.
+        self._given: list[Tensor] = []
+        self._slots: dict[str, Slot] = {}
+        self._restored = False
+        self._builds: dict[tuple[Any, ...], Build] = {}
+        self._engine: zero.Engine | None = None
+        run_together(lambda: self._construct(params, options, unknown), process_group)
+        agree(fingerprint(seed, self.param_groups, self._members_of_groups()), process_group)
+        register(APOLLO, APOLLOMini)
+
+    def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
+        """The local part of construction; may fail on one rank only."""
+        check_known(unknown, [*OPTIONS, *_ARGUMENTS], "argument")
+        validate_options(options, type(self).__name__)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if self.cache_projection not in ("auto", True, False):
+            raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
+        if isinstance(params, nn.Module):
+            groups = param_groups(params, exclude=self.exclude, **options)
+        elif self.exclude is not None:
+            raise ValueError("exclude works with a model only; put the parameters into a group without rank instead")
+        else:
+            groups = _as_groups(params)
+        self._choose = all(group.get("rank") is None for group in groups)
+        super().__init__(groups, options if self._choose else {**options, "rank": None})
+        if self._choose:
+            chosen = choose(self._members.values())
+            if all(m.named for m in self._members.values()):
+                for group, held in zip(self.param_groups, self._members_of_groups(), strict=True):
+                    for m in held:
+                        if m.name in chosen:
+                            check_matrix(m.name, m.shape, group["rank"])
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; with ``rank`` it is low-rank, without it is AdamW.
+
+        If the optimizer was built from groups without any rank, members are chosen by name here as well.
+
+        Raises:
+            ValueError: for unknown keys, bad values, or parameters that cannot be low-rank in a group with ``rank``.
+        """
+        group = dict(param_group)
+        check_known(group, [*OPTIONS, *FOREIGN], "parameter group key")
+        pairs = split_params(group["params"])
+        explicit = group.get("rank") is not None
+        group["rank"] = group.get("rank", self.defaults["rank"] if self._choose else None)
+        if self._choose and not explicit:
+            group[CHOOSE] = True
+        number = len(self.param_groups)
+        validate_options({**self.defaults, **group}, f"parameter group {number}")
+        added = {}
+        for i, (name, tensor) in enumerate(pairs):
+            added[id(tensor)] = member(len(self._given) + i, name, tensor)
+        check_unique(m.name for m in [*self._members.values(), *added.values()])
+        if explicit:
+            if not pairs:
+                raise ValueError(f"parameter group {number} asks for rank={group['rank']} but holds no matrix")
+            for m in added.values():
+                check_matrix(m.name, m.shape, group["rank"])
+        group.pop("param_names", None)
+        group["params"] = [tensor for _, tensor in pairs]
+        super().add_param_group(group)
+        self._members.update(added)
+        self._given += group["params"]
+
+    def _members_of_groups(self) -> list[list[Member]]:
+        return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]
+
+    def attach(self, engine: Any) -> None:
+        """Name the DeepSpeed engine that drives this optimizer.
+
+        Not needed: the engine is found at the first step. Attaching makes that explicit, and debuggable.
+
+        Args:
+            engine: what ``deepspeed.initialize`` returned first.
+
+        Raises:
+            ValueError: if the engine drives another optimizer.
+        """
+        self._engine = zero.from_engine(engine, self)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters. Every rank of each shard group must call it.
+
+        Where a rank holds a parameter whole and it has no gradient, it is skipped, as in torch's optimizers.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's result, or None.
+
+        Raises:
+            ValueError: at the first step, on all ranks alike, if a layout is not supported or ranks disagree.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        current = self._current()
+        if current is not None:
+            for unit in current.units:
+                self._step_unit(unit)
+            self._step_adam(current.adam)
+        return loss
+
+    def _step_unit(self, unit: Unit) -> None:
+        """One step of all matrices of a shard group: at most two collectives."""
+        plan, exchange, matrices = unit.plan, unit.exchange, unit.matrices
+        active = [m.begin_step() for m in matrices]
+
+        # Partial low-rank gradients travel to the owners of their channels.
+        received: list[Any] = [None] * len(matrices)
+        if plan.needs_exchange1:
+            partials = [m.partial(self.seed, on) for m, on in zip(matrices, active, strict=True)]
+            received = exchange.to_owners(partials)
+            del partials
+
+        # Owners: moments, scaling factors, norm terms.
+        terms = torch.zeros((len(matrices), TERMS), dtype=unit.dtype, device=unit.device)
+        owned: list[Tensor | None] = []
+        for batch in unit.batches:
+            owned += batch.owner_step(active, self.seed, received, terms)
+        del received
+
+        # Scaling factors and norm terms travel back to the holders.
+        arriving: list[Tensor | None] = [None] * len(matrices)
+        if plan.needs_exchange2:
+            shared = [m.shared_scale(scale) for m, scale in zip(matrices, owned, strict=True)]
+            arriving, terms = exchange.to_holders(shared, terms)
+
+        # Limiter and update, local.
+        factors, last_norms = (each.unbind() for each in unit.finish(terms))
+        for i, m in enumerate(matrices):
+            if active[i]:
+                m.state["last_norm"] = last_norms[i]
+                m.apply(m.held_scale(owned[i], arriving[i]), factors[i])
+
+    def _step_adam(self, tensors: list[AdamTensor]) -> None:
+        """AdamW for everything that is not low-rank, in batches that share hyperparameters and step."""
+        batches: dict[tuple[Any, ...], list[AdamTensor]] = {}
+        for t in tensors:
+            if t.begin_step():
+                key = (id(t.group), t.state["step"], t.holding.device, t.holding.compute_dtype)
+                batches.setdefault(key, []).append(t)
+        for batch in batches.values():
+            group = batch[0].group
+            weights = [t.holding.weight() for t in batch]
+            work = [w.reshape(-1).to(t.holding.compute_dtype) for w, t in zip(weights, batch, strict=True)]
+            rule.adamw(
+                work,
+                [t.gradient() for t in batch],
+                [t.state["exp_avg"] for t in batch],
+                [t.state["exp_avg_sq"] for t in batch],
+                step=batch[0].state["step"],
+                lr=group["lr"],
+                betas=group["betas"],
+                eps=group["eps"],
+                weight_decay=group["weight_decay"],
+            )
+            for stored, updated in zip(weights, work, strict=True):
+                if updated.data_ptr() != stored.data_ptr():
+                    stored.copy_(updated.view(stored.shape))
+
+    def _current(self) -> Build | None:
+        """What this step works on, built anew when the parameters or their structure changed.
+
+        None in the step with zero gradients that DeepSpeed makes while it builds FP16_UnfusedOptimizer.
+        """
+        key = tuple(
+            (tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
+        )
+        if key in self._builds:
+            return self._builds[key]
+        engine = self._engine or zero.find(self)
+        if engine.warming_up:
+            return None
+        built = run_together(
+            lambda: build(
+                self.param_groups,
+                self._members,
+                engine,
+                self._slot,
+                seed=self.seed,
+                cache_projection=self.cache_projection,
+            ),
+            self._process_group,
+        )
+        agree(built.facts, self._process_group)
+        # A build of the same parameters under other tensors is out of date.
+        names = built.names()
+        self._builds = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
+        self._builds[key] = built
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.info("%s: %s", type(self).__name__, built.summary())
+        return built
+
+    def _slot(self, name: str) -> Slot:
+        if self._restored and name not in self._slots:
+            raise ValueError(f"the loaded state has nothing for {name}; it is from another model or other groups")
+        return self._slots.setdefault(name, {})
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds; 0 before the first step."""
+        tensors = (t for slot in self._slots.values() for t in slot.values() if isinstance(t, Tensor))
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def state_dict(self) -> dict[str, Any]:
+        """This rank's state, keyed by parameter name, and the parameter groups.
+
+        Under sharded layouts each rank's differs, and loads only on the same rank of the same world size. Projections
+        are not part of it: they follow from the seed.
+        """
+        result = super().state_dict()
+        result["state"] = {name: dict(slot) for name, slot in self._slots.items()}
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from ``state_dict``, exactly. States keep their dtypes; they are checked at the next step.
+
+        Raises:
+            ValueError: if the parameter groups differ in number or size.
+        """
+        super().load_state_dict({**state_dict, "state": {}})
+        self._slots = {
+            name: {key: value.clone() if isinstance(value, Tensor) else value for key, value in slot.items()}
+            for name, slot in state_dict["state"].items()
+        }
+        self._restored = bool(self._slots)
+        self._builds = {}
+
+
+def _as_groups(params: Any) -> list[dict[str, Any]]:
+    """Parameters, named parameters or groups as a list of groups."""
+    items = [params] if isinstance(params, Tensor) else list(params)
+    if not items:
+        raise ValueError("APOLLO got an empty parameter list")
+    if any(isinstance(item, dict) for item in items):
+        if not all(isinstance(item, dict) for item in items):
+            raise ValueError("pass either parameters or parameter groups, not both in one list")
+        return [dict(item) for item in items]
+    return [{"params": items}]
+
+
+class APOLLOMini(APOLLO):
+    """APOLLO-Mini: rank 1 with one scaling factor for each matrix, and scale 128.
+
+    Takes the arguments of ``APOLLO``; only the defaults of rank, scale and scale_type differ.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 1,
+        scale: float = 128.0,
+        scale_type: str = "tensor",
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, scale_type=scale_type, **options)

@@ -1,0 +1,137 @@
+"""Random projections that every rank can draw alone, in any piece.
+
+``P`` of a matrix is a pure function of (seed, name, refresh): element (k, j) is computed from a counter that
+encodes k and j and from a hash of (seed, name, refresh), with the counter-based generator Philox 4x32-10
+(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11). So a rank that holds columns a..b of a
+matrix draws just the slab of ``P`` it needs, no projection is ever sent or saved, and a run resumed on other
+hardware draws the same ones.
+
+torch's own generators do not serve here: the CPU's and CUDA's streams differ, and CUDA's depends on the size of
+the GPU.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+_MASK32 = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+
+# Columns are drawn in chunks of about this many counters: on CPU so that the int64 temporaries stay in the cache,
+# on accelerators so that they stay near 32 MiB each while the number of kernel launches stays small.
+_CHUNK_COUNTERS_CPU = 1 << 17
+_CHUNK_COUNTERS_ACCELERATOR = 1 << 22
+
+
+def philox_4x32_10(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox 4x32 with 10 rounds: four random words for each 128-bit counter.
+
+    Args:
+        counter: four int64 tensors of broadcastable shapes, each value in [0, 2**32).
+        key: two integers in [0, 2**32).
+
+    Returns:
+        Four int64 tensors, values in [0, 2**32), bit-exact on every device.
+    """
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        # int64 products wrap modulo 2**64; the shift is arithmetic, so both halves are masked.
+        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0
+        c2 = ((p0 >> 32) & _MASK32) ^ c3 ^ k1
+        c1, c3 = p1 & _MASK32, p0 & _MASK32
+        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
+    return c0, c1, c2, c3
+
+
+def _identity(seed: int, name: str, refresh: int) -> tuple[int, int, int, int]:
+    """128 bits that stand for (seed, name, refresh): two words of key, two of counter."""
+    text = f"apollo_dist projection\0{seed}\0{refresh}\0{name}".encode()
+    digest = hashlib.blake2b(text, digest_size=16).digest()
+    words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4)]
+    return words[0], words[1], words[2], words[3]
+
+
+def gaussian(
+    seed: int,
+    name: str,
+    refresh: int,
+    rank: int,
+    size: int,
+    start: int = 0,
+    stop: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Columns ``start..stop`` of the (rank x size) projection of one matrix, entries N(0, 1/rank).
+
+    A pure function of its arguments: a slab equals the same columns of the whole bit for bit, on every process
+    and whatever was drawn before. The underlying integers are bit-exact on every device; the normals come from
+    Box-Muller in float64 and are rounded to ``dtype`` last, so that the last-place differences between devices'
+    ``log`` and ``cos`` almost never reach a float32.
+
+    Args:
+        seed: any integer, the run's seed.
+        name: canonical fully qualified name of the matrix.
+        refresh: how often the projection was redrawn before, ``(t - 1) // update_proj_gap`` at step t (from 1).
+        rank: r, the number of rows.
+        size: the length of the projected dimension, min(m, n) of the matrix.
+        start, stop: the columns wanted; ``stop=None`` means ``size``.
+        dtype: torch.float32 or torch.float64.
+        device: where to draw.
+
+    Returns:
+        A contiguous tensor of shape (rank, stop - start).
+
+    Raises:
+        ValueError: for sizes or ranges that make no sense, or another dtype.
+    """
+    stop = size if stop is None else stop
+    if rank < 1 or size < 0 or refresh < 0:
+        raise ValueError(f"rank must be >= 1, size and refresh >= 0; got rank={rank}, size={size}, refresh={refresh}")
+    if size > _MASK32:
+        raise ValueError(f"size must fit 32 bits, got {size}")
+    if not 0 <= start <= stop <= size:
+        raise ValueError(f"need 0 <= start <= stop <= size, got start={start}, stop={stop}, size={size}")
+    if dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
+    out = torch.empty((rank, stop - start), dtype=dtype, device=device)
+    counters = _CHUNK_COUNTERS_CPU if out.device.type == "cpu" else _CHUNK_COUNTERS_ACCELERATOR
+    chunk = max(1, counters // math.ceil(rank / 4))
+    for a in range(start, stop, chunk):
+        b = min(a + chunk, stop)
+        out[:, a - start : b - start] = _columns(_identity(seed, name, refresh), rank, a, b, device)
+    return out
+
+
+def _columns(
+    identity: tuple[int, int, int, int], rank: int, start: int, stop: int, device: torch.device | str
+) -> Tensor:
+    """float64 normals of shape (rank, stop - start), variance 1/rank.
+
+    The counter is (column, row // 4, two words of hash): one Philox call makes four rows of one column, so the
+    columns of a slab need no neighbours. The base normals do not depend on the rank.
+    """
+    quads = math.ceil(rank / 4)
+    columns = torch.arange(start, stop, dtype=torch.int64, device=device).expand(quads, -1).contiguous()
+    rows = torch.arange(quads, dtype=torch.int64, device=device)[:, None].expand_as(columns).contiguous()
+    k0, k1, c2, c3 = identity
+    words = philox_4x32_10((columns, rows, torch.full_like(rows, c2), torch.full_like(rows, c3)), (k0, k1))
+    normals = torch.empty((quads, 4, stop - start), dtype=torch.float64, device=device)
+    for pair in (0, 2):
+        # 24 bits each, in (0, 1] for the radius (log never sees 0) and in [0, 1) turns for the angle.
+        radius = ((words[pair] >> 8) + 1).to(torch.float64).mul_(2.0**-24).log_().mul_(-2.0 / rank).sqrt_()
+        angle = (words[pair + 1] >> 8).to(torch.float64).mul_(2.0**-24 * 2.0 * math.pi)
+        torch.mul(radius, angle.cos(), out=normals[:, pair])
+        torch.mul(radius, angle.sin_(), out=normals[:, pair + 1])
+    return normals.view(quads * 4, stop - start)[:rank]

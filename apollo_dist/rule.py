@@ -1,0 +1,163 @@
+r"""The APOLLO rule: tensors in, tensors out; nothing here knows about ranks.
+
+From "APOLLO: SGD-like Memory, AdamW-level Performance" (arXiv 2412.05270), for a matrix with gradient :math:`G` and
+low-rank gradient :math:`R` stored (channels, r):
+
+.. math::
+    M &= \beta_1 M + (1 - \beta_1) R, \qquad V = \beta_2 V + (1 - \beta_2) R \odot R, \qquad
+    N = M / (\sqrt{V} + \epsilon) \\
+    s_c &= \|N_c\| / (\|R_c\| + 10^{-8}) \ \text{(channel)}, \qquad
+    s = \|N\| / (\|R\| + 10^{-8}) \ \text{(tensor)} \\
+    U &= s \, G, \qquad \ell = \max(\|U\| / (\text{last} + 10^{-8}), \gamma) / \gamma, \qquad
+    \text{last} = \|U\| / \ell \\
+    W &\leftarrow W - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \sqrt{\text{scale}} \; U / \ell, \qquad
+    W \leftarrow W - \eta \lambda W
+
+The norm-growth limiter (:math:`\ell`, :math:`\gamma = 1.01`) is Fira's, eq. 4 of the paper. :math:`\|U\|` follows from
+the channels' squared gradient norms: :math:`\|U\|^2 = \sum_c s_c^2 \|G_c\|^2`, so :math:`U` is never formed.
+
+Moments, scales and norms are float32 (float64 for float64 weights). No function waits for the device.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.optim.adam import adam
+
+NORM_EPS = 1e-8
+GAMMA = 1.01
+
+
+def bias_correction(step: int, betas: tuple[float, float]) -> float:
+    """:math:`\\sqrt{1 - \\beta_2^t} / (1 - \\beta_1^t)` at step t, counted from 1."""
+    return math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
+
+
+def normalize(
+    exp_avg: Tensor, exp_avg_sq: Tensor, low_rank: Tensor, *, betas: tuple[float, float], eps: float
+) -> Tensor:
+    r"""Update both moments in place with the low-rank gradient R and return N; all (channels, r).
+
+    One pass: torch's fused Adam kernel, asked to move a zero tensor by :math:`M / (\sqrt{V} + \epsilon)`. Its bias
+    corrections are always those of step 1, and its lr and eps are chosen to cancel them.
+    """
+    result = torch.zeros_like(low_rank)
+    first, second = 1.0 - betas[0], math.sqrt(1.0 - betas[1])
+    adam(
+        [result],
+        [low_rank],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [torch.zeros((), dtype=torch.float32, device=low_rank.device)],
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=-first / second,
+        weight_decay=0.0,
+        eps=eps / second,
+        maximize=False,
+    )
+    return result
+
+
+def project_to_one(grad: Tensor, projection: Tensor, out: Tensor) -> None:
+    """The low-rank gradient at rank 1, G p, of a channels-first gradient; written to ``out``, (channels,).
+
+    On CPU, BLAS takes three times as long for one column, when rows lie one after the other, as for two.
+    """
+    if grad.device.type == "cpu" and grad.stride(1) == 1:
+        two = torch.stack([projection, torch.zeros_like(projection)])
+        out.copy_(torch.mm(grad, two.t())[:, 0])
+    else:
+        torch.mv(grad, projection, out=out)
+
+
+def squared_channel_norms(grad: Tensor) -> Tensor:
+    """The squared norm of each row of a channels-first gradient, (channels,)."""
+    if grad.device.type == "cpu" and grad.stride(0) == 1 and grad.stride(1) != 1:
+        # A wide matrix comes transposed. torch reduces over its strided dimension without vectorizing; sums of squares
+        # over blocks of rows that stay in the cache are several times faster.
+        blocks = torch.split(grad.t(), 64)
+        squares = blocks[0].square()
+        for block in blocks[1:]:
+            squares[: block.shape[0]].addcmul_(block, block)
+        return squares.sum(0)
+    norms: Tensor = torch.linalg.vector_norm(grad, dim=1)
+    return norms.square_()
+
+
+def norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
+    """The norm of each tensor, (tensors,), computed in ``dtype``."""
+    if tensors[0].device.type == "cpu" and tensors[0].dim() == 2:
+        # Row norms are vectorized, the norm of a whole matrix is not: half the time.
+        tensors = [torch.linalg.vector_norm(t, dim=1 if t.stride(1) == 1 else 0, dtype=dtype) for t in tensors]
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+
+
+def channel_scale(normalized_norm: Tensor, low_rank_norm: Tensor) -> Tensor:
+    """The scaling factor of each channel (or of a tensor), from the norms of N and R."""
+    return normalized_norm / (low_rank_norm + NORM_EPS)
+
+
+def limit(norm: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+    """The norm-growth limiter, elementwise over matrices.
+
+    Args:
+        norm: the update's norm before limiting.
+        last: the norm after limiting of the last step that moved; 0 while there was none.
+
+    Returns:
+        The factor 1 / l that limits the update, and the new ``last``. A norm of zero changes nothing: it must not arm
+        the limiter, which would hold the matrix at 1e-8 for over a thousand steps.
+    """
+    growth = (norm / (last + NORM_EPS)).clamp_min(GAMMA) / GAMMA
+    factor = torch.where(last > 0, 1.0 / growth, torch.ones_like(growth))
+    return factor, torch.where(norm > 0, norm * factor, last)
+
+
+def adamw(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    *,
+    step: int,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    r"""AdamW, in place, for tensors without a low rank: the rule above with :math:`U = M / (\sqrt{V} + \epsilon)`.
+
+    All lists have equal lengths and tensors of one device and dtype. This form puts the bias correction outside of
+    :math:`\epsilon` as the low-rank rule does; torch's puts it inside, so its fused kernel gets
+    :math:`\epsilon / \sqrt{1 - \beta_2^t}`. Decay acts on the new weight.
+    """
+    if not weights:
+        return
+    first = weights[0]
+    # The kernel counts the step up itself, in place, once for each tensor.
+    steps = list(torch.full((len(weights),), float(step - 1), dtype=torch.float32, device=first.device).unbind())
+    adam(
+        weights,
+        grads,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        fused=True,
+        amsgrad=False,
+        beta1=betas[0],
+        beta2=betas[1],
+        lr=lr,
+        weight_decay=0.0,
+        eps=eps / math.sqrt(1.0 - betas[1] ** step),
+        maximize=False,
+    )
+    if weight_decay:
+        torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
