@@ -1,0 +1,242 @@
+"""What a training run is told: frozen dataclasses, checked when they are made.
+
+Every field is a key of a recipe and of the command line (nested ones with a dot: ``--model.hidden_size 64``).
+All errors are ``ValueError`` and name the key and the value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+ENGINES = ("deepspeed", "fsdp2", "ddp")
+PRECISIONS = ("fp32", "bf16")
+TOKEN_DTYPES = ("uint8", "uint16", "uint32")
+
+# Keys that may differ between a run and its resumption: they say where and how often to write, never what to compute.
+RUN_KEYS = frozenset({
+    "checkpoint_every", "deepspeed_config", "eval_every", "eval_sequences", "final_eval_sequences", "keep_checkpoints",
+    "output", "resume", "stop_after", "tensorboard", "timeout_minutes", "wandb",
+})  # fmt: skip
+
+
+def option(help: str, default: Any = dataclasses.MISSING) -> Any:
+    """A dataclass field with its help text."""
+    return field(default=default, metadata={"help": help})
+
+
+def _require(holds: bool, key: str, value: object, rule: str) -> None:
+    if not holds:
+        raise ValueError(f"{key} is {value!r}: it must be {rule}")
+
+
+def _at_least(low: float, **values: float | None) -> None:
+    for key, value in values.items():
+        _require(value is None or value >= low, key, value, f"at least {low}")
+
+
+def _one_of(choices: tuple[str, ...], key: str, value: str) -> None:
+    _require(value in choices, key, value, "one of " + ", ".join(choices))
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Shape of the LLaMA: untied embeddings, no biases, as many key-value heads as heads."""
+
+    vocab_size: int = option("tokens in the vocabulary (256 for bytes)")
+    hidden_size: int = option("width of the residual stream")
+    intermediate_size: int = option("width of the MLP")
+    num_layers: int = option("transformer blocks")
+    num_heads: int = option("attention heads")
+    norm_eps: float = option("epsilon of RMSNorm", 1e-6)
+    init_std: float = option("standard deviation of the initial weights", 0.02)
+
+    def __post_init__(self) -> None:
+        _at_least(
+            1,
+            vocab_size=self.vocab_size,
+            hidden_size=self.hidden_size,
+            intermediate_size=self.intermediate_size,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+        )
+        head = self.hidden_size / self.num_heads
+        _require(
+            head % 2 == 0, "model.hidden_size", self.hidden_size, f"an even multiple of num_heads {self.num_heads}"
+        )
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """Options of ``torch.optim.AdamW``, and the ones that every optimizer has."""
+
+    name: ClassVar[str] = "adamw"
+    lr: float = option("peak learning rate", 1e-3)
+    betas: tuple[float, float] = option("decay of the first and the second moment", (0.9, 0.999))
+    eps: float = option("added to the root of the second moment", 1e-6)
+    weight_decay: float = option("decoupled weight decay", 0.0)
+
+    def __post_init__(self) -> None:
+        _at_least(0, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ApolloMiniConfig(AdamWConfig):
+    """Options of ``apollo_dist.APOLLOMini``: rank 1, one scaling factor per matrix."""
+
+    name: ClassVar[str] = "apollo-mini"
+    lr: float = option("peak learning rate", 1e-2)
+    scale: float = option("multiplies the low-rank matrices' update by its root", 128.0)
+    update_proj_gap: int = option("steps between two refreshes of the projections", 200)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.scale > 0, "scale", self.scale, "positive")
+        _at_least(1, update_proj_gap=self.update_proj_gap)
+
+
+@dataclass(frozen=True)
+class ApolloConfig(ApolloMiniConfig):
+    """Options of ``apollo_dist.APOLLO``."""
+
+    name: ClassVar[str] = "apollo"
+    rank: int = option("rank of the projections", 256)
+    scale: float = option("multiplies the low-rank matrices' update by its root", 1.0)
+    scale_type: str = option("channel: a scaling factor per channel; tensor: one per matrix", "channel")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _at_least(1, rank=self.rank)
+        _one_of(("channel", "tensor"), "scale_type", self.scale_type)
+
+
+@dataclass(frozen=True)
+class JsonOptimizer:
+    """The optimizer that DeepSpeed's JSON brings: its ``type`` and ``params``, as DeepSpeed will read them."""
+
+    type: str
+    params: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The type in the words of ``--optimizer``."""
+        return {"APOLLO": "apollo", "APOLLOMini": "apollo-mini"}.get(self.type, self.type.lower())
+
+
+OPTIMIZERS: dict[str, type[AdamWConfig]] = {c.name: c for c in (ApolloConfig, ApolloMiniConfig, AdamWConfig)}
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where the tokens come from: ``path``, or ``dataset``, or with neither the Python standard library's source."""
+
+    path: str | None = option("text files, JSONL, token .bin files; a file, a folder or a glob", None)
+    validation: str | None = option("the same for validation; default: a part of path is split off", None)
+    dataset: str | None = option("name or folder of a Hugging Face dataset, streamed", None)
+    dataset_config: str | None = option("configuration of the dataset, such as en", None)
+    train_split: str = option("split of the dataset to train on", "train")
+    validation_split: str = option("split of the dataset to validate on", "validation")
+    tokenizer: str | None = option("name or folder of a Hugging Face tokenizer; default: bytes", None)
+    text_key: str = option("key of the text in JSONL records and datasets", "text")
+    token_dtype: str = option("dtype of .bin files: " + ", ".join(TOKEN_DTYPES), "uint16")
+    validation_fraction: float = option("share of the files (or of a lone file) split off for validation", 0.05)
+
+    def __post_init__(self) -> None:
+        _one_of(TOKEN_DTYPES, "data.token_dtype", self.token_dtype)
+        fraction = self.validation_fraction
+        _require(0 < fraction < 1, "data.validation_fraction", fraction, "between 0 and 1")
+        if self.path is not None and self.dataset is not None:
+            raise ValueError(f"--data {self.path!r} and --dataset {self.dataset!r} are both given: choose one")
+        if self.validation is not None and self.path is None:
+            raise ValueError(f"data.validation is {self.validation!r} but no --data is given to train on")
+        if self.dataset is not None and self.tokenizer is None:
+            raise ValueError(f"--dataset {self.dataset!r} needs --tokenizer NAME (the paper's runs use t5-base)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """One training run."""
+
+    model: ModelConfig
+    optimizer: AdamWConfig | JsonOptimizer
+    data: DataConfig
+    recipe: str = option("name of a recipe, or the path of a YAML file", "tiny")
+    engine: str = option("deepspeed (the default if a --deepspeed_config is given), fsdp2 or ddp", "ddp")
+    deepspeed_config: str | None = option("DeepSpeed's JSON; its values win over the recipe's", None)
+    precision: str = option("fp32, or bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp2", "fp32")
+    seed: int = option("of the initial weights, the order of the data and the projections", 0)
+    sequence_length: int = option("tokens per sequence")
+    batch_size: int = option("sequences per step, over all ranks")
+    micro_batch_size: int | None = option("sequences per rank and forward pass; default: batch_size / ranks", None)
+    steps: int = option("optimizer steps of the whole run; the learning rate's schedule ends here")
+    warmup_steps: int = option("steps of linear warm-up", 0)
+    min_lr_ratio: float = option("the cosine ends at this share of the peak learning rate", 0.1)
+    gradient_clipping: float = option("largest global gradient norm; 0: no clipping", 0.0)
+    eval_every: int = option("steps between validations; 0: at the end only", 0)
+    eval_sequences: int | None = option("validation sequences of those; default: all", None)
+    final_eval_sequences: int | None = option("validation sequences of the last one; default: all", None)
+    output: str = option("folder of everything the run writes; default runs/RECIPE-OPTIMIZER", "")
+    checkpoint_every: int = option("steps between checkpoints; 0: none", 0)
+    keep_checkpoints: int = option("how many checkpoints to keep", 2)
+    resume: bool = option("continue from the newest checkpoint in the output folder", False)
+    stop_after: int | None = option("stop, with a checkpoint, after this step of the schedule", None)
+    timeout_minutes: float = option("a collective that takes longer ends the job", 10.0)
+    tensorboard: bool = option("write TensorBoard events too (needs tensorboard)", False)
+    wandb: str | None = option("log to this Weights & Biases project too (needs wandb)", None)
+
+    def __post_init__(self) -> None:
+        _one_of(ENGINES, "engine", self.engine)
+        _one_of(PRECISIONS, "precision", self.precision)
+        _at_least(
+            1,
+            sequence_length=self.sequence_length,
+            batch_size=self.batch_size,
+            micro_batch_size=self.micro_batch_size,
+            steps=self.steps,
+            eval_sequences=self.eval_sequences,
+            final_eval_sequences=self.final_eval_sequences,
+            keep_checkpoints=self.keep_checkpoints,
+            stop_after=self.stop_after,
+        )
+        _at_least(
+            0,
+            seed=self.seed,
+            gradient_clipping=self.gradient_clipping,
+            eval_every=self.eval_every,
+            checkpoint_every=self.checkpoint_every,
+        )
+        _require(
+            0 <= self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, f"in [0, steps), steps {self.steps}"
+        )
+        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        _require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "positive")
+        if (self.engine == "deepspeed") != (self.deepspeed_config is not None):
+            raise ValueError(
+                f"engine is {self.engine!r} and deepspeed_config {self.deepspeed_config!r}: "
+                "--engine deepspeed needs --deepspeed_config FILE, and no other engine takes one"
+            )
+
+    @property
+    def output_folder(self) -> Path:
+        """``output``, or by default ``runs/RECIPE-OPTIMIZER``."""
+        return Path(self.output or f"runs/{Path(self.recipe).stem}-{self.optimizer.name}")
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this process stops."""
+        return self.steps if self.stop_after is None else min(self.stop_after, self.steps)
+
+    def computed(self) -> dict[str, object]:
+        """All keys, flat (``model.hidden_size``), that decide what is computed: what a resumed run must share."""
+        nested = dataclasses.asdict(self)
+        nested["optimizer"]["name"] = self.optimizer.name
+        flat: dict[str, object] = {}
+        for key, value in nested.items():
+            if isinstance(value, dict):
+                flat |= {f"{key}.{inner}": v for inner, v in value.items()}
+            elif key not in RUN_KEYS:
+                flat[key] = value
+        return {key: list(v) if isinstance(v, tuple) else v for key, v in flat.items()}

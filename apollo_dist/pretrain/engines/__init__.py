@@ -1,0 +1,5 @@
+"""DeepSpeed, FSDP2 and DDP behind one protocol."""
+
+from apollo_dist.pretrain.engines.base import Engine, build_engine
+
+__all__ = ["Engine", "build_engine"]

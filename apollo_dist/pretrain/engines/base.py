@@ -1,0 +1,59 @@
+"""What training needs of an engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from apollo_dist.pretrain.batching import BatchPlan
+from apollo_dist.pretrain.config import Config
+from apollo_dist.pretrain.distributed import Ranks
+from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
+
+
+class Engine(Protocol):
+    """A model with its optimizer and learning-rate schedule, spread over the ranks. All methods are collective."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """The optimizer that makes the update, inside whatever the engine wraps it in."""
+
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """Forward pass: token ids (b, s) to logits (b, s, vocabulary)."""
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """Add the gradient of ``loss`` (this rank's mean over one micro-batch); ``last`` of the step's micro-batches.
+
+        The step's gradient is the mean over micro-batches and ranks.
+        """
+
+    def update(self) -> None:
+        """Clip if configured, one optimizer step, one step of the schedule, gradients dropped."""
+
+    def save(self, folder: Path) -> None:
+        """Write weights, optimizer and schedule into an existing folder, each rank what it holds."""
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote, at the same number of ranks; continues bit for bit."""
+
+
+def build_engine(config: Config, json: DeepSpeedJson | None, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> Engine:
+    """The engine of ``config.engine`` (with ``json`` for DeepSpeed) around ``model``."""
+    if config.engine == "deepspeed":
+        from apollo_dist.pretrain.engines.deepspeed import DeepSpeed
+
+        assert json is not None
+        return DeepSpeed(config, json, plan, model, ranks)
+    if config.engine == "fsdp2":
+        from apollo_dist.pretrain.engines.fsdp2 import FSDP2
+
+        return FSDP2(config, plan, model, ranks)
+    from apollo_dist.pretrain.engines.ddp import DDP
+
+    return DDP(config, plan, model, ranks)

@@ -1,0 +1,35 @@
+"""DistributedDataParallel: whole weights and whole optimizer state on every rank."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from apollo_dist.pretrain.batching import BatchPlan
+from apollo_dist.pretrain.config import Config
+from apollo_dist.pretrain.distributed import Ranks
+from apollo_dist.pretrain.engines.native import NativeEngine
+
+
+class DDP(NativeEngine):
+    """``precision: bf16`` is autocast over fp32 weights and gradients."""
+
+    def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
+        ids = [ranks.device.index] if ranks.device.type == "cuda" else None
+        self._ddp = DistributedDataParallel(model.to(ranks.device), device_ids=ids)
+        self._autocast = config.precision == "bf16"
+        super().__init__(config, plan, self._ddp, ranks)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """See `Engine`."""
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
+            return super().logits(tokens)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See `Engine`."""
+        # DDP asks for no_sync around the forward pass; what it reads there is this flag, in backward, too.
+        with contextlib.nullcontext() if last else self._ddp.no_sync():
+            super().backward(loss, last=last)

@@ -1,0 +1,77 @@
+"""DeepSpeed ZeRO."""
+
+from __future__ import annotations
+
+import logging
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from apollo_dist.pretrain.batching import BatchPlan
+from apollo_dist.pretrain.config import Config, JsonOptimizer
+from apollo_dist.pretrain.distributed import Ranks
+from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
+from apollo_dist.pretrain.optimizers import build_optimizer, schedule
+
+TAG = "deepspeed"  # folder of DeepSpeed's files inside a checkpoint
+
+
+class DeepSpeed:
+    """Precision, stage and communication are the JSON's; clipping happens inside DeepSpeed."""
+
+    def __init__(self, config: Config, json: DeepSpeedJson, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also of a process without a launcher
+        import deepspeed  # heavy, and wanted only here
+
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        if ranks.device.type == "cpu":
+            # An optional shared-memory collective, which DeepSpeed would otherwise compile for 44 s at first use.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed.init_distributed(timeout=timedelta(minutes=config.timeout_minutes))  # wraps the group that exists
+        own = config.optimizer
+        client = None if isinstance(own, JsonOptimizer) else build_optimizer(own, model, config.seed)
+        self._engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=model.parameters() if client is None else None,
+            optimizer=client,
+            lr_scheduler=schedule(config),
+            config=json.complete(config, plan),
+        )
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """See `Engine`."""
+        optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
+        return optimizer
+
+    def train(self, mode: bool) -> None:
+        """See `Engine`."""
+        self._engine.train(mode)
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        """See `Engine`."""
+        output: Tensor = self._engine(input_ids=tokens).logits
+        return output
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See `Engine`."""
+        self._engine.backward(loss)  # divides by the number of micro-batches itself
+        if not last:
+            self._engine.step()  # counts micro-batches: nothing is updated before the last one
+
+    def update(self) -> None:
+        """See `Engine`."""
+        self._engine.step()
+
+    def save(self, folder: Path) -> None:
+        """See `Engine`."""
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine`."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:  # DeepSpeed's way to say that it loaded nothing
+            raise ValueError(f"DeepSpeed found no checkpoint in {folder / TAG}")

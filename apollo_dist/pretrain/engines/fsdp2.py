@@ -1,0 +1,34 @@
+"""FSDP2: ``fully_shard`` on every transformer block and the root."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+from apollo_dist.pretrain.batching import BatchPlan
+from apollo_dist.pretrain.config import Config
+from apollo_dist.pretrain.distributed import Ranks
+from apollo_dist.pretrain.engines.native import NativeEngine
+from apollo_dist.pretrain.model import decoder_layers
+
+
+class FSDP2(NativeEngine):
+    """``precision: bf16`` computes in bf16, reduces gradients in fp32, and keeps the sharded weights in fp32."""
+
+    def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+        low = torch.bfloat16 if config.precision == "bf16" else None
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
+        super().__init__(config, plan, model.to(ranks.device), ranks)
+
+    def backward(self, loss: Tensor, *, last: bool) -> None:
+        """See `Engine`."""
+        cast(FSDPModule, self.module).set_requires_gradient_sync(last)
+        super().backward(loss, last=last)

@@ -1,0 +1,65 @@
+"""Validation: the exact mean over all validation tokens, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from apollo_dist.pretrain.data.packed import Windows
+from apollo_dist.pretrain.distributed import Ranks
+from apollo_dist.pretrain.engines.base import Engine
+from apollo_dist.pretrain.model import token_losses
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Mean negative log-likelihood over ``tokens`` predicted tokens, in nats."""
+
+    loss: float
+    tokens: int
+    bytes_per_token: float | None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return math.exp(self.loss) if self.loss < 700 else math.inf
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """loss / ln 2 / bytes per token; None where the text is not known."""
+        return None if self.bytes_per_token is None else self.loss / math.log(2) / self.bytes_per_token
+
+
+def spread(available: int, wanted: int | None) -> list[int]:
+    """Indices of ``wanted`` evenly spaced windows of ``available`` (all if None or too many), ascending."""
+    if wanted is None or wanted >= available:
+        return list(range(available))
+    return [k * available // wanted for k in range(wanted)]
+
+
+@torch.no_grad()
+def evaluate(
+    engine: Engine, windows: Windows, micro: int, ranks: Ranks, sequences: int | None, bytes_per_token: float | None
+) -> Evaluation:
+    """Evaluate on ``sequences`` windows (all if None), ``micro`` at a time; collective.
+
+    Window j goes to rank ``j % world``. Sums and counts travel, not means, so an uneven split does not matter; every
+    rank makes the same number of forward passes, since those of FSDP and ZeRO-3 are collectives: where a rank has no
+    window left it repeats its first batch, or window 0, with weight zero.
+    """
+    chosen = spread(len(windows), sequences)
+    mine = chosen[ranks.rank :: ranks.world]
+    passes = math.ceil(math.ceil(len(chosen) / ranks.world) / micro)
+    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    engine.train(False)
+    for start in range(0, passes * micro, micro):
+        batch = mine[start : start + micro]
+        tokens = windows.batch(batch or mine[:micro] or chosen[:1]).to(ranks.device)
+        losses = token_losses(engine.logits(tokens[:, :-1]), tokens[:, 1:])
+        if batch:
+            total += torch.stack([losses.sum(dtype=torch.float64), total.new_tensor(losses.numel())])
+    engine.train(True)
+    nll, count = ranks.sum(total)
+    return Evaluation(nll / count, int(count), bytes_per_token)

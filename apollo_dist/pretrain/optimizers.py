@@ -1,0 +1,60 @@
+"""From the optimizer's configuration to the optimizer, its learning-rate schedule, and what its state weighs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from apollo_dist import APOLLO, APOLLOMini
+from apollo_dist.pretrain.config import AdamWConfig, ApolloConfig, ApolloMiniConfig, Config, JsonOptimizer
+
+
+def build_optimizer(config: AdamWConfig | JsonOptimizer, model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    """The optimizer for ``model`` as the engine has wrapped it; ``seed`` is that of the projections."""
+    assert isinstance(config, AdamWConfig)  # DeepSpeed makes the other kind itself
+    options = dataclasses.asdict(config)
+    if isinstance(config, ApolloConfig):
+        return APOLLO(model, **options, seed=seed)
+    if isinstance(config, ApolloMiniConfig):
+        return APOLLOMini(model, **options, seed=seed)
+    return torch.optim.AdamW(model.parameters(), **options)
+
+
+def schedule(config: Config) -> Callable[[torch.optim.Optimizer], LambdaLR]:
+    """Linear warm-up over ``warmup_steps``, then a cosine from 1 to ``min_lr_ratio`` at ``steps``; times the peak."""
+
+    def factor(step: int) -> float:
+        if step < config.warmup_steps:
+            return (step + 1) / config.warmup_steps
+        progress = min(1.0, (step - config.warmup_steps) / (config.steps - config.warmup_steps))
+        return config.min_lr_ratio + (1 - config.min_lr_ratio) * 0.5 * (1 + math.cos(math.pi * progress))
+
+    return lambda optimizer: LambdaLR(optimizer, factor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of ``tensor`` that this rank holds."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of optimizer state that this rank holds."""
+    if isinstance(optimizer, (APOLLO, APOLLOMini)):
+        return optimizer.state_bytes()
+    tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
+
+
+def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes that AdamW in fp32 would hold on this rank: two numbers for each trainable element it updates.
+
+    Counted in the optimizer's own groups, which under ZeRO 1 and 2 are this rank's flat partitions.
+    """
+    held = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
+    return sum(2 * 4 * local(p).numel() for p in held)
