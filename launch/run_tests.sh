@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Lint, types and tests, in the project's own environment, which is made if it is missing.
+#
+#   bash launch/run_tests.sh [--fast] [arguments for pytest]
+#
+#   --fast    leaves out the tests marked slow (those with several processes and more than a few seconds)
+#
+# Ends with pytest's closing line; the exit status is that of the first step that failed.
+set -euo pipefail
+# shellcheck source=launch/venv.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
+cd "$APOLLO_ROOT"
+
+pytest_args=()
+for argument in "$@"; do
+    if [[ "$argument" == --fast ]]; then
+        pytest_args+=(-m "not slow")
+    else
+        pytest_args+=("$argument")
+    fi
+done
+
+# The ranks of a test share the cores: with more threads each they only wait for one another.
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Tests must not reach for a hub, nor wait for one.
+export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export MPLBACKEND=Agg
+
+say "ruff check"
+ruff check .
+say "ruff format"
+ruff format --check .
+say "mypy"
+mypy
+if command -v shellcheck >/dev/null; then
+    say "shellcheck"
+    shellcheck -x launch/*.sh benchmarks/*.sh
+else
+    say "shellcheck is not installed: the scripts are not checked"
+fi
+say "pytest"
+python -m pytest "${pytest_args[@]+"${pytest_args[@]}"}"
