@@ -1,0 +1,129 @@
+"""What only a GPU can show: a step there is the step taken on the CPU, and it never makes the host wait.
+
+Each comparison runs on the CPU too, against itself or with the other projection cache, so that it is exercised
+everywhere; ``benchmarks/gpu.sh`` runs the CUDA half.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from apollo_dist import APOLLO, APOLLOMini, projection
+
+CUDA = pytest.param(
+    "cuda",
+    marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+)
+DEVICES = ["cpu", CUDA]
+KINDS = {"channel": (APOLLO, {"rank": 4}), "tensor": (APOLLOMini, {})}
+
+
+class Model(nn.Module):
+    """Tall, wide and square matrices inside blocks, and tensors for AdamW."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(7, 12)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(12, 29), nn.Tanh(), nn.Linear(29, 12, bias=False), nn.Linear(12, 12))
+            for _ in range(2)
+        )
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = x + layer(x)
+        return x
+
+
+def make(device: str, dtype: torch.dtype) -> Model:
+    torch.manual_seed(0)
+    return Model().to(dtype).to(device)
+
+
+def set_gradients(model: nn.Module, step: int) -> None:
+    """The same random gradients on every device, drawn on the CPU."""
+    generator = torch.Generator().manual_seed(step)
+    for parameter in model.parameters():
+        gradient = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+        parameter.grad = gradient.to(parameter)
+
+
+def train(model: nn.Module, kind: str, cache: bool | str, steps: int = 7) -> torch.optim.Optimizer:
+    cls, options = KINDS[kind]
+    optimizer = cls(model, lr=1e-2, update_proj_gap=3, cache_projection=cache, **options)
+    for step in range(steps):
+        set_gradients(model, step)
+        optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
+def test_a_step_equals_the_cpu_step(device: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
+    expected, actual = make("cpu", dtype), make(device, dtype)
+    train(expected, kind, cache=True)
+    train(actual, kind, cache=False)
+    for (name, want), got in zip(expected.named_parameters(), actual.parameters(), strict=True):
+        torch.testing.assert_close(
+            got.cpu(), want, rtol=tolerance, atol=tolerance, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_projection_cache_changes_nothing(device: str) -> None:
+    kept, redrawn, automatic = (make(device, torch.float32) for _ in range(3))
+    for model, cache in ((kept, True), (redrawn, False), (automatic, "auto")):
+        train(model, "channel", cache)
+    for a, b, c in zip(kept.parameters(), redrawn.parameters(), automatic.parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_projections_are_those_of_the_cpu(device: str) -> None:
+    want = projection.gaussian(3, "layers.0.weight", 2, 8, 1001)
+    got = projection.gaussian(3, "layers.0.weight", 2, 8, 1001, device=device)
+    assert got.device.type == device
+    torch.testing.assert_close(got.cpu(), want, rtol=1e-5, atol=1e-6)
+    slab = projection.gaussian(3, "layers.0.weight", 2, 8, 1001, 17, 640, device=device)
+    assert torch.equal(slab, got[:, 17:640])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_resuming_on_the_device_is_exact(device: str, kind: str) -> None:
+    model = make(device, torch.bfloat16)
+    optimizer = train(model, kind, cache="auto", steps=4)
+    twin = copy.deepcopy(model)
+    cls, options = KINDS[kind]
+    resumed = cls(twin, lr=1e-2, update_proj_gap=3, **options)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for step in range(4, 8):
+        for m, o in ((model, optimizer), (twin, resumed)):
+            set_gradients(m, step)
+            o.step()
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_step_never_waits_for_the_device(kind: str, cache: bool) -> None:
+    model = make("cuda", torch.bfloat16)
+    optimizer = train(model, kind, cache, steps=2)
+    set_gradients(model, 2)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")  # every synchronizing call raises
+    try:
+        for _ in range(4):  # one of them redraws the projections
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -1,0 +1,78 @@
+"""Who may import whom, from design: the bottom knows nothing above it, and engines stay in their own files."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import apollo_dist
+
+PACKAGE = Path(apollo_dist.__file__).parent
+# Module prefix -> what of apollo_dist it may import (itself is always allowed).
+ALLOWED = {
+    "rule": (),
+    "projection": (),
+    "agreement": (),
+    "layout.tiles": (),
+    "layout": ("layout",),
+    "exchange.plan": ("layout.tiles",),
+    "exchange": ("layout.holding", "layout.tiles"),
+    "groups": ("layout.holding",),
+    "deepspeed": (),
+}
+PUBLIC = {"apollo_dist", "apollo_dist.agreement", "apollo_dist.groups", "apollo_dist.projection"}
+NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")
+
+
+def imports(path: Path) -> set[str]:
+    """Absolute names of everything a file imports."""
+    module = path.relative_to(PACKAGE.parent).with_suffix("").parts
+    package = module if path.name == "__init__.py" else module[:-1]
+    package = package[:-1] if path.name == "__init__.py" else package
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            source = ".".join(part for part in (base, node.module) if part)
+            found |= {source} | {f"{source}.{alias.name}" for alias in node.names}
+    return found
+
+
+def files(prefix: str) -> list[Path]:
+    path = PACKAGE / prefix.replace(".", "/")
+    return [path.with_suffix(".py")] if path.with_suffix(".py").exists() else sorted(path.glob("*.py"))
+
+
+@pytest.mark.parametrize("prefix", ALLOWED)
+def test_imports_go_down_only(prefix):
+    allowed = tuple(f"apollo_dist.{name}" for name in (prefix, *ALLOWED[prefix]))
+    for path in files(prefix):
+        for name in imports(path):
+            if name.startswith("apollo_dist."):
+                assert name.startswith(allowed), f"{path.name} imports {name}"
+
+
+@pytest.mark.parametrize("prefix", NO_DISTRIBUTED)
+def test_no_communication_outside_of_exchange(prefix):
+    for path in files(prefix):
+        assert not any(name.startswith("torch.distributed") for name in imports(path)), path
+
+
+def test_pretrain_uses_public_names_only():
+    for path in sorted((PACKAGE / "pretrain").rglob("*.py")):
+        for name in imports(path):
+            if name.startswith("apollo_dist") and not name.startswith("apollo_dist.pretrain"):
+                module = name if name in PUBLIC else name.rpartition(".")[0]
+                assert module in PUBLIC, f"{path} imports {name}"
+
+
+def test_engines_are_not_imported():
+    """``import apollo_dist`` needs neither DeepSpeed nor transformers."""
+    code = "import sys, apollo_dist; print([m for m in ('deepspeed', 'transformers', 'datasets') if m in sys.modules])"
+    assert (
+        subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
+    )

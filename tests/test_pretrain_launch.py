@@ -1,0 +1,235 @@
+"""Whole runs through the launchers: engines agree, stopped runs continue, dead ranks and disagreements end the job."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .pretrain_runs import (
+    ROOT,
+    SMALL,
+    SMALL_APOLLO,
+    ZERO2,
+    command,
+    environment,
+    losses,
+    rewind,
+    rows,
+    run,
+    succeed,
+    validations,
+    write_text,
+)
+
+STEPS = list(range(1, 9))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Text, DeepSpeed's JSON, and the run of one process that all others are compared with."""
+    base = tmp_path_factory.mktemp("launch")
+    write_text(base / "text")
+    (base / "zero2.json").write_text(json.dumps(ZERO2))
+    apollo = {"type": "APOLLO", "params": {"lr": 0.01, "rank": 4, "update_proj_gap": 3, "seed": 0}}
+    (base / "zero2_apollo.json").write_text(json.dumps({**ZERO2, "optimizer": apollo}))
+    printed = succeed("python", 1, [*arguments("one"), *SMALL_APOLLO], base)
+    (base / "one.log").write_text(printed)
+    return base
+
+
+def arguments(output: str, *more: str) -> list[str]:
+    return [*SMALL, "--data=text", f"--output={output}", *more]
+
+
+# launcher, and the options that choose the engine; micro-batches of 1 make two passes a step.
+ENGINES = {
+    "ddp": ("torchrun", ["--engine=ddp", "--micro_batch_size=1"]),
+    "fsdp2": ("torchrun", ["--engine=fsdp2", "--micro_batch_size=1"]),
+    "zero2": ("deepspeed", ["--deepspeed_config=zero2.json", "--micro_batch_size=1"]),
+}
+
+
+def two_ranks(folder: Path, name: str) -> Path:
+    """The output of a run on two ranks with checkpoints at steps 4 and 8; made at first use."""
+    launcher, options = ENGINES[name]
+    if not (folder / name).exists():
+        succeed(launcher, 2, [*arguments(name), *SMALL_APOLLO, *options, "--checkpoint_every=4"], folder)
+    return folder / name
+
+
+def test_plain_python_writes_metrics_picture_and_summary(folder: Path) -> None:
+    first = rows(folder / "one")[0]
+    assert set(first) == {"step", "loss", "lr", "tokens", "tokens_per_s", "elapsed"}
+    assert sorted(losses(folder / "one")) == STEPS
+    assert sorted(validations(folder / "one")) == [3, 6, 8]
+    assert (folder / "one" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    printed = (folder / "one.log").read_text()
+    summary = printed[printed.index("summary:") :]
+    for part in ("training loss", "validation loss", "perplexity", "bits per byte", "tokens/s", "AdamW would take"):
+        assert part in summary
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_two_ranks_equal_one_process(folder: Path, name: str) -> None:
+    output = two_ranks(folder, name)
+    assert losses(output) == pytest.approx(losses(folder / "one"), rel=2e-5)
+    assert validations(output) == pytest.approx(validations(folder / "one"), rel=2e-5)
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_a_stopped_run_resumes_with_identical_losses(folder: Path, name: str) -> None:
+    output = two_ranks(folder, name)
+    launcher, options = ENGINES[name]
+    rewind(output, folder / f"{name}_again", 4)
+    succeed(launcher, 2, [*arguments(f"{name}_again"), *SMALL_APOLLO, *options, "--resume"], folder)
+    assert losses(folder / f"{name}_again") == losses(output)
+    assert validations(folder / f"{name}_again") == validations(output)
+
+
+def test_another_number_of_ranks_is_an_error(folder: Path) -> None:
+    output = two_ranks(folder, "zero2")
+    _, options = ENGINES["zero2"]
+    done = run("python", 1, [*arguments(output.name), *SMALL_APOLLO, *options, "--resume"], folder)
+    assert done.returncode == 2
+    assert "ranks was 2 and is 1" in done.stderr
+
+
+def test_deepspeed_takes_the_optimizer_from_its_json(folder: Path) -> None:
+    options = ["--deepspeed_config=zero2_apollo.json"]
+    printed = succeed("python", 1, arguments("json", *options), folder)
+    assert "the optimizer is APOLLO from zero2_apollo.json" in printed
+    assert losses(folder / "json") == pytest.approx(losses(folder / "one"), rel=2e-5)
+
+
+DIFFERENT = """
+import os, sys
+from apollo_dist.pretrain.__main__ import main
+own = sys.argv[1].split() if os.environ["RANK"] == "1" else []
+data = [] if any(word.startswith("--data") for word in own) else ["--data=text"]
+sys.exit(main(sys.argv[2:] + own + data))
+"""
+
+
+@pytest.mark.parametrize(
+    ("on_rank_1", "message"),
+    [
+        ("--seed=1", "seed is 0 on rank 0 and 1 on rank 1"),
+        ("--stps=1", "rank 1: unknown option --stps; did you mean --steps?"),
+        ("--data=text/text_0.txt", "data.path is 'text' on rank 0 and 'text/text_0.txt' on rank 1"),
+    ],
+)
+def test_what_is_wrong_on_one_rank_ends_both_with_one_message(folder: Path, on_rank_1: str, message: str) -> None:
+    (folder / "different.py").write_text(DIFFERENT)
+    head = command("torchrun", 2, "X")[:-2]
+    given = [word for word in arguments("different") if not word.startswith("--data")]
+    done = subprocess.run(
+        [*head, "different.py", on_rank_1, *given], cwd=folder, env=environment(), capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode != 0
+    for rank in range(2):
+        assert f"[rank {rank}] error: " in done.stderr
+    assert done.stderr.count(message) >= 2
+    assert not (folder / "different" / "metrics.jsonl").exists()
+
+
+def test_a_damaged_checkpoint_ends_both_ranks(folder: Path) -> None:
+    launcher, options = ENGINES["fsdp2"]
+    damaged = (
+        rewind(two_ranks(folder, "fsdp2"), folder / "damaged", 4)
+        / "checkpoints"
+        / "step_00000004"
+        / "weights_rank_00001.pt"
+    )
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    done = run(launcher, 2, [*arguments("damaged"), *SMALL_APOLLO, *options, "--resume"], folder)
+    assert done.returncode != 0
+    for rank in range(2):
+        assert f"[rank {rank}] error: " in done.stderr
+    assert done.stderr.count("weights_rank_00001.pt has") >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("optimizer", ["apollo", "adamw"])
+@pytest.mark.parametrize("name", ["zero0", "zero0_bf16", "zero1", "zero2_bf16", "zero1_bf16_fp32_grads"])
+def test_every_deepspeed_config_resumes_exactly(folder: Path, tmp_path: Path, name: str, optimizer: str) -> None:
+    values = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+    values["train_micro_batch_size_per_gpu"] = 1
+    (tmp_path / "ds.json").write_text(json.dumps(values))
+    options = [f"--deepspeed_config={tmp_path / 'ds.json'}", f"--optimizer={optimizer}"]
+    options += SMALL_APOLLO if optimizer == "apollo" else []
+    whole = [*arguments(f"{name}_{optimizer}"), *options, "--checkpoint_every=4"]
+    succeed("deepspeed", 2, whole, folder)
+    again = f"{name}_{optimizer}_again"
+    rewind(folder / f"{name}_{optimizer}", folder / again, 4)
+    succeed("deepspeed", 2, [*arguments(again), *options, "--resume"], folder)
+    assert losses(folder / again) == losses(folder / f"{name}_{optimizer}")
+    if "bf16" not in name and optimizer == "apollo":
+        assert losses(folder / again) == pytest.approx(losses(folder / "one"), rel=2e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_bf16_stays_near_fp32(folder: Path, engine: str) -> None:
+    options = [f"--engine={engine}", "--precision=bf16"]
+    succeed("torchrun", 2, [*arguments(f"{engine}_bf16"), *SMALL_APOLLO, *options], folder)
+    assert losses(folder / f"{engine}_bf16") == pytest.approx(losses(folder / "one"), rel=2e-2)
+    assert losses(folder / f"{engine}_bf16") != losses(folder / "one")
+
+
+@pytest.mark.slow
+def test_kill_9_of_a_rank_ends_the_job_and_resume_continues(folder: Path) -> None:
+    options = [*SMALL_APOLLO, "--deepspeed_config=zero2.json", "--eval_every=0", "--checkpoint_every=5"]
+    options = [
+        *(word for word in arguments("killed") if word.split("=")[0] not in ("--steps", "--eval_every")),
+        *options,
+    ]
+    options += ["--steps=100000"]
+    with (folder / "killed.log").open("w") as log:
+        job = subprocess.Popen(command("deepspeed", 2) + options, cwd=folder, env=environment(), stdout=log, stderr=log)
+    try:
+        latest = folder / "killed" / "checkpoints" / "latest"
+        wait_for(lambda: latest.exists() and latest.read_text() >= "step_00000010", 90)
+        (victim,) = (
+            process
+            for process in psutil.Process(job.pid).children(recursive=True)
+            if "--local_rank=1" in process.cmdline()
+        )
+        os.kill(victim.pid, signal.SIGKILL)
+        began = time.monotonic()
+        code = job.wait(timeout=30)
+        assert time.monotonic() - began < 30
+        assert code != 0
+    finally:
+        if job.poll() is None:
+            for process in psutil.Process(job.pid).children(recursive=True):
+                process.kill()
+            job.kill()
+    before = losses(folder / "killed")
+    checkpoint = int(latest.read_text().strip().removeprefix("step_"))
+    last = max(before)
+    assert last >= checkpoint
+    # Two steps more than the killed run made, so that something is new even if it died right at a checkpoint.
+    succeed("deepspeed", 2, [*options, "--resume", f"--stop_after={last + 2}"], folder)
+    after = losses(folder / "killed")
+    assert sorted(after) == list(range(1, last + 3))
+    assert {step: after[step] for step in before} == before
+    # And what it never reached equals a run that was never killed.
+    straight = [word for word in options if not word.startswith("--output")]
+    succeed("deepspeed", 2, [*straight, "--output=straight", f"--stop_after={last + 2}"], folder)
+    assert losses(folder / "straight") == after
+
+
+def wait_for(condition: object, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    assert callable(condition)
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not get far enough in time"
+        time.sleep(0.05)

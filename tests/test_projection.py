@@ -1,0 +1,91 @@
+"""The projection: published vectors for Philox, slabs, distribution, equality across processes."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from apollo_dist.projection import gaussian, philox_4x32_10
+
+# Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
+KNOWN = [
+    ((0, 0, 0, 0), (0, 0), (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+    ((0xFFFFFFFF,) * 4, (0xFFFFFFFF,) * 2, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    (
+        (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344),
+        (0xA4093822, 0x299F31D0),
+        (0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1),
+    ),
+]
+
+
+@pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
+def test_known_answers(counter, key, result):
+    words = philox_4x32_10(tuple(torch.tensor([c, c]) for c in counter), key)
+    assert tuple(int(w[0]) for w in words) == result
+    assert tuple(int(w[1]) for w in words) == result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("rank", [1, 3, 4, 130])
+def test_slabs_equal_slices_bit_for_bit(rank, dtype):
+    size = 5000
+    whole = gaussian(3, "layers.0.w", 2, rank, size, dtype=dtype)
+    assert whole.shape == (rank, size)
+    for start, stop in [(0, 0), (0, 1), (7, 24), (1023, 3001), (4999, 5000), (0, size)]:
+        assert torch.equal(gaussian(3, "layers.0.w", 2, rank, size, start, stop, dtype=dtype), whole[:, start:stop])
+
+
+def test_float32_is_float64_rounded():
+    assert torch.equal(gaussian(0, "a", 0, 8, 1000), gaussian(0, "a", 0, 8, 1000, dtype=torch.float64).float())
+
+
+def test_distribution():
+    rank, size = 64, 40000
+    x = gaussian(0, "w", 0, rank, size, dtype=torch.float64) * rank**0.5
+    n = x.numel()
+    # Five standard errors of each estimate.
+    assert abs(float(x.mean())) < 5 / n**0.5
+    assert abs(float(x.var()) - 1) < 5 * (2 / n) ** 0.5
+    assert abs(float((x**3).mean())) < 5 * (15 / n) ** 0.5
+    assert abs(float((x**4).mean()) - 3) < 5 * (96 / n) ** 0.5
+    for bound, probability in [(1.0, 0.317311), (2.0, 0.045500), (3.0, 0.002700)]:
+        found = float((x.abs() > bound).double().mean())
+        assert abs(found - probability) < 5 * (probability / n) ** 0.5
+    # Rows and neighbouring columns are uncorrelated.
+    correlation = (x @ x.T) / size - torch.eye(rank, dtype=torch.float64)
+    assert float(correlation.abs().max()) < 6 / size**0.5
+    assert abs(float((x[:, 1:] * x[:, :-1]).mean())) < 5 / n**0.5
+
+
+def test_identity_is_seed_name_and_refresh():
+    base = gaussian(0, "a", 0, 4, 50)
+    for other in [gaussian(1, "a", 0, 4, 50), gaussian(0, "b", 0, 4, 50), gaussian(0, "a", 1, 4, 50)]:
+        assert float((base * other).sum()) / 50 < 0.5
+        assert not torch.isclose(base, other).any()
+    assert torch.equal(base, gaussian(0, "a", 0, 4, 50))
+
+
+def test_another_process_draws_the_same():
+    code = (
+        "import hashlib, torch; from apollo_dist.projection import gaussian; torch.manual_seed(9); torch.rand(3);"
+        "print(hashlib.sha256(gaussian(5, 'm', 7, 6, 333).numpy().tobytes()).hexdigest())"
+    )
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert printed == hashlib.sha256(gaussian(5, "m", 7, 6, 333).numpy().tobytes()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(0, "a", 0, 0, 5), (0, "a", -1, 2, 5), (0, "a", 0, 2, 5, 3, 2), (0, "a", 0, 2, 5, 0, 6), (0, "a", 0, 2, 5, -1, 2)],
+)
+def test_bad_arguments(arguments):
+    with pytest.raises(ValueError, match=r"must be|need"):
+        gaussian(*arguments)
+
+
+def test_bad_dtype():
+    with pytest.raises(ValueError, match="bfloat16"):
+        gaussian(0, "a", 0, 2, 5, dtype=torch.bfloat16)
