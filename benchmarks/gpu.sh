@@ -1,0 +1,59 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, in one command: the tests marked gpu, then step_time.py on CUDA. Fetches and installs
+# nothing: it needs a python3 with torch and pytest, and puts this repository on its path, and with it whatever wheels
+# lie in .whl/ (DeepSpeed, for example, on a machine without a network). Tables go to $OUT if that is set, else to
+# benchmarks/results/.
+#
+#   bash benchmarks/gpu.sh
+#
+#   PYTHON=python3     the interpreter
+#   SHAPES="60M 350M 1B 7B"    DTYPES="fp32 bf16"    ROUNDS=9
+set -euo pipefail
+cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+python="${PYTHON:-python3}"
+results="${OUT:-benchmarks/results}"
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
+mkdir -p "$results"
+
+if compgen -G ".whl/*.whl" >/dev/null; then
+    site="$(mktemp -d)"
+    trap 'rm -rf -- "$site"' EXIT
+    "$python" -m pip install --quiet --no-index --no-deps --no-compile --target "$site" .whl/*.whl
+    export PYTHONPATH="$PYTHONPATH:$site"
+fi
+
+"$python" -c 'import torch, sys; sys.exit(not torch.cuda.is_available())' || {
+    echo "error: $python sees no CUDA device" >&2
+    exit 1
+}
+name="$("$python" -c 'import re, torch; print(re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower())')"
+
+status=0
+echo "==> tests marked gpu"
+"$python" -m pytest -p no:cacheprovider -m gpu tests || status=$?
+
+for shapes in ${SHAPES:-60M 350M 1B 7B}; do
+    for dtype in ${DTYPES:-fp32 bf16}; do
+        echo "==> $shapes $dtype"
+        # Weights, gradients and AdamW's state are four numbers an element, and a step may need as much again for the
+        # largest matrices: a pair that does not fit is left out, not estimated.
+        if ! "$python" - "$shapes" "$dtype" <<'EOF'
+import sys
+import torch
+sys.path.insert(0, "benchmarks")
+from candidates import matrix_shapes
+need = 4.5 * sum(m * n for m, n in matrix_shapes(sys.argv[1])) * {"fp32": 4, "bf16": 2}[sys.argv[2]]
+free, _ = torch.cuda.mem_get_info()
+print(f"needs about {need / 2**30:.1f} GiB, {free / 2**30:.1f} GiB free")
+sys.exit(need > 0.95 * free)
+EOF
+        then
+            echo "left out: too large for this GPU"
+            continue
+        fi
+        "$python" benchmarks/step_time.py --device cuda --shapes "$shapes" --dtype "$dtype" --rounds "${ROUNDS:-9}" \
+            --write "$name-$shapes-$dtype" --results "$results" || status=$?
+    done
+done
+exit "$status"
