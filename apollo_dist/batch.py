@@ -14,12 +14,16 @@ import torch
 from torch import Tensor
 
 from . import rule
+from .exchange.collectives import TERMS
 from .matrix import GRADIENT, LOW_RANK, NORMALIZED, Matrix
 
-# How many low-rank numbers a batch may have, which bounds the memory that R takes: on CPU so that a batch stays in the
-# cache from the projection to the norms, on accelerators 256 MiB.
-_NUMBERS_CPU = 1 << 18
-_NUMBERS_ACCELERATOR = 1 << 26
+# How many low-rank numbers and gradient elements a batch may have. They bound the memory that R and converted gradients
+# take; on CPU the R of a batch stays in the cache from the projection to the norms.
+_LIMITS_CPU = (1 << 18, 1 << 25)
+_LIMITS_ACCELERATOR = (1 << 26, 1 << 26)
+
+# The gradients of a batch's matrices: for each the tiles' views, or None where a matrix has no gradient.
+Gradients = list[list[Tensor] | None]
 
 
 class Batch:
@@ -39,18 +43,32 @@ class Batch:
         self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
         self.exp_avg = torch.zeros((ends[-1], spec.rank), **self._kind)
         self.exp_avg_sq = torch.zeros((ends[-1], spec.rank), **self._kind)
-        for m, rows in zip(matrices, self._rows, strict=True):
-            for key, moment in (("exp_avg", self.exp_avg), ("exp_avg_sq", self.exp_avg_sq)):
-                moment[rows] = m.state[key]
-                m.state[key] = moment[rows]
+        self.last_norm = torch.zeros(len(self.matrices), **self._kind)
+        for i, (m, rows) in enumerate(zip(self.matrices, self._rows, strict=True)):
+            places = {
+                "exp_avg": self.exp_avg[rows],
+                "exp_avg_sq": self.exp_avg_sq[rows],
+                "last_norm": self.last_norm[i],
+            }
+            for key, place in places.items():
+                place.copy_(m.state[key])
+            m.state.update(places)
+
+    def gradients(self, active: Sequence[bool]) -> Gradients:
+        """The gradients in the compute dtype; None for matrices that are not active.
+
+        Args:
+            active: for each matrix of the unit whether it has a gradient.
+        """
+        return [m.gradients() if active[i] else None for i, m in enumerate(self.matrices, start=self.first)]
 
     def owner_step(
-        self, active: Sequence[bool], seed: int, received: Sequence[Any], terms: Tensor
-    ) -> list[Tensor | None]:
+        self, grads: Gradients, seed: int, received: Sequence[Any], terms: Tensor
+    ) -> Sequence[Tensor | None]:
         """Complete R over the owned channels, update their moments and write this rank's norm terms.
 
         Args:
-            active: for each matrix of the unit whether it has a gradient; the others are left alone.
+            grads: of the batch's matrices; those without one are left alone.
             seed: of the projections.
             received: for each matrix of the unit what ``Exchange.to_owners`` returned, or None.
             terms: (matrices of the unit, TERMS), written in place.
@@ -61,36 +79,66 @@ class Batch:
         spec, group = self.matrices[0].spec, self.matrices[0].group
         low_rank = torch.empty_like(self.exp_avg)
         norms = torch.empty(low_rank.shape[0], **self._kind) if spec.channel_norms else None
-        for i, (m, rows) in enumerate(zip(self.matrices, self._rows, strict=True), start=self.first):
-            if active[i]:
-                m.complete(low_rank[rows], None if norms is None else norms[rows], seed, received[i])
-        normalized = torch.zeros(low_rank.shape[0], **self._kind)
-        plain, scale = torch.zeros_like(normalized), torch.zeros_like(normalized)
-        for rows in self._active_rows(active):
-            moments, part = (self.exp_avg[rows], self.exp_avg_sq[rows]), low_rank[rows]
-            update = rule.normalize(*moments, part, betas=group["betas"], eps=group["eps"])
-            torch.linalg.vector_norm(update, dim=1, out=normalized[rows])
-            torch.linalg.vector_norm(part, dim=1, out=plain[rows])
-            scale[rows] = rule.channel_scale(normalized[rows], plain[rows])
-            if norms is not None:
-                # From here on s_c ||G_c||, whose norm over a matrix's channels is ||U||.
-                norms[rows] = norms[rows].sqrt_().mul_(scale[rows])
+        held: list[tuple[Tensor, int, int]] = []
+        for k, (m, grad, rows) in enumerate(zip(self.matrices, grads, self._rows, strict=True)):
+            if grad is None:
+                continue
+            m.complete(grad, low_rank[rows], None if norms is None else norms[rows], seed, received[self.first + k])
+            if norms is None and GRADIENT in spec.terms:  # now, while the gradient is in the cache
+                held += [(rule.line_norms(tile), k, GRADIENT) for tile in grad]
+        normalized = torch.zeros_like(low_rank)
+        for rows in self._active_rows(grads):
+            tensors = [each[rows] for each in (self.exp_avg, self.exp_avg_sq, low_rank, normalized)]
+            rule.normalize(*tensors, betas=group["betas"], eps=group["eps"])
         mine = terms[self.first : self.first + len(self.matrices)]
-        if spec.channel_scales:
-            if norms is not None:
-                self._sum(norms, active, mine[:, GRADIENT])
-            return list(torch.split(scale, self.counts))
-        self._sum(normalized, active, mine[:, NORMALIZED])
-        self._sum(plain, active, mine[:, LOW_RANK])
-        if GRADIENT in spec.terms:
-            self._gradient_norms(active, mine[:, GRADIENT])
-        return [None] * len(self.matrices)
+        if not spec.channel_scales:
+            held = [*self._by_matrix(normalized, grads, NORMALIZED), *self._by_matrix(low_rank, grads, LOW_RANK), *held]
+            self._add_squares(held, mine)
+            return [None] * len(self.matrices)
+        scale = rule.channel_scale(*(torch.linalg.vector_norm(each, dim=1) for each in (normalized, low_rank)))
+        if norms is not None:
+            # The norm over a matrix's channels of s_c ||G_c|| is ||U||.
+            self._add_squares(self._by_matrix(norms.mul_(scale), grads, GRADIENT), mine)
+        return torch.split(scale, self.counts)
 
-    def _active_rows(self, active: Sequence[bool]) -> list[slice]:
+    def _by_matrix(self, channels: Tensor, grads: Gradients, column: int) -> list[tuple[Tensor, int, int]]:
+        """The part of each active matrix, as ``_add_squares`` takes it."""
+        parts = torch.split(channels, self.counts)
+        return [(part, k, column) for k, part in enumerate(parts) if grads[k] is not None]
+
+    def finish(
+        self, grads: Gradients, owned: Sequence[Tensor | None], arriving: Sequence[Tensor | None], terms: Tensor
+    ) -> None:
+        """Tensor scaling, limiter and update of the local weights.
+
+        Args:
+            grads: of the batch's matrices.
+            owned: what ``owner_step`` returned, for each matrix of the unit.
+            arriving: for each matrix of the unit the scaling factors from exchange 2, or None.
+            terms: (matrices of the unit, TERMS), summed over ranks.
+        """
+        spec, group = self.matrices[0].spec, self.matrices[0].group
+        norms = terms[self.first : self.first + len(self.matrices)].sqrt().to(self.last_norm.dtype)
+        factor = torch.ones_like(self.last_norm)
+        if not spec.channel_scales:
+            factor = rule.channel_scale(norms[:, NORMALIZED], norms[:, LOW_RANK])
+        if not group["disable_nl"]:
+            limit, last = rule.limit(factor * norms[:, GRADIENT], self.last_norm)
+            factor = factor * limit
+            if all(grad is not None for grad in grads):
+                self.last_norm.copy_(last)
+            else:
+                moved = torch.tensor([grad is not None for grad in grads], device=last.device)
+                self.last_norm.copy_(torch.where(moved, last, self.last_norm))
+        for i, (m, grad, by) in enumerate(zip(self.matrices, grads, factor.unbind(), strict=True), start=self.first):
+            if grad is not None:
+                m.apply(grad, m.held_scale(owned[i], arriving[i]), by)
+
+    def _active_rows(self, grads: Gradients) -> list[slice]:
         """The rows of the matrices with a gradient, neighbours merged."""
         runs: list[slice] = []
-        for i, rows in enumerate(self._rows, start=self.first):
-            if not active[i] or rows.start == rows.stop:
+        for grad, rows in zip(grads, self._rows, strict=True):
+            if grad is None or rows.start == rows.stop:
                 continue
             if runs and runs[-1].stop == rows.start:
                 runs[-1] = slice(runs[-1].start, rows.stop)
@@ -98,48 +146,36 @@ class Batch:
                 runs.append(rows)
         return runs
 
-    def _sum(self, channels: Tensor, active: Sequence[bool], out: Tensor) -> None:
-        """Each active matrix's sum of squares over its channels."""
-        parts = torch.split(channels, self.counts)
-        self._squares(list(parts), list(range(len(parts))), active, out)
-
-    def _gradient_norms(self, active: Sequence[bool], out: Tensor) -> None:
-        """Each active matrix's squared gradient norm over this rank's tiles."""
-        tiles, owners = [], []
-        for k, m in enumerate(self.matrices):
-            if active[self.first + k]:
-                for tile in m.raw_gradients():
-                    tiles.append(tile)
-                    owners.append(k)
-        self._squares(tiles, owners, active, out)
-
-    def _squares(self, tensors: list[Tensor], owners: list[int], active: Sequence[bool], out: Tensor) -> None:
-        """Add the squared norm of each tensor to its matrix's place in ``out``, in order."""
-        kept = [(t, k) for t, k in zip(tensors, owners, strict=True) if active[self.first + k] and t.numel()]
-        if not kept:
+    def _add_squares(self, held: list[tuple[Tensor, int, int]], out: Tensor) -> None:
+        """Add the squared norms of (tensor, matrix, column) to ``out``, (matrices, TERMS), in order."""
+        held = [item for item in held if item[0].numel()]
+        if not held:
             return
-        squares = rule.norms([t for t, _ in kept], self._kind["dtype"]).square_()
-        places = [k for _, k in kept]
-        if places == list(range(out.shape[0])):
-            out.copy_(squares)
-        else:
-            for square, k in zip(squares.unbind(), places, strict=True):
-                out[k] += square
+        squares = torch.stack(torch._foreach_norm([tensor for tensor, _, _ in held])).square_()
+        places = [(k, column) for _, k, column in held]
+        columns = range(TERMS)
+        if places == [(k, column) for column in columns for k in range(out.shape[0])]:
+            out.copy_(squares.view(TERMS, -1).t())
+            return
+        for square, (k, column) in zip(squares.unbind(), places, strict=True):
+            out[k, column] += square
 
 
 def make_batches(matrices: Sequence[Matrix]) -> list[Batch]:
     """Divide a unit's matrices, in order, into batches."""
     batches: list[Batch] = []
     run: list[Matrix] = []
-    numbers = 0
+    numbers = elements = 0
     for i, m in enumerate(matrices):
-        size = m.channels.owned.count * m.spec.rank
-        limit = _NUMBERS_CPU if m.holding.device.type == "cpu" else _NUMBERS_ACCELERATOR
-        if run and (not _alike(run[0], m) or numbers + size > limit):
+        numbers += m.channels.owned.count * m.spec.rank
+        elements += sum(tile.numel for tile in m.tiles)
+        limits = _LIMITS_CPU if m.holding.device.type == "cpu" else _LIMITS_ACCELERATOR
+        if run and (not _alike(run[0], m) or numbers > limits[0] or elements > limits[1]):
             batches.append(Batch(run, i - len(run)))
-            run, numbers = [], 0
+            run = []
+            numbers = m.channels.owned.count * m.spec.rank
+            elements = sum(tile.numel for tile in m.tiles)
         run.append(m)
-        numbers += size
     if run:
         batches.append(Batch(run, len(matrices) - len(run)))
     return batches

@@ -88,7 +88,7 @@ class Matrix:
         self.spec, self.holding, self.channels, self.group, self.state = spec, holding, channels, group, state
         self.tiles = spec.tiles[holding.group.rank]
         self._cache = cache_projection
-        self._drawn: tuple[int, Tensor] | None = None
+        self._drawn: tuple[int, list[Tensor]] | None = None
         inner = [tile.inner(spec.tall) for tile in self.tiles]
         self._slab: Range = (min(a for a, _ in inner), max(b for _, b in inner)) if inner else (0, 0)
         self._alone, self._shared, self._held = (
@@ -97,11 +97,11 @@ class Matrix:
         )
         self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
 
-    def _gradients(self) -> list[Tensor]:
+    def gradients(self) -> list[Tensor]:
         """The gradient of each tile, channels first, in the compute dtype.
 
         Each is (channels of the tile, its inner extent): a tile of a wide matrix comes transposed. Low-precision
-        gradients are converted anew in each phase, so that never more than one matrix is kept in float32.
+        gradients are converted anew in each phase, so that never more than one batch is kept in float32.
         """
         grad = self.holding.grad()
         assert grad is not None
@@ -138,21 +138,27 @@ class Matrix:
         if not active or not count:
             norms = torch.zeros(count, **self._kind) if self.spec.channel_norms else None
             return torch.zeros((count, self.spec.rank), **self._kind), norms
-        grads = self._gradients()
+        grads = self.gradients()
         low_rank = torch.empty((count, self.spec.rank), **self._kind)
         self._project(grads, self._shared, seed, low_rank)
         if not self.spec.channel_norms:
             return low_rank, None
         norms = torch.empty(count, **self._kind)
-        self._squared_norms(grads, self._shared, norms)
-        return low_rank, norms
+        self._channel_norms(grads, self._shared, norms)
+        return low_rank, norms.square_()
 
     def complete(
-        self, low_rank: Tensor, norms: Tensor | None, seed: int, received: tuple[Tensor, Tensor | None] | None
+        self,
+        grads: Sequence[Tensor],
+        low_rank: Tensor,
+        norms: Tensor | None,
+        seed: int,
+        received: tuple[Tensor, Tensor | None] | None,
     ) -> None:
-        """Write R, and the squared gradient norms, over the owned channels: held alone first, then received ones.
+        """Write R, and the gradient's norms, over the owned channels: held alone first, then received ones.
 
         Args:
+            grads: what ``gradients`` returned.
             low_rank: (owned channels, r), written.
             norms: (owned channels,), written; None where norms by channel are not needed.
             seed: of the projections.
@@ -160,20 +166,13 @@ class Matrix:
         """
         alone = self.channels.alone.count
         if alone:
-            grads = self._gradients()
             self._project(grads, self._alone, seed, low_rank[:alone])
             if norms is not None:
-                self._squared_norms(grads, self._alone, norms[:alone])
+                self._channel_norms(grads, self._alone, norms[:alone])
         if received is not None and self.channels.shared_owned.count:
             low_rank[alone:] = received[0]
             if norms is not None and received[1] is not None:
-                norms[alone:] = received[1]
-
-    def raw_gradients(self) -> list[Tensor]:
-        """The gradient of each tile in the dtype it is stored in."""
-        grad = self.holding.grad()
-        assert grad is not None
-        return self._split(grad)[0]
+                torch.sqrt(received[1].to(norms.dtype), out=norms[alone:])
 
     def shared_scale(self, owned: Tensor | None) -> Tensor | None:
         """What exchange 2 carries: the scaling factors over ``shared_owned``."""
@@ -187,38 +186,40 @@ class Matrix:
         """
         if not pieces.parts:
             return
-        projection = self._projection(seed)
+        projections = self._projections(seed)
         if pieces.overlapping:
             out.zero_()
         for number, rows, position in pieces.parts:
-            a, b = (edge - self._slab[0] for edge in self.tiles[number].inner(self.spec.tall))
             part, target = _take(grads[number], rows), _take(out, position)
             if pieces.overlapping:
-                target.addmm_(part, projection[:, a:b].t())
-            elif self.spec.rank == 1:
-                rule.project_to_one(part, projection[0, a:b], target.view(-1))
+                target.addmm_(part, projections[number][:, : self.spec.rank])
             else:
-                torch.mm(part, projection[:, a:b].t(), out=target)
+                rule.project(part, projections[number], target)
 
-    def _squared_norms(self, grads: Sequence[Tensor], pieces: _Pieces, out: Tensor) -> None:
-        """Write this rank's part of each channel's squared gradient norm over a set of channels, (channels,)."""
-        if pieces.overlapping:
-            out.zero_()
+    def _channel_norms(self, grads: Sequence[Tensor], pieces: _Pieces, out: Tensor) -> None:
+        """Write the norm of this rank's part of each channel's gradient over a set of channels, (channels,)."""
+        if not pieces.overlapping:
+            for number, rows, position in pieces.parts:
+                rule.channel_norms(_take(grads[number], rows), _take(out, position))
+            return
+        out.zero_()
         for number, rows, position in pieces.parts:
-            norms = rule.squared_channel_norms(_take(grads[number], rows))
-            if pieces.overlapping:
-                _take(out, position).add_(norms)
-            else:
-                _take(out, position).copy_(norms)
+            part, total = _take(grads[number], rows), _take(out, position)
+            norms = torch.empty_like(total)
+            rule.channel_norms(part, norms)
+            total.addcmul_(norms, norms)
+        out.sqrt_()
 
-    def _projection(self, seed: int) -> Tensor:
-        """The columns of P that this rank's tiles span, for the current step."""
+    def _projections(self, seed: int) -> list[Tensor]:
+        """For the current step, the projection of what each tile spans, as ``rule.project`` takes it."""
         refresh = (self.state["step"] - 1) // self.group["update_proj_gap"]
         if self._drawn is not None and self._drawn[0] == refresh:
             return self._drawn[1]
         self._drawn = None
-        size = min(self.spec.m, self.spec.n)
-        drawn = gaussian(seed, self.spec.name, refresh, self.spec.rank, size, *self._slab, **self._kind)
+        size, (first, last) = min(self.spec.m, self.spec.n), self._slab
+        slab = gaussian(seed, self.spec.name, refresh, self.spec.rank, size, first, last, **self._kind)
+        edges = [tile.inner(self.spec.tall) for tile in self.tiles]
+        drawn = [rule.columns(slab[:, a - first : b - first]) for a, b in edges]
         if self._cache:
             self._drawn = (refresh, drawn)
         return drawn
@@ -230,14 +231,15 @@ class Matrix:
         alone = owned[: self.channels.alone.count]
         return torch.cat([alone, received.to(owned.dtype)]) if received.numel() else alone
 
-    def apply(self, scale: Tensor | None, factor: Tensor) -> None:
+    def apply(self, grads: Sequence[Tensor], scale: Tensor | None, factor: Tensor) -> None:
         """Update the local weights.
 
         Args:
+            grads: what ``gradients`` returned.
             scale: scaling factors of the held channels, or None with tensor scaling.
             factor: scalar; the limiter's factor, times the tensor's scaling factor where it has one.
         """
-        group, grads = self.group, self._gradients()
+        group = self.group
         size = group["lr"] * rule.bias_correction(self.state["step"], group["betas"]) * group["scale"] ** 0.5
         decay = group["lr"] * group["weight_decay"]
         coefficient = factor if scale is None else (scale * factor)[:, None]

@@ -220,25 +220,25 @@ class APOLLO(Optimizer):
             received = exchange.to_owners(partials)
             del partials
 
-        # Owners: moments, scaling factors, norm terms.
+        # Owners: moments, scaling factors, norm terms. Limiter and update are local, and follow at once where no rank
+        # has to be heard, while the gradients are in the cache.
         terms = torch.zeros((len(matrices), TERMS), dtype=unit.dtype, device=unit.device)
         owned: list[Tensor | None] = []
+        arriving: list[Tensor | None] = [None] * len(matrices)
         for batch in unit.batches:
-            owned += batch.owner_step(active, self.seed, received, terms)
+            grads = batch.gradients(active)
+            owned += batch.owner_step(grads, self.seed, received, terms)
+            if not plan.needs_exchange2:
+                batch.finish(grads, owned, arriving, terms)
+            del grads
         del received
 
         # Scaling factors and norm terms travel back to the holders.
-        arriving: list[Tensor | None] = [None] * len(matrices)
         if plan.needs_exchange2:
             shared = [m.shared_scale(scale) for m, scale in zip(matrices, owned, strict=True)]
             arriving, terms = exchange.to_holders(shared, terms)
-
-        # Limiter and update, local.
-        factors, last_norms = (each.unbind() for each in unit.finish(terms))
-        for i, m in enumerate(matrices):
-            if active[i]:
-                m.state["last_norm"] = last_norms[i]
-                m.apply(m.held_scale(owned[i], arriving[i]), factors[i])
+            for batch in unit.batches:
+                batch.finish(batch.gradients(active), owned, arriving, terms)
 
     def _step_adam(self, tensors: list[AdamTensor]) -> None:
         """AdamW for everything that is not low-rank, in batches that share hyperparameters and step."""

@@ -37,17 +37,17 @@ def bias_correction(step: int, betas: tuple[float, float]) -> float:
 
 
 def normalize(
-    exp_avg: Tensor, exp_avg_sq: Tensor, low_rank: Tensor, *, betas: tuple[float, float], eps: float
-) -> Tensor:
-    r"""Update both moments in place with the low-rank gradient R and return N; all (channels, r).
+    exp_avg: Tensor, exp_avg_sq: Tensor, low_rank: Tensor, out: Tensor, *, betas: tuple[float, float], eps: float
+) -> None:
+    r"""Update both moments in place with the low-rank gradient R and write N; all (channels, r).
 
-    One pass: torch's fused Adam kernel, asked to move a zero tensor by :math:`M / (\sqrt{V} + \epsilon)`. Its bias
-    corrections are always those of step 1, and its lr and eps are chosen to cancel them.
+    ``out`` is zero on entry. One pass: torch's fused Adam kernel, asked to move a zero tensor by
+    :math:`M / (\sqrt{V} + \epsilon)`. Its bias corrections are always those of step 1, and its lr and eps are chosen to
+    cancel them.
     """
-    result = torch.zeros_like(low_rank)
     first, second = 1.0 - betas[0], math.sqrt(1.0 - betas[1])
     adam(
-        [result],
+        [out],
         [low_rank],
         [exp_avg],
         [exp_avg_sq],
@@ -62,23 +62,30 @@ def normalize(
         eps=eps / second,
         maximize=False,
     )
-    return result
 
 
-def project_to_one(grad: Tensor, projection: Tensor, out: Tensor) -> None:
-    """The low-rank gradient at rank 1, G p, of a channels-first gradient; written to ``out``, (channels,).
+def columns(projection: Tensor) -> Tensor:
+    """P^T, (size, r), of a projection P, (r, size), as ``project`` takes it: on CPU a single column gets a zero beside.
 
-    On CPU, BLAS takes three times as long for one column, when rows lie one after the other, as for two.
+    For two columns BLAS takes less than half the time that it takes for one, unless memory is the limit.
     """
-    if grad.device.type == "cpu" and grad.stride(1) == 1:
-        two = torch.stack([projection, torch.zeros_like(projection)])
-        out.copy_(torch.mm(grad, two.t())[:, 0])
+    if projection.shape[0] == 1 and projection.device.type == "cpu":
+        projection = torch.cat([projection, torch.zeros_like(projection)])
+    return projection.t()
+
+
+def project(grad: Tensor, columns: Tensor, out: Tensor) -> None:
+    """The low-rank gradient G P^T of a channels-first gradient; written to ``out``, (channels, r)."""
+    if out.shape[1] > 1:
+        torch.mm(grad, columns, out=out)
+    elif columns.shape[1] == 1 or grad.stride(1) != 1:
+        torch.mv(grad, columns[:, 0], out=out[:, 0])
     else:
-        torch.mv(grad, projection, out=out)
+        out.copy_(torch.mm(grad, columns)[:, :1])
 
 
-def squared_channel_norms(grad: Tensor) -> Tensor:
-    """The squared norm of each row of a channels-first gradient, (channels,)."""
+def channel_norms(grad: Tensor, out: Tensor) -> None:
+    """The norm of each row of a channels-first gradient; written to ``out``, (channels,)."""
     if grad.device.type == "cpu" and grad.stride(0) == 1 and grad.stride(1) != 1:
         # A wide matrix comes transposed. torch reduces over its strided dimension without vectorizing; sums of squares
         # over blocks of rows that stay in the cache are several times faster.
@@ -86,17 +93,15 @@ def squared_channel_norms(grad: Tensor) -> Tensor:
         squares = blocks[0].square()
         for block in blocks[1:]:
             squares[: block.shape[0]].addcmul_(block, block)
-        return squares.sum(0)
-    norms: Tensor = torch.linalg.vector_norm(grad, dim=1)
-    return norms.square_()
+        torch.sum(squares, 0, out=out).sqrt_()
+    else:
+        torch.linalg.vector_norm(grad, dim=1, out=out)
 
 
-def norms(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-    """The norm of each tensor, (tensors,), computed in ``dtype``."""
-    if tensors[0].device.type == "cpu" and tensors[0].dim() == 2:
-        # Row norms are vectorized, the norm of a whole matrix is not: half the time.
-        tensors = [torch.linalg.vector_norm(t, dim=1 if t.stride(1) == 1 else 0, dtype=dtype) for t in tensors]
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype))
+def line_norms(grad: Tensor) -> Tensor:
+    """The norms of a gradient's rows, or of its columns where those lie one after the other: the faster ones."""
+    lines: Tensor = torch.linalg.vector_norm(grad, dim=1 if grad.stride(1) == 1 else 0)
+    return lines
 
 
 def channel_scale(normalized_norm: Tensor, low_rank_norm: Tensor) -> Tensor:
@@ -115,8 +120,9 @@ def limit(norm: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         The factor 1 / l that limits the update, and the new ``last``. A norm of zero changes nothing: it must not arm
         the limiter, which would hold the matrix at 1e-8 for over a thousand steps.
     """
-    growth = (norm / (last + NORM_EPS)).clamp_min(GAMMA) / GAMMA
-    factor = torch.where(last > 0, 1.0 / growth, torch.ones_like(growth))
+    # An update of norm 0 gives a factor of min(infinity, 1).
+    reach = torch.where(last > 0, GAMMA * (last + NORM_EPS), math.inf)
+    factor = (reach / norm).clamp_max_(1.0)
     return factor, torch.where(norm > 0, norm * factor, last)
 
 

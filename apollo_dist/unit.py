@@ -8,12 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import rule
 from .batch import Batch, make_batches
 from .exchange.collectives import Exchange
 from .exchange.plan import MatrixSpec, make_plan
 from .layout.holding import Holding, matrices, matrix_name
-from .matrix import GRADIENT, LOW_RANK, NORMALIZED, Matrix, spec_of
+from .matrix import Matrix, spec_of
 
 Slot = dict[str, Any]
 
@@ -70,9 +69,6 @@ class Unit:
         self._entries = entries
         self.matrices: list[Matrix] = []
         self.batches: list[Batch] = []
-        specs = self.plan.matrices
-        self.tensor_scaled = torch.tensor([not m.spec.channel_scales for m in specs], device=device)
-        self.limited = torch.tensor([not g["disable_nl"] for _, _, g in entries], device=device)
 
     def load(self, slots: Callable[[str], Slot], cache_projection: bool) -> None:
         """Make or check the states of the matrices."""
@@ -84,26 +80,6 @@ class Unit:
             _ready(state, spec.name, shapes, kind, [list(r) for r in channels.owned.ranges])
             self.matrices.append(Matrix(spec, holding, channels, group, state, cache_projection))
         self.batches = make_batches(self.matrices)
-
-    def finish(self, terms: Tensor) -> tuple[Tensor, Tensor]:
-        """Tensor scaling and the limiter, for all matrices at once, from the summed norm terms.
-
-        Args:
-            terms: (matrices, TERMS), summed over ranks.
-
-        Returns:
-            Each matrix's scalar factor, and its new ``last_norm``; both (matrices,).
-        """
-        norms = terms.sqrt()
-        scale = torch.where(
-            self.tensor_scaled,
-            rule.channel_scale(norms[:, NORMALIZED], norms[:, LOW_RANK]),
-            torch.ones_like(norms[:, NORMALIZED]),
-        )
-        last = torch.stack([m.state["last_norm"].to(self.dtype) for m in self.matrices])
-        factor, after = rule.limit(scale * norms[:, GRADIENT], last)
-        factor = torch.where(self.limited, factor, torch.ones_like(factor))
-        return scale * factor, after
 
 
 def _ready(state: Slot, name: str, shapes: dict[str, tuple[int, ...]], kind: dict[str, Any], held: list[Any]) -> None:
