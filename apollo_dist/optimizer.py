@@ -11,11 +11,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from . import rule
 from .agreement import agree, run_together
 from .build import Build, build, check_unique, fingerprint
 from .deepspeed import register
-from .exchange.collectives import TERMS
 from .groups import (
     CHOOSE,
     FOREIGN,
@@ -30,7 +28,8 @@ from .groups import (
     validate_options,
 )
 from .layout import zero
-from .unit import AdamTensor, Slot, Unit
+from .step import step_adam, step_unit
+from .unit import Slot
 
 logger = logging.getLogger("apollo_dist")
 
@@ -204,67 +203,9 @@ class APOLLO(Optimizer):
         current = self._current()
         if current is not None:
             for unit in current.units:
-                self._step_unit(unit)
-            self._step_adam(current.adam)
+                step_unit(unit, self.seed)
+            step_adam(current.adam)
         return loss
-
-    def _step_unit(self, unit: Unit) -> None:
-        """One step of all matrices of a shard group: at most two collectives."""
-        plan, exchange, matrices = unit.plan, unit.exchange, unit.matrices
-        active = [m.begin_step() for m in matrices]
-
-        # Partial low-rank gradients travel to the owners of their channels.
-        received: list[Any] = [None] * len(matrices)
-        if plan.needs_exchange1:
-            partials = [m.partial(self.seed, on) for m, on in zip(matrices, active, strict=True)]
-            received = exchange.to_owners(partials)
-            del partials
-
-        # Owners: moments, scaling factors, norm terms. Limiter and update are local, and follow at once where no rank
-        # has to be heard, while the gradients are in the cache.
-        terms = torch.zeros((len(matrices), TERMS), dtype=unit.dtype, device=unit.device)
-        owned: list[Tensor | None] = []
-        arriving: list[Tensor | None] = [None] * len(matrices)
-        for batch in unit.batches:
-            grads = batch.gradients(active)
-            owned += batch.owner_step(grads, self.seed, received, terms)
-            if not plan.needs_exchange2:
-                batch.finish(grads, owned, arriving, terms)
-            del grads
-        del received
-
-        # Scaling factors and norm terms travel back to the holders.
-        if plan.needs_exchange2:
-            shared = [m.shared_scale(scale) for m, scale in zip(matrices, owned, strict=True)]
-            arriving, terms = exchange.to_holders(shared, terms)
-            for batch in unit.batches:
-                batch.finish(batch.gradients(active), owned, arriving, terms)
-
-    def _step_adam(self, tensors: list[AdamTensor]) -> None:
-        """AdamW for everything that is not low-rank, in batches that share hyperparameters and step."""
-        batches: dict[tuple[Any, ...], list[AdamTensor]] = {}
-        for t in tensors:
-            if t.begin_step():
-                key = (id(t.group), t.state["step"], t.holding.device, t.holding.compute_dtype)
-                batches.setdefault(key, []).append(t)
-        for batch in batches.values():
-            group = batch[0].group
-            weights = [t.holding.weight() for t in batch]
-            work = [w.reshape(-1).to(t.holding.compute_dtype) for w, t in zip(weights, batch, strict=True)]
-            rule.adamw(
-                work,
-                [t.gradient() for t in batch],
-                [t.state["exp_avg"] for t in batch],
-                [t.state["exp_avg_sq"] for t in batch],
-                step=batch[0].state["step"],
-                lr=group["lr"],
-                betas=group["betas"],
-                eps=group["eps"],
-                weight_decay=group["weight_decay"],
-            )
-            for stored, updated in zip(weights, work, strict=True):
-                if updated.data_ptr() != stored.data_ptr():
-                    stored.copy_(updated.view(stored.shape))
 
     def _current(self) -> Build | None:
         """What this step works on, built anew when the parameters or their structure changed.
