@@ -36,6 +36,17 @@ class Build:
         """Names of all matrices and tensors."""
         return {m.spec.name for unit in self.units for m in unit.matrices} | {a.holding.name for a in self.adam}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.tensors[0].device if self.tensors else torch.device("cpu")
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's gradients, each once."""
+        holdings = [m.holding for unit in self.units for m in unit.matrices] + [a.holding for a in self.adam]
+        found = (holding.grad() for holding in {id(holding): holding for holding in holdings}.values())
+        return [grad for grad in found if grad is not None and grad.numel()]
+
     def summary(self) -> str:
         """One line: what is low-rank, what is not, which layout, what is exchanged."""
         matrices = [m for unit in self.units for m in unit.matrices]

@@ -28,12 +28,13 @@ from .groups import (
     validate_options,
 )
 from .layout import zero
+from .nonfinite import NonFiniteGuard
 from .step import step_adam, step_unit
 from .unit import Slot
 
 logger = logging.getLogger("apollo_dist")
 
-_ARGUMENTS = ("seed", "exclude", "cache_projection", "process_group")
+_ARGUMENTS = ("seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "process_group")
 
 
 class APOLLO(Optimizer):
@@ -62,6 +63,10 @@ class APOLLO(Optimizer):
         exclude: with a model, a regular expression of names to leave to AdamW.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
+        skip_nonfinite: leave a step out, on all ranks, with weights and states untouched, where a gradient on any of
+            them is infinite or NaN. Costs a pass over the gradients, an all-reduce of one number, and a wait for the
+            device. Under ZeRO-1, 2 and 3 DeepSpeed's own check does this.
+        max_skipped_steps: with ``skip_nonfinite``, a RuntimeError after more left out in a row; None for no limit.
         process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
             is built and at the first step, so every one of them must build it.
 
@@ -88,6 +93,8 @@ class APOLLO(Optimizer):
         disable_nl: bool = False,
         exclude: str | None = None,
         cache_projection: bool | str = "auto",
+        skip_nonfinite: bool = False,
+        max_skipped_steps: int | None = 10,
         process_group: dist.ProcessGroup | None = None,
         **unknown: Any,
     ) -> None:
@@ -98,6 +105,7 @@ class APOLLO(Optimizer):
         }  # fmt: skip
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
         self._process_group = process_group
+        self._guard = NonFiniteGuard(skip_nonfinite, max_skipped_steps, process_group)
         self._members: dict[int, Member] = {}
         # Keeps the given parameters alive, so that their ids stay theirs.
         self._given: list[Tensor] = []
@@ -106,13 +114,15 @@ class APOLLO(Optimizer):
         self._builds: dict[tuple[Any, ...], Build] = {}
         self._engine: zero.Engine | None = None
         run_together(lambda: self._construct(params, options, unknown), process_group)
-        agree(fingerprint(seed, self.param_groups, self._members_of_groups()), process_group)
+        facts = {"skip_nonfinite": skip_nonfinite, "max_skipped_steps": max_skipped_steps}
+        agree({**facts, **fingerprint(seed, self.param_groups, self._members_of_groups())}, process_group)
         register(APOLLO, APOLLOMini)
 
     def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
         """The local part of construction; may fail on one rank only."""
         check_known(unknown, [*OPTIONS, *_ARGUMENTS], "argument")
         validate_options(options, type(self).__name__)
+        self._guard.check()
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.cache_projection not in ("auto", True, False):
@@ -201,11 +211,19 @@ class APOLLO(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         current = self._current()
-        if current is not None:
+        if current is not None and not self._must_skip(current):
             for unit in current.units:
                 step_unit(unit, self.seed)
             step_adam(current.adam)
         return loss
+
+    def _must_skip(self, current: Build) -> bool:
+        return self._guard.enabled and self._guard.must_skip(current.gradients(), current.device)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out by ``skip_nonfinite`` since this optimizer was built."""
+        return self._guard.skipped
 
     def _current(self) -> Build | None:
         """What this step works on, built anew when the parameters or their structure changed.

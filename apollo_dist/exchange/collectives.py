@@ -1,4 +1,4 @@
-"""The two collectives of a step: the only file with communication in a step.
+"""The collectives of a step, two for each unit: the only file with communication in a step.
 
 Exchange 1 carries partial low-rank gradients to the owners of their channels, exchange 2 carries scaling factors and
 norm terms back to the holders. Both are one ``all_to_all_single`` over the shard group for all matrices together, and
@@ -163,9 +163,10 @@ class Exchange:
         buffer = torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype, device=self.device)
         buffer = buffer.to(self.dtype)
         assert buffer.numel() == sum(send), "the plan and the pieces disagree"
-        received = torch.empty(sum(receive), dtype=self.dtype, device=self.device)
-        dist.all_to_all_single(received, buffer, receive, send, group=self.group.process_group)
-        return received
+        where = device_for(self.group.process_group, self.device)
+        received = torch.empty(sum(receive), dtype=self.dtype, device=where)
+        dist.all_to_all_single(received, buffer.to(where), receive, send, group=self.group.process_group)
+        return received.to(self.device)
 
     def _plan_exchange1(self) -> None:
         me = self.group.rank
@@ -230,6 +231,28 @@ class Exchange:
         for route in self._second:
             base.append(base[-1] + route.receive_numbers)
         self._scale_parts = [[(base[owner] + offset, count) for owner, offset, count in parts] for parts in incoming]
+
+
+def device_for(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Where a tensor on ``device`` has to be for a collective: NCCL cannot reach states offloaded to the CPU."""
+    backends = dist.get_backend_config(process_group)
+    if f"{device.type}:" in backends or ":" not in backends:
+        return device
+    return torch.accelerator.current_accelerator() or device
+
+
+def first_rank_where(condition: Tensor, process_group: dist.ProcessGroup | None = None) -> int | None:
+    """The first rank of the group on which a bool scalar is true, None if there is none; the same on every rank.
+
+    A collective of one number, which waits for the device.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return 0 if bool(condition) else None
+    size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
+    first = torch.where(condition, rank, size).to(device_for(process_group, condition.device))
+    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=process_group)
+    found = int(first)
+    return None if found == size else found
 
 
 def _append_run(route: _Route, target: int, length: int) -> None:
