@@ -37,7 +37,7 @@ DEV = [
     "mypy>=1.11",
     "types-PyYAML",
     "types-tqdm",
-    "packaging",
+    "psutil",
 ]
 
 setup(
@@ -51,7 +51,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["apollo_dist", "apollo_dist.*"]),
     package_data={"apollo_dist": ["py.typed", "pretrain/recipes/*.yaml"]},
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # 3.11 is tested, with the versions in constraints.txt
     install_requires=["torch>=2.6", "numpy", "pyyaml"],
     extras_require={
         "deepspeed": DEEPSPEED,
@@ -67,9 +67,7 @@ setup(
         "Intended Audience :: Developers",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
-        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

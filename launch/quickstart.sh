@@ -34,8 +34,11 @@ value_of() {
 # free_output: makes and prints the first runs/quickstart-N that does not exist; mkdir decides, so two runs never share.
 free_output() {
     local n=1
-    mkdir -p runs
-    until mkdir "runs/quickstart-$n" 2>/dev/null; do n=$((n + 1)); done
+    mkdir -p runs || die "cannot make the folder runs in $PWD: pass --output FOLDER"
+    until mkdir "runs/quickstart-$n" 2>/dev/null; do
+        [[ -e "runs/quickstart-$n" ]] || die "cannot write in $PWD/runs: pass --output FOLDER"
+        n=$((n + 1))
+    done
     printf 'runs/quickstart-%d\n' "$n"
 }
 
@@ -53,7 +56,7 @@ if [[ "$(value_of engine "$@" || echo deepspeed)" == deepspeed ]]; then
     value_of deepspeed_config "$@" >/dev/null || options+=(--deepspeed_config ds_configs/zero2.json)
 fi
 if ! output="$(value_of output "$@")"; then
-    output="$(free_output)"
+    output="$(free_output)" || exit 1
     options+=(--output "$output")
 fi
 

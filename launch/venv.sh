@@ -23,11 +23,12 @@ die() {
     exit 1
 }
 
-# find_python: prints the first interpreter that is new enough and can make environments. Each candidate is really
-# run, since a version manager's shim may lie on PATH without a version behind it.
+# find_python: prints the first interpreter that is new enough and can make environments; 3.11 comes first, being what
+# constraints.txt is tested with. Each candidate is really run, since a version manager's shim may lie on PATH without
+# a version behind it.
 find_python() {
     local candidate
-    for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11 python; do
+    for candidate in "${PYTHON:-}" python3.11 python3.12 python3.13 python3 python; do
         [[ -n "$candidate" ]] || continue
         if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
             printf '%s\n' "$candidate"
@@ -72,8 +73,14 @@ install_all() {
 }
 
 ensure_venv() {
-    local python stamp wanted
+    local python stamp wanted lock
     stamp="$APOLLO_VENV/apollo-installed"
+    # Two scripts started at once on a fresh clone must not both install: the second waits for the first.
+    if command -v flock >/dev/null; then
+        mkdir -p -- "$(dirname -- "$APOLLO_VENV")"
+        exec {lock}>"$APOLLO_VENV.lock"
+        flock "$lock"
+    fi
     if [[ ! -x "$APOLLO_VENV/bin/python" ]]; then
         python="$(find_python)" || exit 1
         say "making $APOLLO_VENV with $("$python" --version 2>&1)"
@@ -85,6 +92,7 @@ ensure_venv() {
         install_all
         printf '%s\n' "$wanted" >"$stamp"
     fi
+    if [[ -n "${lock:-}" ]]; then exec {lock}>&-; fi # or whatever is started next would hold it to its end
     # What `activate` does, without its prompt: `deepspeed` and `python` are now those of the environment.
     export VIRTUAL_ENV="$APOLLO_VENV" PATH="$APOLLO_VENV/bin:$PATH"
     unset PYTHONHOME
