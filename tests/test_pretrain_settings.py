@@ -36,7 +36,7 @@ def test_the_papers_hyperparameters() -> None:
 def test_command_line_wins_and_converts() -> None:
     settings = load_settings(
         "--lr 3e-3 --optimizer.betas 0.8,0.95 --model.hidden_size=64 --steps 1e2 --micro_batch_size null --resume "
-        "--data.validation_fraction 0.1 --local_rank=1 --local_rank 1".split()
+        "--data.validation_fraction 0.1 --local_rank=1 --local_rank 1 --local-rank=1".split()
     )
     config = settings.config
     assert isinstance(config.optimizer, ApolloConfig)
@@ -95,6 +95,11 @@ def test_errors_name_the_key_and_the_value(arguments: str, message: str) -> None
         ("optimizers: {adam: {lr: 1}}", r"unknown key 'optimizers.adam' in .*did you mean optimizers.adamw\?"),
         ("model: {hidden: 3}", r"unknown key 'model.hidden'; did you mean model.hidden_size\?"),
         ("sequence_length: 4", "the recipe lacks .*vocab_size"),
+        ("model: {", "recipe .* is not YAML"),
+        ("3", "recipe .* is 3: it must map names to values"),
+        ("model: 3", "model in recipe .* is 3: it must map names to values"),
+        ("1: 2", "it must map names to values"),
+        ("optimizers: {apollo: fast}", "optimizers.apollo in recipe .* is 'fast': it must map"),
     ],
 )
 def test_errors_in_a_recipe_file(tmp_path: Path, line: str, message: str) -> None:
@@ -106,6 +111,13 @@ def test_errors_in_a_recipe_file(tmp_path: Path, line: str, message: str) -> Non
 def test_files_on_the_command_line_replace_the_recipes_dataset() -> None:
     config = load_settings(["--recipe", "60M", "--data", "x.txt"]).config
     assert (config.data.path, config.data.dataset, config.data.tokenizer) == ("x.txt", None, "t5-base")
+
+
+def test_a_dataset_on_the_command_line_leaves_the_recipes_configuration_behind() -> None:
+    own = load_settings(["--recipe", "60M", "--dataset", "some/texts"]).config.data
+    assert (own.dataset, own.dataset_config, own.tokenizer) == ("some/texts", None, "t5-base")
+    same = load_settings(["--recipe", "60M", "--dataset", "allenai/c4"]).config.data
+    assert (same.dataset, same.dataset_config) == ("allenai/c4", "en")
 
 
 def test_help_lists_every_key() -> None:

@@ -25,8 +25,8 @@ ALIASES = {
     "tokenizer": "data.tokenizer",
 }
 SECTIONS: dict[str, type[Any]] = {"model": ModelConfig, "optimizer": ApolloConfig, "data": DataConfig}
-# The deepspeed launcher passes it; the environment says the same (LOCAL_RANK).
-IGNORED = frozenset({"local_rank"})
+# The deepspeed launcher passes it, torch.distributed.launch too; the environment says the same (LOCAL_RANK).
+IGNORED = frozenset({"local_rank", "local-rank"})
 
 
 @dataclass(frozen=True)
@@ -93,10 +93,11 @@ def read_recipe(name: str) -> dict[str, object]:
         if name not in names:
             raise ValueError(f"unknown recipe {name!r}" + _nearest(name, names) + f"; there are {', '.join(names)}")
         text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
-    recipe = yaml.safe_load(text)
-    if not isinstance(recipe, dict):
-        raise ValueError(f"recipe {name!r} holds no mapping of keys to values")
-    return recipe
+    try:
+        recipe = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"recipe {name!r} is not YAML: {error}") from error
+    return _section(recipe, f"recipe {name!r}")
 
 
 def known_keys() -> Iterable[tuple[str, Any]]:
@@ -186,16 +187,18 @@ def _merge(recipe: Mapping[str, object], given: Mapping[str, object], source: st
     for key in recipe:
         if key not in (known := [*_fields(Config), "optimizers"]):
             raise ValueError(f"unknown key {key!r} in {source}" + _nearest(key, known))
-    merged = {key: dict(value) if isinstance(value, dict) else value for key, value in recipe.items()}
-    presets = merged.pop("optimizers", {})
+    merged = dict(recipe)
+    presets = _section(merged.pop("optimizers", None), f"optimizers in {source}")
     chosen = str(given.get("optimizer.name", merged.get("optimizer", "apollo")))
     _check_optimizer(chosen, presets, source)
-    assert isinstance(presets, dict)
-    options = dict(presets.get(chosen) or {})
-    data = dict(typing.cast("Mapping[str, object]", merged.get("data") or {}))
-    model = dict(typing.cast("Mapping[str, object]", merged.get("model") or {}))
+    options = _section(presets.get(chosen), f"optimizers.{chosen} in {source}")
+    data = _section(merged.get("data"), f"data in {source}")
+    model = _section(merged.get("model"), f"model in {source}")
     if "data.path" in given and "data.dataset" not in given:
         data.pop("dataset", None)  # the user's files replace the recipe's dataset
+    if given.get("data.dataset", data.get("dataset")) != data.get("dataset"):
+        for key in ("dataset_config", "train_split", "validation_split", "text_key"):
+            data.pop(key, None)  # they belong to the recipe's dataset, not to the user's
     for key, value in given.items():
         section, _, inner = key.partition(".")
         if key == "optimizer.name":
@@ -213,12 +216,19 @@ def _merge(recipe: Mapping[str, object], given: Mapping[str, object], source: st
     }
 
 
-def _check_optimizer(chosen: str, presets: object, source: str) -> None:
+def _section(value: object, what: str) -> dict[str, object]:
+    """A copy of the mapping ``value``, empty for None; ValueError, saying ``what`` it is, unless it maps names."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ValueError(f"{what} is {value!r}: it must map names to values")
+    return dict(value)
+
+
+def _check_optimizer(chosen: str, presets: Mapping[str, object], source: str) -> None:
     names = list(OPTIMIZERS)
     if chosen not in OPTIMIZERS:
         raise ValueError(f"unknown optimizer {chosen!r}" + _nearest(chosen, names) + f"; there are {', '.join(names)}")
-    if not isinstance(presets, dict):
-        raise ValueError(f"optimizers in {source} is {presets!r}: it must map optimizer names to their options")
     for name in presets:
         if name not in OPTIMIZERS:
             raise ValueError(f"unknown key 'optimizers.{name}' in {source}" + _nearest(name, names, "optimizers."))
