@@ -24,7 +24,7 @@ def config(*arguments: str) -> Config:
 
 
 def windows(tokens: int = 1000, length: int = 16) -> Windows:
-    return Windows([np.arange(tokens, dtype=np.uint32)], length, "test data")
+    return Windows([np.arange(tokens, dtype=np.uint32)], length, "test data", 1000)
 
 
 def test_windows_predict_every_token_once_without_padding() -> None:
@@ -37,7 +37,7 @@ def test_windows_predict_every_token_once_without_padding() -> None:
 
 
 def test_windows_do_not_cross_files() -> None:
-    cut = Windows([np.arange(40, dtype=np.uint16), np.arange(100, 140, dtype=np.uint16)], 16, "test data")
+    cut = Windows([np.arange(40, dtype=np.uint16), np.arange(100, 140, dtype=np.uint16)], 16, "test data", 1000)
     starts = cut.batch(range(len(cut)))[:, 0].tolist()
     assert starts == [0, 16, 100, 116]
 
@@ -196,6 +196,17 @@ def test_a_changed_file_changes_the_digest(tmp_path: Path) -> None:
     path = folder / "text_0.txt"
     path.write_text(path.read_text().replace("the", "teh", 1))
     assert build_data(config("--data", str(folder)), 0, 1).digest != before
+
+
+def test_a_token_without_an_embedding_is_an_error(tmp_path: Path) -> None:
+    tokens = np.zeros(1000, dtype=np.uint16)
+    tokens[[100, 990]] = 256  # one in the training part, one in the validation part
+    tokens.tofile(tmp_path / "x.bin")
+    data = build_data(config("--data", str(tmp_path / "x.bin")), 0, 1)
+    with pytest.raises(ValueError, match=r"training data \(.*x.bin\) holds token 256, and model.vocab_size is 256"):
+        data.train.take(59)
+    with pytest.raises(ValueError, match=r"validation data .* holds token 256"):
+        data.validation.batch(range(len(data.validation)))
 
 
 def test_bytes_need_a_vocabulary_of_256() -> None:

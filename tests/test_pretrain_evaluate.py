@@ -39,12 +39,12 @@ class AloneRanks(Ranks):
     def sum(self, values: object) -> list[float]:
         assert isinstance(values, Tensor)
         self.__dict__["sent"] = values.tolist()
-        return [float(x) for x in values.tolist()] if values[1] else [0.0, 1.0]
+        return [float(x) for x in values.tolist()] if values[1] else [0.0, 1.0, values[2]]
 
 
 def data(sequences: int) -> Windows:
     tokens = np.random.default_rng(1).integers(0, VOCABULARY, sequences * LENGTH + 1).astype(np.uint16)
-    return Windows([tokens], LENGTH, "test data")
+    return Windows([tokens], LENGTH, "test data", VOCABULARY)
 
 
 def exact(windows: Windows, indices: list[int]) -> tuple[float, int]:
@@ -59,7 +59,7 @@ def exact(windows: Windows, indices: list[int]) -> tuple[float, int]:
 @pytest.mark.parametrize("world", [1, 2, 3, 5])
 def test_ranks_together_count_every_token_once(world: int, micro: int, wanted: int | None) -> None:
     windows = data(7)
-    total, passes = [0.0, 0.0], []
+    total, passes = [0.0, 0.0, 0.0], []
     for rank in range(world):
         engine, ranks = TableEngine(), AloneRanks(rank, world, torch.device("cpu"))
         evaluate(engine, windows, micro, ranks, wanted, None)  # type: ignore[arg-type]
@@ -67,7 +67,7 @@ def test_ranks_together_count_every_token_once(world: int, micro: int, wanted: i
         passes.append(len(engine.passes))
         assert engine.training
     nll, count = exact(windows, spread(7, wanted))
-    assert total[1] == count
+    assert total[1:] == [count, 0]
     assert total[0] == pytest.approx(nll, rel=1e-6)
     assert len(set(passes)) == 1, "forward passes are collectives under FSDP: every rank makes as many"
 

@@ -6,11 +6,15 @@ import contextlib
 import logging
 import os
 import sys
+import threading
+import traceback
 from collections.abc import Sequence
 
 from apollo_dist.pretrain.distributed import Ranks, SetupError, process_group
 from apollo_dist.pretrain.settings import Settings, help_text, load_settings
 from apollo_dist.pretrain.train import train
+
+LAST_WORDS_SECONDS = 30.0  # how long a rank that ends with an error waits for the others to say it too
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -32,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
         return settings
 
     try:
-        with process_group(settings.config.timeout_minutes if settings else 1.0) as ranks:
+        with process_group(settings.config.timeout_minutes if settings else 10.0) as ranks:
             _configure_logging(ranks)
             try:
                 train(ranks.together(check), ranks)
@@ -47,10 +51,18 @@ def main(arguments: Sequence[str]) -> int:
 def _end_together(error: SetupError, ranks: Ranks) -> int:
     prefix = f"[rank {ranks.rank}] " if ranks.world > 1 else ""
     print(f"{prefix}error: {error}", file=sys.stderr, flush=True)
-    # Launchers kill the other ranks as soon as one ends: all must have printed by then.
+    # Launchers kill the other ranks as soon as one ends, so all must have printed by then; unless one got lost.
+    waiting = threading.Thread(target=_meet, args=(ranks,), daemon=True)
+    waiting.start()
+    waiting.join(LAST_WORDS_SECONDS)
+    if waiting.is_alive():
+        raise SystemExit(2)  # past the end of the process group, which would wait as well
+    return 2
+
+
+def _meet(ranks: Ranks) -> None:
     with contextlib.suppress(RuntimeError):
         ranks.barrier()
-    return 2
 
 
 def _configure_logging(ranks: Ranks) -> None:
@@ -59,12 +71,26 @@ def _configure_logging(ranks: Ranks) -> None:
     logging.getLogger("apollo_dist").setLevel(level)
 
 
+def _run() -> int:
+    """`main`, and what Python would do about its exceptions."""
+    try:
+        return main(sys.argv[1:])
+    except SystemExit as left:
+        return left.code if isinstance(left.code, int) else 1
+    except KeyboardInterrupt:
+        return 130
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
+    code = _run()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    # DeepSpeed keeps process groups alive, and with them gloo's worker threads. One of those that wants the GIL while
-    # the interpreter shuts down aborts the process (SIGABRT after the last line, seen in 1 of 10 runs under ZeRO-0).
-    # Everything is written and closed by now, so leave without that shutdown.
+    # Everything is written and closed by now, so leave without the interpreter's own shutdown. DeepSpeed keeps process
+    # groups alive, and with them gloo's worker threads: one of those that wants the GIL in a shutdown aborts the
+    # process (SIGABRT after the last line, seen in 1 of 10 runs under ZeRO-0). And a rank that failed must be gone at
+    # once, for its launcher to end the others; CUDA's teardown may wait for kernels that wait for those others.
     os._exit(code)

@@ -35,8 +35,7 @@ class Ranks:
     def together(self, work: Callable[[], T]) -> T:
         """Run ``work`` (local: no collectives inside) on every rank; collective.
 
-        Where it fails on any rank, every rank raises SetupError with the same message, which names the ranks unless
-        all failed alike.
+        Where it fails on any rank, every rank raises SetupError as `share` does.
         """
         result: list[T] = []
         error: Exception | None = None
@@ -44,13 +43,21 @@ class Ranks:
             result.append(work())
         except Exception as caught:  # whatever it is, the other ranks must hear of it
             error = caught
+        self.share(error)
+        return result[0]
+
+    def share(self, error: Exception | None) -> None:
+        """Raise SetupError on every rank if any has an ``error``; collective.
+
+        All get the same message, which names the ranks unless all failed alike.
+        """
         plain = isinstance(error, (ValueError, OSError))
         mine = None if error is None else str(error) if plain else f"{type(error).__name__}: {error}"
         everyone: list[str | None] = [None] * self.world
         dist.all_gather_object(everyone, mine)
         failed = {rank: text for rank, text in enumerate(everyone) if text is not None}
         if not failed:
-            return result[0]
+            return
         texts = set(failed.values())
         if len(failed) == self.world and len(texts) == 1:
             raise SetupError(texts.pop()) from error
@@ -75,6 +82,15 @@ class Ranks:
     def barrier(self) -> None:
         """Wait for every rank; collective. Its own all-reduce, so that it runs on this rank's device."""
         self.sum([0.0])
+
+
+@contextlib.contextmanager
+def alike() -> Iterator[None]:
+    """Turn a ValueError that every rank raises alike, as those of APOLLO's are, into `SetupError`."""
+    try:
+        yield
+    except ValueError as error:
+        raise SetupError(str(error)) from error
 
 
 @contextlib.contextmanager

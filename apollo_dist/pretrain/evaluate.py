@@ -48,18 +48,29 @@ def evaluate(
     Window j goes to rank ``j % world``. Sums and counts travel, not means, so an uneven split does not matter; every
     rank makes the same number of forward passes, since those of FSDP and ZeRO-3 are collectives: where a rank has no
     window left it repeats its first batch, or window 0, with weight zero.
+
+    Raises SetupError on every rank where one could not read its windows.
     """
     chosen = spread(len(windows), sequences)
     mine = chosen[ranks.rank :: ranks.world]
     passes = math.ceil(math.ceil(len(chosen) / ranks.world) / micro)
-    total = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+    total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # losses, tokens, batches that could not be read
+    problem: Exception | None = None
     engine.train(False)
     for start in range(0, passes * micro, micro):
         batch = mine[start : start + micro]
-        tokens = windows.batch(batch or mine[:micro] or chosen[:1]).to(ranks.device)
+        try:
+            tokens = windows.batch(batch or mine[:micro] or chosen[:1]).to(ranks.device)
+        except Exception as error:  # whatever it is, the other ranks must hear of it, and their passes need this one's
+            problem = error
+            total[2] += 1
+            tokens = torch.zeros(1, windows.length + 1, dtype=torch.int64, device=ranks.device)
         losses = token_losses(engine.logits(tokens[:, :-1]), tokens[:, 1:])
         if batch:
-            total += torch.stack([losses.sum(dtype=torch.float64), total.new_tensor(losses.numel())])
+            total[0] += losses.sum(dtype=torch.float64)
+            total[1] += losses.numel()
     engine.train(True)
-    nll, count = ranks.sum(total)
+    nll, count, failed = ranks.sum(total)
+    if failed:
+        ranks.share(problem)
     return Evaluation(nll / count, int(count), bytes_per_token)

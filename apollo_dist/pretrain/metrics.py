@@ -103,8 +103,9 @@ class Metrics:
             os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Finish the bar and the files."""
+        """Finish the bar and the files; a second call does nothing."""
         if self._on:
+            self._on = False
             self._bar.close()
             self._file.close()
             for logger in self._loggers:

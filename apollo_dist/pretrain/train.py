@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from apollo_dist.pretrain.batching import BatchPlan, plan_batch
 from apollo_dist.pretrain.checkpoint import Checkpoints
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.data import Data, build_data
-from apollo_dist.pretrain.distributed import Ranks, SetupError
+from apollo_dist.pretrain.distributed import Ranks, SetupError, alike
 from apollo_dist.pretrain.engines import Engine, build_engine
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson, reconcile
 from apollo_dist.pretrain.evaluate import Evaluation, evaluate
@@ -43,6 +44,11 @@ class Run:
 def train(settings: Settings, ranks: Ranks) -> None:
     """Set up, train to ``config.last_step``, validate, and write the summary; collective."""
     run = set_up(settings, ranks)
+    with contextlib.closing(run.metrics):
+        _train(run)
+
+
+def _train(run: Run) -> None:
     config = run.config
     validated = _last_validated(run)
     while run.step < config.last_step:
@@ -72,7 +78,8 @@ def set_up(settings: Settings, ranks: Ranks) -> Run:
     if not config.resume:
         checkpoints.require_none()
     found = checkpoints.find() if config.resume else None
-    engine = build_engine(config, json, plan, model, ranks)
+    with alike():
+        engine = build_engine(config, json, plan, model, ranks)
     step = 0 if found is None else checkpoints.load(found, engine, data.train)
     metrics = ranks.together(lambda: Metrics(config, ranks.first, step))
     name = type(engine.optimizer).__name__
@@ -92,28 +99,23 @@ def set_up(settings: Settings, ranks: Ranks) -> Run:
 def train_step(run: Run) -> None:
     """One optimizer step over ``batch_size`` sequences of all ranks; logs the mean loss over all of them.
 
-    Raises ValueError on every rank, before any weight changes, where that loss is not finite.
+    Raises SetupError on every rank, before any weight changes, where a rank could not read its data or that loss is
+    not finite.
     """
     began = time.perf_counter()
     lr = float(run.engine.optimizer.param_groups[0]["lr"])
-    total = torch.zeros(1, dtype=torch.float64, device=run.ranks.device)
-    for micro in range(run.plan.accumulation):
-        tokens = run.data.train.take(run.plan.micro)
-        highest = int(tokens.max())
-        if highest >= run.config.model.vocab_size:
-            raise ValueError(f"the data holds token {highest}, model.vocab_size is {run.config.model.vocab_size}")
-        tokens = tokens.to(run.ranks.device)
-        loss = token_losses(run.engine.logits(tokens[:, :-1]), tokens[:, 1:]).mean()
-        total += loss.detach()
-        if micro + 1 == run.plan.accumulation:
-            (summed,) = run.ranks.sum(total)
-            mean = summed / (run.plan.accumulation * run.ranks.world)
-            if not math.isfinite(mean):
-                raise ValueError(
-                    f"the loss of step {run.step + 1} is {mean}: lower the learning rate, or check the data"
-                )
-        run.engine.backward(loss, last=micro + 1 == run.plan.accumulation)
-    run.engine.update()
+    batches, problem = _next_batches(run)
+    total = torch.zeros(2, dtype=torch.float64, device=run.ranks.device)  # losses; 1 if the data could not be read
+    total[1] = float(problem is not None)
+    for number, tokens in enumerate(batches, 1):
+        with run.engine.micro_batch(last=number == len(batches)):
+            loss = token_losses(run.engine.logits(tokens[:, :-1]), tokens[:, 1:]).mean()
+            total[0] += loss.detach()
+            if number == len(batches):
+                mean = _mean_loss(run, total, problem)
+            run.engine.backward(loss)
+    with alike():
+        run.engine.update()
     run.step += 1
     seconds = time.perf_counter() - began
     tokens_per_step = run.config.batch_size * run.config.sequence_length
@@ -128,6 +130,30 @@ def train_step(run: Run) -> None:
         },
         run.ranks.device,
     )
+
+
+def _next_batches(run: Run) -> tuple[list[torch.Tensor], Exception | None]:
+    """This rank's micro-batches of a step; or zeros, and why there are no others.
+
+    The forward passes of sharded engines are collectives: a rank without data has to take part until all have heard.
+    """
+    plan, device = run.plan, run.ranks.device
+    try:
+        return [run.data.train.take(plan.micro).to(device) for _ in range(plan.accumulation)], None
+    except Exception as error:  # whatever it is, the other ranks must hear of it
+        nothing = torch.zeros(plan.micro, run.config.sequence_length + 1, dtype=torch.int64, device=device)
+        return [nothing] * plan.accumulation, error
+
+
+def _mean_loss(run: Run, total: torch.Tensor, problem: Exception | None) -> float:
+    """The step's loss over all ranks; SetupError on each of them if one had a problem or it is not finite."""
+    summed, failed = run.ranks.sum(total)
+    if failed:
+        run.ranks.share(problem)
+    mean = summed / (run.plan.accumulation * run.ranks.world)
+    if not math.isfinite(mean):
+        raise SetupError(f"the loss of step {run.step + 1} is {mean}: lower the learning rate, or check the data")
+    return mean
 
 
 def validate(run: Run) -> Evaluation:

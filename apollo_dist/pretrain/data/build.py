@@ -27,12 +27,12 @@ class Data:
 
 def build_data(config: Config, rank: int, world: int) -> Data:
     """Open the data that ``config.data`` names. Raises ValueError or OSError where it cannot be read."""
-    length = config.sequence_length
+    length, vocabulary = config.sequence_length, config.model.vocab_size
     if config.data.dataset is not None:
         tokenizer = _tokenizer(config)
         tokens, ratio = read_validation(config.data, tokenizer, length, _most_sequences(config))
-        windows = Windows([tokens], length, "the validation split")
-        train = StreamData(config.data, tokenizer, length, rank, world)
+        windows = Windows([tokens], length, "the validation split", vocabulary)
+        train = StreamData(config, tokenizer, rank, world)
         return Data(train, windows, ratio, f"dataset {config.data.dataset}, streamed", windows.digest())
     if config.data.path is not None and _is_binary(config.data.path):
         trains, validations = _read_binary(config.data)
@@ -44,8 +44,8 @@ def build_data(config: Config, rank: int, world: int) -> Data:
         first, second, name = _read_text(config.data)
         trains, validations = [_encode(first, tokenizer)], [_encode(second, tokenizer)]
         known = sum(tokenizer.measure(document.text) for document in second) / len(validations[0])
-    training = Windows(trains, length, f"training data ({name})")
-    validation = Windows(validations, length, f"validation data ({name})")
+    training = Windows(trains, length, f"training data ({name})", vocabulary)
+    validation = Windows(validations, length, f"validation data ({config.data.validation or name})", vocabulary)
     described = f"{name}: {sum(map(len, trains)):,} training and {sum(map(len, validations)):,} validation tokens"
     return Data(
         PackedData(training, config.seed, rank, world),

@@ -34,9 +34,11 @@ class Windows:
     is left out. Windows never cross from one array to the next.
     """
 
-    def __init__(self, arrays: Sequence[Tokens], length: int, what: str) -> None:
+    def __init__(self, arrays: Sequence[Tokens], length: int, what: str, vocabulary: int) -> None:
         self._arrays = arrays
-        self._length = length
+        self.length = length
+        self._what = what
+        self._vocabulary = vocabulary
         counts = [max(0, (len(array) - 1) // length) for array in arrays]
         self._ends = np.cumsum(counts)
         if not sum(counts):
@@ -47,17 +49,21 @@ class Windows:
         return int(self._ends[-1])
 
     def batch(self, indices: Sequence[int]) -> Tensor:
-        """Windows by index: (len(indices), length + 1) int64 token ids."""
-        rows = np.empty((len(indices), self._length + 1), dtype=np.int64)
+        """Windows by index: (len(indices), length + 1) int64 token ids.
+
+        Raises ValueError where one is not below ``vocabulary``.
+        """
+        rows = np.empty((len(indices), self.length + 1), dtype=np.int64)
         for row, index in zip(rows, indices, strict=True):
             place = int(np.searchsorted(self._ends, index, side="right"))
-            start = (index - (int(self._ends[place - 1]) if place else 0)) * self._length
-            row[:] = self._arrays[place][start : start + self._length + 1]
+            start = (index - (int(self._ends[place - 1]) if place else 0)) * self.length
+            row[:] = self._arrays[place][start : start + self.length + 1]
+        check_tokens(rows, self._vocabulary, self._what)
         return torch.from_numpy(rows)
 
     def digest(self) -> str:
         """A short hash of the sizes and contents; of arrays over 64 MiB it reads 1,024 evenly spaced windows."""
-        total = hashlib.sha256(repr([self._length, *map(len, self._arrays)]).encode())
+        total = hashlib.sha256(repr([self.length, *map(len, self._arrays)]).encode())
         if sum(array.nbytes for array in self._arrays) <= 64 << 20:
             for array in self._arrays:
                 total.update(np.ascontiguousarray(array).tobytes())
@@ -65,6 +71,13 @@ class Windows:
             spaced = np.linspace(0, len(self) - 1, 1024).astype(int).tolist()
             total.update(self.batch(spaced).numpy().tobytes())
         return total.hexdigest()[:16]
+
+
+def check_tokens(tokens: NDArray[np.int64], vocabulary: int, what: str) -> None:
+    """Raise ValueError for a token that the model has no embedding for; ``what`` names the data."""
+    highest = int(tokens.max(initial=0))
+    if highest >= vocabulary:
+        raise ValueError(f"{what} holds token {highest}, and model.vocab_size is {vocabulary}")
 
 
 class PackedData:

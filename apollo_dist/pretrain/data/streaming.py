@@ -10,8 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apollo_dist.pretrain.config import DataConfig
-from apollo_dist.pretrain.data.packed import Tokens
+from apollo_dist.pretrain.config import Config, DataConfig
+from apollo_dist.pretrain.data.packed import Tokens, check_tokens
 from apollo_dist.pretrain.data.tokenizer import Tokenizer
 
 
@@ -29,13 +29,14 @@ class StreamData:
     stream is cut by documents, so which windows a step takes depends on the number of ranks.
     """
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, length: int, rank: int, world: int) -> None:
-        self._config = config
+    def __init__(self, config: Config, tokenizer: Tokenizer, rank: int, world: int) -> None:
+        self._config = config.data
         self._rank = rank
         self._world = world
         self._stream = self._open()
         self._tokenizer = tokenizer
-        self._length = length
+        self._length = config.sequence_length
+        self._vocabulary = config.model.vocab_size
         self._rows: Iterator[Any] | None = None
         self._left: NDArray[np.uint32] = np.empty(0, dtype=np.uint32)  # tokens read but not handed out
 
@@ -50,7 +51,9 @@ class StreamData:
         tokens = np.concatenate(parts)
         self._left = tokens[need - 1 :]  # the last token is the next window's first
         starts = [tokens[k * self._length : (k + 1) * self._length + 1] for k in range(count)]
-        return torch.from_numpy(np.stack(starts).astype(np.int64))
+        windows = np.stack(starts).astype(np.int64)
+        check_tokens(windows, self._vocabulary, f"dataset {self._config.dataset}")
+        return torch.from_numpy(windows)
 
     def state_dict(self) -> dict[str, object]:
         """See `TrainData`."""

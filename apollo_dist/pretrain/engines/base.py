@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
@@ -27,8 +28,14 @@ class Engine(Protocol):
     def logits(self, tokens: Tensor) -> Tensor:
         """Forward pass: token ids (b, s) to logits (b, s, vocabulary)."""
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
-        """Add the gradient of ``loss`` (this rank's mean over one micro-batch); ``last`` of the step's micro-batches.
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
+        """Goes around the forward and the backward pass of a micro-batch; ``last`` of the step's.
+
+        Where the engine can, it communicates gradients in the last one only.
+        """
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of ``loss``, this rank's mean over one micro-batch.
 
         The step's gradient is the mean over micro-batches and ranks.
         """

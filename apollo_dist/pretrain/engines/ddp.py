@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,7 @@ class DDP(NativeEngine):
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
             return super().logits(tokens)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """See `Engine`."""
-        # DDP asks for no_sync around the forward pass; what it reads there is this flag, in backward, too.
-        with contextlib.nullcontext() if last else self._ddp.no_sync():
-            super().backward(loss, last=last)
+        # DDP decides in the forward pass whether this backward pass reduces, so no_sync has to cover both.
+        return contextlib.nullcontext() if last else self._ddp.no_sync()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
 
@@ -56,11 +58,16 @@ class DeepSpeed:
         output: Tensor = self._engine(input_ids=tokens).logits
         return output
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    @contextlib.contextmanager
+    def micro_batch(self, *, last: bool) -> Iterator[None]:
+        """See `Engine`. DeepSpeed counts the micro-batches itself, and reduces as the JSON says."""
+        yield
+        if not last:
+            self._engine.step()  # counts: nothing is updated before the last one
+
+    def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
         self._engine.backward(loss)  # divides by the number of micro-batches itself
-        if not last:
-            self._engine.step()  # counts micro-batches: nothing is updated before the last one
 
     def update(self) -> None:
         """See `Engine`."""

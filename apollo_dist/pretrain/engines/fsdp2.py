@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+from contextlib import AbstractContextManager
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
@@ -28,7 +30,7 @@ class FSDP2(NativeEngine):
         fully_shard(model, mesh=mesh, mp_policy=policy)
         super().__init__(config, plan, model.to(ranks.device), ranks)
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """See `Engine`."""
         cast(FSDPModule, self.module).set_requires_gradient_sync(last)
-        super().backward(loss, last=last)
+        return contextlib.nullcontext()

@@ -35,7 +35,7 @@ class NativeEngine:
         output: Tensor = self.module(input_ids=tokens).logits
         return output
 
-    def backward(self, loss: Tensor, *, last: bool) -> None:
+    def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
         (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
 
