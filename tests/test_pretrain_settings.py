@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -151,10 +152,10 @@ def test_uneven_batches_are_errors(batch: int, micro: int | None, world: int, nu
         plan_batch(batch, micro, world)
 
 
-def _reconcile(tmp_path: Path, values: object, *arguments: str):  # type: ignore[no-untyped-def]
+def _reconcile(tmp_path: Path, values: object, *arguments: str, world: int = 2):  # type: ignore[no-untyped-def]
     path = tmp_path / "ds.json"
     path.write_text(values if isinstance(values, str) else json.dumps(values))
-    return reconcile(load_settings(["--deepspeed_config", str(path), *arguments]))
+    return reconcile(load_settings(["--deepspeed_config", str(path), *arguments]), world)
 
 
 def test_a_deepspeed_config_implies_its_engine_and_wins_over_the_recipe(tmp_path: Path) -> None:
@@ -165,6 +166,58 @@ def test_a_deepspeed_config_implies_its_engine_and_wins_over_the_recipe(tmp_path
     assert any("precision is bf16" in note for note in json_.notes)
     passed = json_.complete(config, plan_batch(16, config.micro_batch_size, 2))
     assert (passed["train_batch_size"], passed["gradient_accumulation_steps"]) == (16, 4)
+
+
+BATCH_KEYS = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+
+
+@pytest.mark.parametrize(
+    ("micro_in_json", "arguments", "world", "expected", "note"),
+    [
+        (8, [], 2, (8, 1), None),  # the quickstart
+        (8, [], 1, (8, 2), None),
+        (8, [], 4, (4, 1), "batch_size / ranks = 4, below .*'s 8"),
+        (None, [], 2, (8, 1), None),
+        ("auto", [], 4, (4, 1), None),
+        (8, ["--micro_batch_size", "2"], 2, (2, 4), "2 from the command line, not .*'s 8"),
+        (8, ["--micro_batch_size", "8"], 2, (8, 1), None),
+        (4, ["--micro_batch_size", "null"], 2, (8, 1), "batch_size / ranks from the command line, not .*'s 4"),
+        ("auto", ["--micro_batch_size", "2"], 2, (2, 4), None),
+        (None, ["--micro_batch_size", "2"], 2, (2, 4), None),
+        (8, ["--recipe", "13B"], 2, (1, 256), "1 from the recipe, not .*'s 8"),
+        ("auto", ["--recipe", "13B"], 2, (1, 256), None),
+        (8, ["--recipe", "60M"], 2, (8, 32), None),
+    ],
+)
+def test_whose_micro_batch_counts(
+    tmp_path: Path, micro_in_json: object, arguments: list[str], world: int, expected: tuple[int, int], note: str | None
+) -> None:
+    values = {} if micro_in_json is None else {"train_micro_batch_size_per_gpu": micro_in_json}
+    config, json_ = _reconcile(tmp_path, values, *arguments, world=world)
+    passed = json_.complete(config, plan_batch(config.batch_size, config.micro_batch_size, world))
+    assert tuple(passed[key] for key in BATCH_KEYS) == (config.batch_size, *expected)
+    notes = [line for line in json_.notes if line.startswith("micro_batch_size is ")]
+    assert len(notes) == (note is not None)
+    if note is not None:
+        assert re.search(note, notes[0])
+
+
+def test_auto_stands_for_the_runs_own_values(tmp_path: Path) -> None:
+    values: dict[str, object] = {
+        **dict.fromkeys([*BATCH_KEYS, "gradient_clipping"], "auto"),
+        "fp16": {"enabled": "auto"},
+    }
+    given = ["--gradient_clipping", "0.5", "--precision", "bf16"]
+    config, json_ = _reconcile(tmp_path, {**values, "bf16": {"enabled": "auto", "check_grad_overflow": True}}, *given)
+    assert (config.precision, config.gradient_clipping) == ("bf16", 0.5)
+    assert json_.complete(config, plan_batch(16, None, 2)) == {
+        **dict(zip(BATCH_KEYS, (16, 8, 1), strict=True)),
+        "gradient_clipping": 0.5,
+        "bf16": {"enabled": True, "check_grad_overflow": True},
+        "fp16": {"enabled": False},
+    }
+    assert json_.notes == ()
+    assert _reconcile(tmp_path, {"bf16": {"enabled": "auto"}})[0].precision == "fp32"
 
 
 def test_clipping_is_off_unless_somebody_asks(tmp_path: Path) -> None:
@@ -183,7 +236,6 @@ def test_the_jsons_optimizer_is_taken_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "arguments", "message"),
     [
-        ({"train_micro_batch_size_per_gpu": 2}, ["--micro_batch_size", "4"], "--micro_batch_size 4 contradicts .* 2"),
         ({"gradient_clipping": 1.0}, ["--gradient_clipping", "0.5"], "--gradient_clipping 0.5 contradicts"),
         ({}, ["--precision", "bf16"], "--precision bf16 contradicts .* fp32"),
         ({"optimizer": {"type": "APOLLO"}}, ["--optimizer", "adamw"], "both .* name an optimizer"),
@@ -191,8 +243,16 @@ def test_the_jsons_optimizer_is_taken_whole(tmp_path: Path) -> None:
         ({"optimizer": {}}, [], 'must have a "type"'),
         ({"scheduler": {"type": "WarmupLR"}}, [], '"scheduler" block.*remove the block'),
         ({"fp16": {"enabled": True}}, [], "fp16"),
+        ({"bfloat16": {"enabled": True}}, [], "old name.*rename"),
         ({"train_batch_size": 8}, [], "train_batch_size 8 .* batch_size 16.*--batch_size 8"),
-        ({"zero_optimization": {"stage": "auto"}}, [], 'zero_optimization.stage is "auto"'),
+        ({"zero_optimization": {"stage": "auto"}}, [], 'zero_optimization.stage is "auto".*remove the key'),
+        ({"optimizer": {"type": "APOLLO", "params": {"lr": "auto"}}}, [], 'optimizer.params.lr is "auto"'),
+        ({"optimizer": {"type": "APOLLO", "params": 3}}, [], "params is 3: it must be an object"),
+        ({"optimizer": "APOLLO"}, [], "optimizer is 'APOLLO': it must be an object"),
+        ({"bf16": True}, [], "bf16 is True: it must be an object"),
+        ({"gradient_clipping": "on"}, [], "gradient_clipping is 'on': it must be of type float"),
+        ({"train_micro_batch_size_per_gpu": 2.5}, [], "train_micro_batch_size_per_gpu is 2.5: it must be of type int"),
+        ({"train_micro_batch_size_per_gpu": 0}, [], "micro_batch_size is 0: it must be at least 1"),
         ("{", [], "is not JSON"),
         ("[]", [], "no JSON object"),
     ],

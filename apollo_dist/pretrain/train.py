@@ -203,7 +203,7 @@ def finish(run: Run, validated: Evaluation | None) -> None:
 
 
 def _decide(settings: Settings, world: int) -> tuple[Config, DeepSpeedJson | None, BatchPlan]:
-    config, json = reconcile(settings)
+    config, json = reconcile(settings, world)
     check_loggers(config)
     return config, json, plan_batch(config.batch_size, config.micro_batch_size, world)
 
