@@ -3,7 +3,7 @@
 #
 #   bash launch/run_tests.sh [--fast] [arguments for pytest]
 #
-#   --fast    leaves out the tests marked slow (those with several processes and more than a few seconds)
+#   --fast    leaves out the tests marked slow (more than about 20 seconds on two idle cores); without it all are run
 #
 # Ends with pytest's closing line; the exit status is that of the first step that failed.
 set -euo pipefail

@@ -72,7 +72,12 @@ def all_cases(rank: int, world: int, engines: tuple[str, ...]) -> dict[str, dict
 
 @pytest.mark.parametrize(
     ("world", "engines"),
-    [(1, ("plain", "ddp", "fsdp2")), (2, ("ddp", "fsdp2")), (3, ("ddp", "fsdp2")), (4, ("ddp", "fsdp2", "hsdp"))],
+    [
+        (1, ("plain", "ddp", "fsdp2")),
+        (2, ("ddp", "fsdp2")),
+        (3, ("ddp", "fsdp2")),
+        pytest.param(4, ("ddp", "fsdp2", "hsdp"), marks=pytest.mark.slow),
+    ],
 )
 def test_equals_the_reference(world, engines):
     for errors in run_ranks(all_cases, world, engines):

@@ -79,7 +79,7 @@ def all_cases(rank: int, world: int) -> dict[str, dict[str, float]]:
     return {name: train(rank, world, *case) for name, case in CASES.items()}
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_equals_the_reference(world):
     for errors in run_ranks(all_cases, world):
         for case, found in errors.items():

@@ -159,11 +159,9 @@ def test_a_damaged_checkpoint_ends_both_ranks(folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["apollo", "adamw"])
 @pytest.mark.parametrize("name", ["zero0", "zero0_bf16", "zero1", "zero2_bf16", "zero1_bf16_fp32_grads"])
-def test_every_deepspeed_config_resumes_exactly(folder: Path, tmp_path: Path, name: str, optimizer: str) -> None:
-    values = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-    values["train_micro_batch_size_per_gpu"] = 1
-    (tmp_path / "ds.json").write_text(json.dumps(values))
-    options = [f"--deepspeed_config={tmp_path / 'ds.json'}", f"--optimizer={optimizer}"]
+def test_every_deepspeed_config_resumes_exactly(folder: Path, name: str, optimizer: str) -> None:
+    file = ROOT / "ds_configs" / f"{name}.json"
+    options = [f"--deepspeed_config={file}", "--micro_batch_size=1", f"--optimizer={optimizer}"]
     options += SMALL_APOLLO if optimizer == "apollo" else []
     whole = [*arguments(f"{name}_{optimizer}"), *options, "--checkpoint_every=4"]
     succeed("deepspeed", 2, whole, folder)

@@ -165,9 +165,7 @@ class Config:
     data: DataConfig
     recipe: str = option("name of a recipe, or the path of a YAML file", "tiny")
     engine: str = option("deepspeed (the default if a --deepspeed_config is given), fsdp2 or ddp", "ddp")
-    deepspeed_config: str | None = option(
-        "DeepSpeed's JSON; see ds_configs/README.md for who wins where it and the recipe differ", None
-    )
+    deepspeed_config: str | None = option("DeepSpeed's JSON; ds_configs/README.md says what it decides", None)
     precision: str = option("fp32, or bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp2", "fp32")
     seed: int = option("of the initial weights, the order of the data and the projections", 0)
     sequence_length: int = option("tokens per sequence")
