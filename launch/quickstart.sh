@@ -11,7 +11,7 @@
 #   bash launch/quickstart.sh --steps 100 --deepspeed_config ds_configs/zero1.json
 #   bash launch/quickstart.sh --help
 #
-#   RANKS=2        how many processes
+#   RANKS=2        how many processes; 1 by default on a machine with a single GPU, which two cannot share
 set -euo pipefail
 # shellcheck source=launch/venv.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/venv.sh"
@@ -60,6 +60,14 @@ if ! output="$(value_of output "$@")"; then
     options+=(--output "$output")
 fi
 
+if [[ -z "${RANKS:-}" ]]; then
+    RANKS=2
+    if command -v nvidia-smi >/dev/null && [[ "$(python -c 'import torch; print(torch.cuda.device_count())')" == 1 ]]; then
+        say "this machine has one GPU: one rank instead of two"
+        RANKS=1
+    fi
+fi
+
 # The launcher's fixed default port would let only one job run on a machine.
 port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
 # One thread a rank: two ranks share two cores, and more threads would only wait for one another.
@@ -69,7 +77,7 @@ export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 export PYTHONWARNINGS="${PYTHONWARNINGS:-ignore::FutureWarning:torch.distributed.c10d_logger}"
 
 say "training; everything is written to $output"
-deepspeed --num_accelerators "${RANKS:-2}" --master_port "$port" --log_level warning --module apollo_dist.pretrain \
+deepspeed --num_accelerators "$RANKS" --master_port "$port" --log_level warning --module apollo_dist.pretrain \
     "${options[@]+"${options[@]}"}" "$@"
 
 if [[ -f "$output/loss.png" ]]; then
