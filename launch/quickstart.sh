@@ -68,8 +68,22 @@ if [[ -z "${RANKS:-}" ]]; then
     fi
 fi
 
-# The launcher's fixed default port would let only one job run on a machine.
-port="$(python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
+# The launcher's fixed default port would let only one job run on a machine. Rank 0 listens on this one seconds from now:
+# the kernel must not give it to another program by then, as it does with ports from 32768 on.
+port="$(
+    python - <<'EOF'
+import random, socket
+while True:
+    port = random.SystemRandom().randrange(20000, 32768)
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            continue
+    print(port)
+    break
+EOF
+)"
 # One thread a rank: two ranks share two cores, and more threads would only wait for one another.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
