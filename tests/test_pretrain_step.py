@@ -123,6 +123,19 @@ def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.usefixtures("one_process")
+def test_half_of_a_launchers_environment_is_an_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    assert main(arguments(tmp_path)) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "MASTER_ADDR" in error
+
+
+@pytest.mark.usefixtures("one_process")
 def test_without_matplotlib_the_run_says_so_and_succeeds(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

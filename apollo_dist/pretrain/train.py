@@ -209,10 +209,8 @@ def _decide(settings: Settings, world: int) -> tuple[Config, DeepSpeedJson | Non
 
 
 def _agree(facts: dict[str, object]) -> None:
-    try:
+    with alike():
         agree(facts)
-    except ValueError as error:
-        raise SetupError(str(error)) from error
 
 
 def _last_validated(run: Run) -> Evaluation | None:
