@@ -23,13 +23,15 @@ class Build:
     Attributes:
         tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
         units: the low-rank matrices by shard group.
-        adam: the other parameters.
+        adam: the other parameters, as far as this rank holds any of them.
+        adam_shapes: shapes of the other parameters, wherever they are held.
         facts: what all ranks must agree on before the first exchange.
     """
 
     tensors: list[Tensor]
     units: list[Unit] = field(default_factory=list)
     adam: list[AdamTensor] = field(default_factory=list)
+    adam_shapes: list[tuple[int, ...]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
 
     def names(self) -> set[str]:
@@ -51,7 +53,7 @@ class Build:
         """One line: what is low-rank, what is not, which layout, what is exchanged."""
         matrices = [m for unit in self.units for m in unit.matrices]
         elements = sum(m.spec.m * m.spec.n for m in matrices)
-        rest = sum(torch.Size(a.holding.shape).numel() for a in self.adam)
+        rest = sum(torch.Size(shape).numel() for shape in self.adam_shapes)
         layouts = sorted({m.holding.layout for m in matrices} | {a.holding.layout for a in self.adam})
         shared = sum(unit.plan.shared_channels for unit in self.units)
         first, second = (sum(unit.exchange.bytes_sent[i] for unit in self.units) for i in (0, 1))
@@ -59,7 +61,7 @@ class Build:
         return (
             f"{len(matrices)} matrices with {elements:,} elements are low-rank "
             f"(rank {', '.join(map(str, ranks)) or '-'}), "
-            f"{len(self.adam)} tensors with {rest:,} elements take AdamW; layout {', '.join(layouts)}; "
+            f"{len(self.adam_shapes)} tensors with {rest:,} elements take AdamW; layout {', '.join(layouts)}; "
             f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step"
         )
 
@@ -126,7 +128,9 @@ def build(
                 check_matrix(holding.name, holding.shape, group["rank"])
                 key = (id(holding.group.process_group), holding.device)
                 entries.setdefault(key, []).extend((holding, spec, group) for spec in specs_of(holding, group))
-            elif holding.numel:
+                continue
+            result.adam_shapes.append(tuple(holding.shape))
+            if holding.numel:
                 result.adam.append(AdamTensor(holding, group, slots(holding.name)))
     result.facts = fingerprint(seed, groups, seen)
     for i, listed in enumerate(entries.values()):

@@ -110,11 +110,15 @@ def zero_step(rank, world):
         steps.clear()
         engine.step()
     predicted = [sum(sum(u.exchange.bytes_sent) for u in b.units) for b in optimizer._builds.values()]
-    return list(steps), predicted
+    others = [shapes[name].numel() for name in shapes if name not in ranks]
+    line = f"{len(others)} tensors with {sum(others):,} elements take AdamW"
+    said = [line in b.summary() for b in optimizer._builds.values()]
+    return list(steps), predicted, said
 
 
 def test_zero_calls_once_for_each_group():
-    for steps, predicted in run_ranks(zero_step, 2):
+    for steps, predicted, said in run_ranks(zero_step, 2):
+        assert sum(said) == 1, "the tensors that take AdamW are counted whole, whichever rank holds them"
         assert [sent for _, sent in steps] == predicted
         for calls, _ in steps:
             assert calls in ([], ["all_to_all_single"], ["all_to_all_single"] * 2)
