@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from apollo_dist.pretrain.__main__ import main
 from apollo_dist.pretrain.distributed import Ranks, SetupError
+from apollo_dist.pretrain.metrics import read_rows
 from apollo_dist.pretrain.optimizers import local
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.train import Run, set_up, train_step, validate
@@ -117,9 +118,13 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(arguments(tmp_path, "--optimizer=adamw", "--lr=1e30")) == 2
-    assert "error: the loss of step 2 is " in capsys.readouterr().err
+def test_too_many_losses_that_are_not_finite_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments(tmp_path, "--optimizer=adamw", "--lr=1e30", "--max_skipped_steps=2")) == 2
+    printed = capsys.readouterr()
+    assert "error: gradients were not finite in 3 steps in a row, up to step 4 with loss " in printed.err
+    assert "step 2 left out" in printed.out
+    rows = read_rows(tmp_path / "run" / "metrics.jsonl")
+    assert [(row["step"], row["skipped"]) for row in rows if "skipped" in row] == [(2, 1), (3, 2), (4, 3)]
 
 
 @pytest.mark.usefixtures("one_process")

@@ -18,7 +18,7 @@ TOKEN_DTYPES = ("uint8", "uint16", "uint32")
 # Keys that may differ between a run and its resumption: they say where and how often to write, never what to compute.
 RUN_KEYS = frozenset({
     "checkpoint_every", "deepspeed_config", "eval_every", "eval_sequences", "final_eval_sequences", "keep_checkpoints",
-    "output", "resume", "stop_after", "tensorboard", "timeout_minutes", "wandb",
+    "max_skipped_steps", "output", "resume", "stop_after", "tensorboard", "timeout_minutes", "wandb",
 })  # fmt: skip
 
 
@@ -175,6 +175,7 @@ class Config:
     warmup_steps: int = option("steps of linear warm-up", 0)
     min_lr_ratio: float = option("the cosine ends at this share of the peak learning rate", 0.1)
     gradient_clipping: float = option("largest global gradient norm; 0: no clipping", 0.0)
+    max_skipped_steps: int = option("steps in a row left out for gradients that are not finite before the run ends", 10)
     eval_every: int = option("steps between validations; 0: at the end only", 0)
     eval_sequences: int | None = option("validation sequences of those; default: all", None)
     final_eval_sequences: int | None = option("validation sequences of the last one; default: all", None)
@@ -205,6 +206,7 @@ class Config:
             0,
             seed=self.seed,
             gradient_clipping=self.gradient_clipping,
+            max_skipped_steps=self.max_skipped_steps,
             eval_every=self.eval_every,
             checkpoint_every=self.checkpoint_every,
         )

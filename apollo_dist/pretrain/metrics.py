@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import os
 import resource
 import sys
@@ -76,10 +77,14 @@ class Metrics:
         return float(self.rows[-1]["elapsed"]) if self.rows else 0.0
 
     def train(self, row: Mapping[str, float], device: torch.device) -> None:
-        """Record a training step: step, loss, lr, tokens, tokens_per_s, elapsed."""
+        """Record a training step: step, loss (if finite), lr, tokens, tokens_per_s, elapsed; skipped if left out."""
         if self._on:
             self._write(row)
-            shown = {"loss": f"{row['loss']:.4f}", "tok/s": f"{row['tokens_per_s']:,.0f}", "lr": f"{row['lr']:.2e}"}
+            shown = {
+                "loss": f"{row.get('loss', math.nan):.4f}",
+                "tok/s": f"{row['tokens_per_s']:,.0f}",
+                "lr": f"{row['lr']:.2e}",
+            }
             self._bar.set_postfix({**shown, "mem": f"{memory_bytes(device) / 2**20:,.0f}MiB"}, refresh=False)
             self._bar.update()
 

@@ -39,6 +39,7 @@ class Run:
     ranks: Ranks
     step: int  # steps done
     optimizer_name: str
+    skipped: int = 0  # steps left out in a row
 
 
 def train(settings: Settings, ranks: Ranks) -> None:
@@ -99,8 +100,8 @@ def set_up(settings: Settings, ranks: Ranks) -> Run:
 def train_step(run: Run) -> None:
     """One optimizer step over ``batch_size`` sequences of all ranks; logs the mean loss over all of them.
 
-    Raises SetupError on every rank, before any weight changes, where a rank could not read its data or that loss is
-    not finite.
+    A step with gradients that are not finite on some rank is left out on all of them. Raises SetupError on every rank
+    alike where a rank could not read its data, before any weight changes, or after too many steps left out in a row.
     """
     began = time.perf_counter()
     lr = float(run.engine.optimizer.param_groups[0]["lr"])
@@ -115,14 +116,19 @@ def train_step(run: Run) -> None:
                 mean = _mean_loss(run, total, problem)
             run.engine.backward(loss)
     with alike():
-        run.engine.update()
+        made = run.engine.update()
     run.step += 1
+    run.skipped = 0 if made else run.skipped + 1
     seconds = time.perf_counter() - began
     tokens_per_step = run.config.batch_size * run.config.sequence_length
+    # JSON has no number that is not finite.
+    about: dict[str, float] = {"loss": mean} if math.isfinite(mean) else {}
+    if not made:
+        about["skipped"] = run.skipped
     run.metrics.train(
         {
             "step": run.step,
-            "loss": mean,
+            **about,
             "lr": lr,
             "tokens": run.step * tokens_per_step,
             "tokens_per_s": tokens_per_step / seconds,
@@ -130,6 +136,20 @@ def train_step(run: Run) -> None:
         },
         run.ranks.device,
     )
+    if not made:
+        _tell_skipped(run, mean)
+
+
+def _tell_skipped(run: Run, loss: float) -> None:
+    run.metrics.say(
+        f"step {run.step} left out: gradients are not finite on some rank; its loss is {loss:.4f}, "
+        f"{run.skipped} step(s) left out in a row"
+    )
+    if run.skipped > run.config.max_skipped_steps:
+        raise SetupError(
+            f"gradients were not finite in {run.skipped} steps in a row, up to step {run.step} with loss {loss:.4f}, "
+            f"and max_skipped_steps is {run.config.max_skipped_steps}: lower the learning rate, or check the data"
+        )
 
 
 def _next_batches(run: Run) -> tuple[list[torch.Tensor], Exception | None]:
@@ -146,14 +166,11 @@ def _next_batches(run: Run) -> tuple[list[torch.Tensor], Exception | None]:
 
 
 def _mean_loss(run: Run, total: torch.Tensor, problem: Exception | None) -> float:
-    """The step's loss over all ranks; SetupError on each of them if one had a problem or it is not finite."""
+    """The step's loss over all ranks; SetupError on each of them if one could not read its data."""
     summed, failed = run.ranks.sum(total)
     if failed:
         run.ranks.share(problem)
-    mean = summed / (run.plan.accumulation * run.ranks.world)
-    if not math.isfinite(mean):
-        raise SetupError(f"the loss of step {run.step + 1} is {mean}: lower the learning rate, or check the data")
-    return mean
+    return summed / (run.plan.accumulation * run.ranks.world)
 
 
 def validate(run: Run) -> Evaluation:

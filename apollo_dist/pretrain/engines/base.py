@@ -40,8 +40,12 @@ class Engine(Protocol):
         The step's gradient is the mean over micro-batches and ranks.
         """
 
-    def update(self) -> None:
-        """Clip if configured, one optimizer step, one step of the schedule, gradients dropped."""
+    def update(self) -> bool:
+        """Clip if configured, one optimizer step, one step of the schedule, gradients dropped.
+
+        Where a gradient on any rank is not finite, weights and optimizer stay as they are on all of them. Returns
+        whether the optimizer's step was made, the same on every rank.
+        """
 
     def save(self, folder: Path) -> None:
         """Write weights, optimizer and schedule into an existing folder, each rank what it holds."""

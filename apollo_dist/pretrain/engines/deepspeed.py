@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -16,6 +17,7 @@ from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config, JsonOptimizer
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
+from apollo_dist.pretrain.engines.native import gradient_norm
 from apollo_dist.pretrain.optimizers import build_optimizer, schedule
 
 TAG = "deepspeed"  # folder of DeepSpeed's files inside a checkpoint
@@ -69,9 +71,20 @@ class DeepSpeed:
         """See `Engine`."""
         self._engine.backward(loss)  # divides by the number of micro-batches itself
 
-    def update(self) -> None:
-        """See `Engine`."""
-        self._engine.step()
+    def update(self) -> bool:
+        """See `Engine`. DeepSpeed looks at the gradients where it wraps the optimizer: not at stage 0 in fp32."""
+        engine = self._engine
+        bare = engine.optimizer is engine.basic_optimizer
+        if bare and not math.isfinite(gradient_norm(engine.module)):
+            engine.module.zero_grad()  # optimizers leave alone what has no gradient
+            engine.step()
+            return False
+        skipped = engine.skipped_steps
+        engine.step()
+        made = bool(engine.skipped_steps == skipped)
+        if not made and engine.lr_scheduler is not None:
+            engine.lr_scheduler.step()  # the schedule goes on under every engine
+        return made
 
     def save(self, folder: Path) -> None:
         """See `Engine`."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -39,13 +40,17 @@ class NativeEngine:
         """See `Engine`."""
         (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
 
-    def update(self) -> None:
+    def update(self) -> bool:
         """See `Engine`."""
-        if self._clip:
-            nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
-        self.optimizer.step()
+        norm = gradient_norm(self.module)
+        finite = math.isfinite(norm)
+        if finite:
+            if self._clip:
+                nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
+            self.optimizer.step()
         self._scheduler.step()
         self.optimizer.zero_grad()
+        return finite
 
     def save(self, folder: Path) -> None:
         """See `Engine`. DDP's weights are the same on all ranks: one file; a shard is its rank's own."""
@@ -75,6 +80,12 @@ class NativeEngine:
 
     def _optimizer_file(self, folder: Path) -> Path:
         return folder / f"optimizer_rank_{self._ranks.rank:05d}.pt"
+
+
+def gradient_norm(module: nn.Module) -> float:
+    """The norm of all gradients, those of a sharded model over all ranks; the same on every rank."""
+    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
+    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
 
 
 def localize(state_dict: dict[str, Any]) -> dict[str, Any]:
