@@ -52,6 +52,7 @@ class _Finder:
 
         def exec_module(module: ModuleType) -> None:
             execute(module)
+            del loader.exec_module
             for action in self.actions.pop(name, []):
                 action(module)
 

@@ -26,7 +26,7 @@ class Build:
         adam: the other parameters, as far as this rank holds any of them.
         adam_shapes: shapes of the other parameters, wherever they are held.
         facts: what all ranks must agree on before the first exchange.
-        chosen: for the log, how the low-rank matrices were chosen and which they are; "" if groups with a rank say so.
+        chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
     """
 
     tensors: list[Tensor]
