@@ -143,7 +143,8 @@ def validate_options(options: Mapping[str, Any], where: str) -> None:
     if not number("lr") >= 0.0:
         refuse("lr", ">= 0")
     betas = options["betas"]
-    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0.0 <= b < 1.0 for b in betas)):
+    numbers = isinstance(betas, (tuple, list)) and all(isinstance(beta, (int, float)) for beta in betas)
+    if not (numbers and len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
         refuse("betas", "two numbers in [0, 1)")
     for key in ("eps", "weight_decay"):
         if not number(key) >= 0.0:
