@@ -8,6 +8,7 @@ processes, since importing DeepSpeed and transformers takes longer than training
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -15,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,6 +35,7 @@ from .llama import GAP, RANK, dense, llama, low_rank_names, tokens
 from .models import relative_error
 from .ranks import run_ranks
 
+ROOT = Path(__file__).resolve().parent.parent
 STAGES = (0, 1, 2)
 STEPS, RATE, TOLERANCE = 6, 1e-2, 1e-5
 LINEAR = [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]  # the schedule of most cases: two steps up, four down
@@ -154,19 +157,13 @@ def deepspeed_on_cpu() -> Iterator[None]:
 
 
 def hugging_face_config(stage: int, **changes: Any) -> dict[str, Any]:
-    """As in ``ds_configs/zero*_hf.json``: whatever the Trainer can fill in is "auto"."""
-    return {
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-        "gradient_clipping": "auto",
-        "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": stage, "reduce_bucket_size": "auto"},
-        **changes,
-    }
+    """``ds_configs/zero*_hf.json`` with a rank that fits the small model; a change to None removes the key."""
+    config = json.loads((ROOT / "ds_configs" / f"zero{max(1, stage)}_hf.json").read_text(encoding="utf-8"))
+    config["zero_optimization"]["stage"] = stage
+    config["optimizer"]["params"].update(rank=RANK, update_proj_gap=GAP)
+    return {key: value for key, value in {**config, **changes}.items() if value is not None}
 
 
-AUTO = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}
 DEEPSPEED_LINEAR = {
     "type": "WarmupDecayLR",
     "params": {
@@ -192,7 +189,8 @@ def trainer_of(config: dict[str, Any], seen: list[Tensor], **arguments: Any) -> 
         logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     data = [{"input_ids": row} for row in tokens(0, 99, rows=64)]
-    return Trainer(model=llama(), args=settings, train_dataset=data, data_collator=collate, **arguments)
+    arguments.setdefault("model", llama())
+    return Trainer(args=settings, train_dataset=data, data_collator=collate, **arguments)
 
 
 def trainer(config: dict[str, Any], schedule: list[float] = LINEAR, by_code: bool = False) -> dict[str, float]:
@@ -233,11 +231,11 @@ def trainer(config: dict[str, Any], schedule: list[float] = LINEAR, by_code: boo
 def trainer_cases() -> dict[str, dict[str, float]]:
     found = {}
     for stage in STAGES:
-        block = optimizer_block(rank=RANK, **AUTO)
-        found[f"Trainer, ZeRO-{stage}"] = trainer(hugging_face_config(stage, optimizer=block))
-        found[f"Trainer, optimizer_cls_and_kwargs, ZeRO-{stage}"] = trainer(hugging_face_config(stage), by_code=True)
-    found["Trainer, DeepSpeed's scheduler"] = trainer(
-        hugging_face_config(2, optimizer=optimizer_block(rank=RANK, **AUTO), scheduler=DEEPSPEED_LINEAR),
+        found[f"ZeRO-{stage}"] = trainer(hugging_face_config(stage))
+        by_code = hugging_face_config(stage, optimizer=None)
+        found[f"optimizer_cls_and_kwargs, ZeRO-{stage}"] = trainer(by_code, by_code=True)
+    found["DeepSpeed's scheduler"] = trainer(
+        hugging_face_config(2, scheduler=DEEPSPEED_LINEAR),
         [0.0, *LINEAR[:-1]],  # DeepSpeed's lag by a step
     )
     return found
@@ -285,10 +283,8 @@ def accelerate(stage: int) -> dict[str, float]:
 
 def swapped() -> str:
     """Accelerate, given an APOLLO and a config with offload."""
-    zero = {"stage": 2, "offload_optimizer": {"device": "cpu"}}
-    config = hugging_face_config(
-        2, zero_optimization=zero, train_micro_batch_size_per_gpu=2, gradient_clipping=0.0, bf16={"enabled": False}
-    )
+    config = json.loads((ROOT / "ds_configs" / "zero2_offload.json").read_text(encoding="utf-8"))
+    del config["zero_force_ds_cpu_optimizer"], config["bf16"]
     model = llama()
     with deepspeed_on_cpu():
         try:
@@ -300,14 +296,47 @@ def swapped() -> str:
 
 def dropped() -> str:
     """The Trainer, given ``optimizers=`` and a DeepSpeed config."""
+    model = llama()
+    given = apollo_dist.APOLLO(model, rank=RANK)
     with deepspeed_on_cpu():
-        trainer = trainer_of(hugging_face_config(2), [])
-        trainer.optimizer = apollo_dist.APOLLO(trainer.model, rank=RANK)
+        running = trainer_of(hugging_face_config(2, optimizer=None), [], model=model, optimizers=(given, None))
         try:
-            trainer.train()
+            running.train()
         except ValueError as error:
             return str(error)
     return "no error"
+
+
+# Names that cannot be known.
+
+
+def stranger() -> str:
+    """A parameter that is not the model's."""
+    model = llama()
+    parameters = [*model.parameters(), nn.Parameter(torch.ones(5, 7))]
+    engine = initialize(model, zero_config(0, optimizer=optimizer_block(rank=RANK)), model_parameters=parameters)
+    engine.backward(engine(input_ids=tokens(0, 0), labels=tokens(0, 0)).loss)
+    try:
+        engine.step()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
+def around_the_engine(attach: bool) -> str:
+    """A step of DeepSpeed's wrapper without its engine, which knows the model."""
+    model = llama()
+    config = zero_config(2, optimizer=optimizer_block(rank=RANK))
+    engine = initialize(model, config, model_parameters=model.parameters())
+    if attach:
+        engine.basic_optimizer.attach(engine)
+    engine.backward(engine(input_ids=tokens(0, 0), labels=tokens(0, 0)).loss)
+    with noted() as lines:
+        try:
+            engine.optimizer.step()
+        except ValueError as error:
+            return str(error)
+    return "\n".join(lines)
 
 
 def everything(rank: int, world: int) -> dict[str, Any]:
@@ -321,6 +350,9 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         "log": [log_line(stage) for stage in STAGES],
         "swapped": swapped(),
         "dropped": dropped(),
+        "stranger": stranger(),
+        "around": around_the_engine(attach=False),
+        "attached": around_the_engine(attach=True),
     }
 
 
@@ -349,10 +381,17 @@ def test_the_log_says_what_was_chosen(results: list[dict[str, Any]], stage: int)
 
 def test_silent_replacements_are_refused_on_all_ranks(results: list[dict[str, Any]]) -> None:
     for result in results:
-        assert "DeepSpeedCPUAdam" in result["swapped"], result["swapped"]
+        assert "APOLLO by DeepSpeedCPUAdam" in result["swapped"], result["swapped"]
         assert '"zero_force_ds_cpu_optimizer": false' in result["swapped"]
         assert "drops optimizers=(APOLLO, ...)" in result["dropped"], result["dropped"]
         assert "optimizer_cls_and_kwargs=(APOLLO, {...})" in result["dropped"]
+
+
+def test_names_that_cannot_be_known_are_errors(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert "1 of 22 parameters, the first of shape (5, 7), are not in the model" in result["stranger"]
+        assert "optimizer.attach(engine) before the first step" in result["around"]
+    assert "14 matrices with 4,352 elements" in results[0]["attached"], results[0]["attached"]
 
 
 # Without processes.
