@@ -47,7 +47,7 @@ class APOLLO(Optimizer):
         params: a model, which is best: attention and MLP matrices are found by name and become low-rank. Or parameter
             groups, where a group with ``rank`` is low-rank and one without is AdamW; if no group has ``rank``, or for
             parameters without groups, members are chosen by name (without names, every matrix). Parameters may come
-            as (name, parameter) pairs.
+            as (name, parameter) pairs; under DeepSpeed the engine knows their names.
         lr: learning rate.
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and acts on the new weight.
         rank: r, for a model or for groups chosen by name. At most min(m, n) of every matrix.
