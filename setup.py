@@ -21,6 +21,8 @@ def version() -> str:
 # of DeepSpeed's internals is read in one file, apollo_dist/layout/zero.py, which names the version when one is missing.
 DEEPSPEED = ["deepspeed>=0.16"]
 
+HUGGINGFACE = ["transformers>=4.48", "accelerate>=1.0", *DEEPSPEED]
+
 PLOT = ["matplotlib>=3.7"]
 
 PRETRAIN = [
@@ -32,6 +34,7 @@ PRETRAIN = [
 ]
 
 DEV = [
+    "accelerate>=1.0",
     "pytest>=8.0",
     "ruff",
     "mypy>=1.11",
@@ -55,6 +58,7 @@ setup(
     install_requires=["torch>=2.6", "numpy", "pyyaml"],
     extras_require={
         "deepspeed": DEEPSPEED,
+        "huggingface": HUGGINGFACE,
         "pretrain": PRETRAIN,
         "plot": PLOT,
         "dev": DEV,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .exchange.plan import MatrixSpec
-from .groups import CHOOSE, OPTIONS, Member, check_matrix, choose
+from .groups import CHOOSE, OPTIONS, Member, abbreviate, check_matrix, choose
 from .layout import detect, zero
 from .layout.holding import Holding, canonical_name
 from .unit import AdamTensor, Slot, Unit, specs_of
@@ -26,6 +26,7 @@ class Build:
         adam: the other parameters, as far as this rank holds any of them.
         adam_shapes: shapes of the other parameters, wherever they are held.
         facts: what all ranks must agree on before the first exchange.
+        chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
     """
 
     tensors: list[Tensor]
@@ -33,6 +34,7 @@ class Build:
     adam: list[AdamTensor] = field(default_factory=list)
     adam_shapes: list[tuple[int, ...]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
+    chosen: str = ""
 
     def names(self) -> set[str]:
         """Names of all matrices and tensors."""
@@ -62,7 +64,7 @@ class Build:
             f"{len(matrices)} matrices with {elements:,} elements are low-rank "
             f"(rank {', '.join(map(str, ranks)) or '-'}), "
             f"{len(self.adam_shapes)} tensors with {rest:,} elements take AdamW; layout {', '.join(layouts)}; "
-            f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step"
+            f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step{self.chosen}"
         )
 
 
@@ -87,6 +89,7 @@ def build(
     slots: Callable[[str], Slot],
     *,
     seed: int,
+    exclude: str | None,
     cache_projection: bool | str,
 ) -> Build:
     """Read the layouts of all parameters in ``groups`` and prepare what a step needs.
@@ -97,7 +100,7 @@ def build(
         engine: DeepSpeed's part in this step.
         slots: returns the state of a matrix or tensor by name: empty, or filled by an earlier build or a load.
         seed: of the projections.
-        cache_projection: as in ``APOLLO``.
+        exclude, cache_projection: as in ``APOLLO``.
 
     Raises:
         ValueError: if a layout cannot be read or is not supported, or a loaded state does not fit.
@@ -113,11 +116,11 @@ def build(
                 "APOLLO after the model is wrapped or sharded; under DeepSpeed, call optimizer.attach(engine)"
             ) from None
 
-    chosen: set[str] | None = None
-    if any(group.get(CHOOSE) for group in groups):
-        known = [Member(names[key], m.shape, m.dtype, m.named or names[key] != m.name) for key, m in members.items()]
-        chosen = choose(known, engine.module)
+    by_name = any(group.get(CHOOSE) for group in groups)
+    chosen = _choice(members, names, engine, exclude) if by_name else None
     result = Build([tensor for group in groups for tensor in group["params"]])
+    if chosen is not None:
+        result.chosen = f"; chosen: {abbreviate(name for name in names.values() if name in chosen)}"
     entries: dict[tuple[Any, ...], list[tuple[Holding, MatrixSpec, dict[str, Any]]]] = {}
     seen: list[list[Member]] = []
     for group in groups:
@@ -140,6 +143,26 @@ def build(
         result.units.append(unit)
         result.facts[f"exchange plan {i}"] = unit.plan.digest
     return result
+
+
+def _choice(
+    members: Mapping[int, Member], names: Mapping[int, str], engine: zero.Engine, exclude: str | None
+) -> set[str]:
+    """The low-rank members of groups without any rank; under DeepSpeed those that ``APOLLO(model)`` would take."""
+    known = [Member(names[key], m.shape, m.dtype, m.named or names[key] != m.name) for key, m in members.items()]
+    if engine.wrapper is not None and engine.module is None and not all(m.named for m in members.values()):
+        raise ValueError(
+            "matrices are to be chosen by name, but DeepSpeed's engine was not found among the callers of step(). "
+            "Call engine.step(), or optimizer.attach(engine) before the first step"
+        )
+    unnamed = [m for m in known if not m.named]
+    if unnamed and engine.module is not None:
+        raise ValueError(
+            f"{len(unnamed)} of {len(known)} parameters, the first of shape {unnamed[0].shape}, are not in the model "
+            f"that DeepSpeed trains ({type(engine.module).__name__}), so they have no name to draw a projection by. "
+            "Pass that model's parameters, or (name, parameter) pairs"
+        )
+    return choose(known, engine.module, exclude)
 
 
 def is_low_rank(group: Mapping[str, Any], name: str, chosen: set[str] | None) -> bool:

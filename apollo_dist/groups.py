@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,25 +70,51 @@ def member(index: int, name: str | None, tensor: torch.Tensor) -> Member:
     return Member(name, tuple(getattr(tensor, "ds_shape", tensor.shape)), tensor.dtype, named)
 
 
-def choose(members: Iterable[Member], model: nn.Module | None = None) -> set[str]:
+def choose(members: Iterable[Member], model: nn.Module | None = None, exclude: str | None = None) -> set[str]:
     """The low-rank members among parameters that came without a rank.
 
     With a model (the engine's, at the first step) as ``param_groups`` chooses; else by name and shape; without names
     every matrix.
 
+    Args:
+        members: the parameters.
+        model: whose parameters they are, where it is known.
+        exclude: a regular expression of names to leave to AdamW.
+
     Raises:
-        ValueError: if there is none.
+        ValueError: if there is none, or for ``exclude`` without names.
     """
     members = list(members)
     if model is not None:
-        chosen = low_rank_names(model) & {m.name for m in members}
+        chosen = low_rank_names(model, exclude) & {m.name for m in members}
     elif all(m.named for m in members):
-        chosen = {m.name for m in members if is_low_rank_name(m.name, m.shape)}
+        skip = name_pattern(exclude)
+        chosen = {m.name for m in members if is_low_rank_name(m.name, m.shape) and not (skip and skip.search(m.name))}
+    elif exclude is not None:
+        raise ValueError(
+            f"exclude={exclude!r} needs names, and the parameters came without: pass the model, (name, parameter) "
+            "pairs, or a group without rank for what AdamW should take"
+        )
     else:
         chosen = {m.name for m in members if len(m.shape) in (2, 3) and 0 not in m.shape}
     if not chosen:
         raise ValueError(no_matrix_message(f"{len(members)} parameters"))
     return chosen
+
+
+def name_pattern(exclude: str | None) -> re.Pattern[str] | None:
+    """``exclude`` compiled; ValueError if it is no regular expression."""
+    try:
+        return re.compile(exclude) if exclude else None
+    except (re.error, TypeError) as error:
+        raise ValueError(f"exclude={exclude!r} is not a regular expression: {error}") from None
+
+
+def abbreviate(names: Iterable[str], limit: int = 12) -> str:
+    """Names for the log, numbers as ``*``, counted: ``layers.*.mlp.up_proj.weight (24), ...``."""
+    counts = Counter(".".join("*" if part.isdigit() else part for part in name.split(".")) for name in names)
+    shown = [f"{name} ({count})" for name, count in list(counts.items())[:limit]]
+    return ", ".join(shown) + (f" and {len(counts) - limit} more kinds" if len(counts) > limit else "")
 
 
 def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
@@ -104,7 +131,8 @@ def validate_options(options: Mapping[str, Any], where: str) -> None:
     """Raise ValueError, naming the value and ``where`` it stands, if a group's options make no sense."""
 
     def refuse(key: str, want: str) -> None:
-        raise ValueError(f"{where}: {key} must be {want}, got {options[key]!r}")
+        hint = '; "auto" is for the Hugging Face Trainer to fill in, elsewhere write a value'
+        raise ValueError(f"{where}: {key} must be {want}, got {options[key]!r}{hint if options[key] == 'auto' else ''}")
 
     def number(key: str) -> float:
         value = options[key]
@@ -115,7 +143,8 @@ def validate_options(options: Mapping[str, Any], where: str) -> None:
     if not number("lr") >= 0.0:
         refuse("lr", ">= 0")
     betas = options["betas"]
-    if not (isinstance(betas, (tuple, list)) and len(betas) == 2 and all(0.0 <= b < 1.0 for b in betas)):
+    numbers = isinstance(betas, (tuple, list)) and all(isinstance(beta, (int, float)) for beta in betas)
+    if not (numbers and len(betas) == 2 and all(0.0 <= beta < 1.0 for beta in betas)):
         refuse("betas", "two numbers in [0, 1)")
     for key in ("eps", "weight_decay"):
         if not number(key) >= 0.0:
@@ -180,7 +209,7 @@ def low_rank_names(model: nn.Module, exclude: str | None = None) -> set[str]:
         model: the model, wrapped or not.
         exclude: a regular expression; parameters whose canonical name it matches anywhere are left to AdamW.
     """
-    skip = re.compile(exclude) if exclude else None
+    skip = name_pattern(exclude)
     chosen = set()
     for prefix, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 
 from .agreement import agree, run_together
 from .build import Build, build, check_unique, fingerprint
-from .deepspeed import register
 from .groups import (
     CHOOSE,
     FOREIGN,
@@ -23,6 +22,7 @@ from .groups import (
     check_matrix,
     choose,
     member,
+    name_pattern,
     param_groups,
     split_params,
     validate_options,
@@ -47,7 +47,7 @@ class APOLLO(Optimizer):
         params: a model, which is best: attention and MLP matrices are found by name and become low-rank. Or parameter
             groups, where a group with ``rank`` is low-rank and one without is AdamW; if no group has ``rank``, or for
             parameters without groups, members are chosen by name (without names, every matrix). Parameters may come
-            as (name, parameter) pairs.
+            as (name, parameter) pairs; under DeepSpeed the engine knows their names.
         lr: learning rate.
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and acts on the new weight.
         rank: r, for a model or for groups chosen by name. At most min(m, n) of every matrix.
@@ -60,7 +60,7 @@ class APOLLO(Optimizer):
         scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
             a ratio.
         disable_nl: turn the norm-growth limiter off.
-        exclude: with a model, a regular expression of names to leave to AdamW.
+        exclude: where matrices are chosen by name, a regular expression of names to leave to AdamW.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
         skip_nonfinite: leave a step out, on all ranks, with weights and states untouched, where a gradient on any of
@@ -116,7 +116,6 @@ class APOLLO(Optimizer):
         run_together(lambda: self._construct(params, options, unknown), process_group)
         facts = {"skip_nonfinite": skip_nonfinite, "max_skipped_steps": max_skipped_steps}
         agree({**facts, **fingerprint(seed, self.param_groups, self._members_of_groups())}, process_group)
-        register(APOLLO, APOLLOMini)
 
     def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
         """The local part of construction; may fail on one rank only."""
@@ -127,17 +126,21 @@ class APOLLO(Optimizer):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.cache_projection not in ("auto", True, False):
             raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
-        if isinstance(params, nn.Module):
-            groups = param_groups(params, exclude=self.exclude, **options)
-        elif self.exclude is not None:
-            raise ValueError("exclude works with a model only; put the parameters into a group without rank instead")
-        else:
-            groups = _as_groups(params)
+        name_pattern(self.exclude)
+        given_model = isinstance(params, nn.Module)
+        groups = param_groups(params, exclude=self.exclude, **options) if given_model else _as_groups(params)
         self._choose = all(group.get("rank") is None for group in groups)
+        if self.exclude is not None and not given_model and not self._choose:
+            raise ValueError(
+                f"exclude={self.exclude!r} has no effect on groups with a rank; put the parameters that it is to "
+                "exclude into a group without rank"
+            )
         super().__init__(groups, options if self._choose else {**options, "rank": None})
         if self._choose:
-            chosen = choose(self._members.values())
-            if all(m.named for m in self._members.values()):
+            # Without names the choice waits for the engine's, at the first step; here only that there is any matrix.
+            named = all(m.named for m in self._members.values())
+            chosen = choose(self._members.values(), exclude=self.exclude if named else None)
+            if named:
                 for group, held in zip(self.param_groups, self._members_of_groups(), strict=True):
                     for m in held:
                         if m.name in chosen:
@@ -245,6 +248,7 @@ class APOLLO(Optimizer):
                 engine,
                 self._slot,
                 seed=self.seed,
+                exclude=self.exclude,
                 cache_projection=self.cache_projection,
             ),
             self._process_group,

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 
@@ -40,3 +44,19 @@ def initialize(model: nn.Module, config: dict, **arguments):
 def gathered_weights(engine, model: nn.Module) -> dict[str, torch.Tensor]:
     """The model's weights after a step; every rank holds all of them at stages 0 to 2."""
     return {name: p.detach().double() for name, p in model.named_parameters()}
+
+
+@contextmanager
+def deepspeed_on_cpu() -> Iterator[None]:
+    """Accelerate's state as its launcher makes it for DeepSpeed, but on gloo."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    try:
+        state = PartialState(backend="gloo")
+        assert state.num_processes == dist.get_world_size()
+        yield
+    finally:
+        del os.environ["ACCELERATE_USE_DEEPSPEED"]
+        AcceleratorState._reset_state(reset_partial_state=True)

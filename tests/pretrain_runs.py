@@ -24,7 +24,6 @@ SMALL_APOLLO = ["--optimizer.rank=4", "--optimizer.update_proj_gap=3"]
 
 ZERO2 = {
     "zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_scatter": True},
-    "zero_allow_untested_optimizer": True,
 }
 
 

@@ -30,8 +30,6 @@ def train(rank, world, config):
     model = Bag().bfloat16()
     shapes, ranks = shapes_of(model), low_rank(model, 3)
     reference = Reference(dict(model.named_parameters()), ranks, update_proj_gap=GAP, draw_dtype=torch.float32)
-    import deepspeed  # noqa: F401  before the optimizer is built, so that it can register itself
-
     optimizer = APOLLO(groups_of(model, ranks), update_proj_gap=GAP)
     engine = initialize(model, config, optimizer=optimizer)
     for step in range(STEPS):
@@ -80,8 +78,6 @@ class Tower(torch.nn.Module):
 
 def by_name(rank, world, stage):
     """Weights after some steps: by name from the JSON, and by instance built from the model."""
-    import deepspeed  # noqa: F401
-
     import apollo_dist  # noqa: F401
 
     results = []

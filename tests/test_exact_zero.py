@@ -41,8 +41,6 @@ def clipped(grads: dict[str, torch.Tensor], limit: float) -> dict[str, torch.Ten
 
 def train(rank: int, world: int, config: dict, options: dict, extra: dict) -> dict[str, float]:
     """Errors of all weights against the reference after the last step."""
-    import deepspeed  # noqa: F401  before the optimizer is built, so that it can register itself
-
     model = Bag()
     for name, p in model.named_parameters():
         p.requires_grad_(not name.startswith(extra.get("frozen", "nothing")))

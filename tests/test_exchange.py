@@ -90,8 +90,6 @@ def test_no_collective_if_nothing_is_shared():
 
 
 def zero_step(rank, world):
-    import deepspeed  # noqa: F401  before the optimizer is built, so that it can register itself
-
     model = Bag()
     shapes, ranks = shapes_of(model), low_rank(model, 2)
     optimizer = APOLLO(groups_of(model, ranks))

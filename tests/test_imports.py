@@ -20,7 +20,8 @@ ALLOWED = {
     "exchange.plan": ("layout.tiles",),
     "exchange": ("layout.holding", "layout.tiles"),
     "groups": ("layout.holding",),
-    "deepspeed": (),
+    "after_import": (),
+    "deepspeed": ("after_import",),
 }
 PUBLIC = {"apollo_dist", "apollo_dist.agreement", "apollo_dist.groups", "apollo_dist.projection"}
 NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")

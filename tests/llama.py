@@ -1,0 +1,82 @@
+"""A tiny real LlamaForCausalLM, and what one process with whole matrices makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .reference import Reference
+
+RANK, GAP, VOCABULARY, LENGTH = 4, 3, 32, 8
+
+
+def llama(seed: int = 0) -> nn.Module:
+    """Two layers with 14 low-rank matrices; embedding, head and norms are not."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCABULARY,
+            max_position_embeddings=2 * LENGTH,
+        )
+    )  # fmt: skip
+
+
+def low_rank_names(model: nn.Module) -> list[str]:
+    """The attention and MLP matrices of a ``llama``, spelled out."""
+    names = [name for name, _ in model.named_parameters() if name.endswith("_proj.weight")]
+    assert len(names) == 2 * 7
+    return names
+
+
+def tokens(step: int, rank: int, rows: int = 2) -> Tensor:
+    """Token ids, (rows, LENGTH)."""
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    return torch.randint(VOCABULARY, (rows, LENGTH), generator=generator)
+
+
+def dense(
+    batches: Sequence[Tensor],
+    rates: Sequence[float],
+    *,
+    rank: int = RANK,
+    adamw: Callable[[str], bool] = lambda name: False,
+    decay: Callable[[str], float] = lambda name: 0.0,
+    **options,
+) -> dict[str, Tensor]:
+    """The weights of a fresh ``llama`` after one process trained it on whole batches with ``tests/reference.py``.
+
+    Args:
+        batches: for each step the token ids of all ranks, (rows, LENGTH).
+        rates: for each step the learning rate.
+        rank: of the low-rank matrices.
+        adamw: which of the attention and MLP matrices are left to AdamW.
+        decay: a parameter's weight decay.
+        options: of ``Reference``.
+    """
+    model = llama()
+    weights = dict(model.named_parameters())
+    ranks = {name: rank for name in low_rank_names(model) if not adamw(name)}
+    parts = [
+        Reference(
+            {name: w for name, w in weights.items() if decay(name) == value},
+            ranks,
+            weight_decay=value,
+            update_proj_gap=GAP,
+            draw_dtype=torch.float32,
+            **options,
+        )
+        for value in sorted({decay(name) for name in weights})
+    ]
+    for batch, rate in zip(batches, rates, strict=True):
+        grads = torch.autograd.grad(model(input_ids=batch, labels=batch).loss, list(weights.values()))
+        given = dict(zip(weights, grads, strict=True))
+        for part in parts:
+            part.lr = rate
+            part.step({name: given[name] for name in part.weights})
+            for name, weight in part.weights.items():
+                weights[name].data.copy_(weight)
+    return {name: weight for part in parts for name, weight in part.weights.items()}
