@@ -15,16 +15,30 @@ SHAPES = {
 }  # fmt: skip
 
 
+def product(module: nn.Module, wanted: dict[str, Tensor]) -> Tensor:
+    """The loss whose gradients were asked for, over the parameters that the module itself holds."""
+    own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+    return sum((p * wanted[name].to(p.dtype)).sum() for name, p in own)
+
+
+class Layer(nn.Linear):
+    """A linear layer, called on its own, since ZeRO-3 gathers parameters module by module."""
+
+    def forward(self, wanted: dict[str, Tensor]) -> Tensor:
+        return product(self, wanted)
+
+
 class Block(nn.Module):
     """One linear layer and a norm weight; its forward gives the loss whose gradients were asked for."""
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(columns, rows)
+        self.linear = Layer(columns, rows)
         self.norm = nn.Parameter(torch.ones(columns))
 
     def forward(self, wanted: dict[str, Tensor]) -> Tensor:
-        return sum((p * wanted[name].to(p.dtype)).sum() for name, p in self.named_parameters() if p.requires_grad)
+        inner = {name[7:]: grad for name, grad in wanted.items() if name.startswith("linear.")}
+        return self.linear(inner) + product(self, wanted)
 
 
 class Bag(nn.Module):
@@ -54,15 +68,16 @@ class Experts(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, 8, 5) / 3)
 
     def forward(self, wanted: dict[str, Tensor]) -> Tensor:
-        return (self.weight * wanted["weight"].to(self.weight.dtype)).sum()
+        return product(self, wanted)
 
 
 def low_rank(model: nn.Module, rank: int) -> dict[str, int]:
     """The low-rank matrices of a ``Bag`` and their ranks; one row allows rank 1 only."""
     ranks = {}
     for name, p in model.named_parameters():
-        if name.startswith("layers.") and p.dim() > 1:
-            ranks[name] = min(rank, *p.shape[-2:])
+        shape = getattr(p, "ds_shape", p.shape)
+        if name.startswith("layers.") and len(shape) > 1:
+            ranks[name] = min(rank, *shape[-2:])
     return ranks
 
 
@@ -94,7 +109,7 @@ def mean_gradients(shapes: dict[str, torch.Size], step: int, world: int, dtype=t
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     """Names and logical shapes of the trainable parameters."""
-    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    return {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -15,11 +15,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .holding import Holding, ShardGroup, whole_cover
-from .tiles import FlatCover
+from . import whole, zero3
+from .flat import check_first_use, flat_holding
+from .holding import Holding, ShardGroup
 
 Name = Callable[[Tensor], str]
 
@@ -105,10 +105,8 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
         ValueError: for a wrapper that this version cannot read, or if it is not laid out as expected.
     """
     kind = type(wrapper).__name__
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        raise ValueError(f"ZeRO stage 3 ({kind}) is not supported yet; use stage 0, 1 or 2")
-    if getattr(wrapper, "cpu_offload", False):
-        raise ValueError("ZeRO optimizer offload is not supported yet; remove offload_optimizer from the config")
+    if zero3.is_stage3(wrapper):
+        return zero3.read(wrapper, tensor, name_of)
     for parameters, flats, partitions in _FLAT_ATTRIBUTES:
         if hasattr(wrapper, partitions):
             for i, partition in enumerate(getattr(wrapper, partitions)):
@@ -122,16 +120,10 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
         for model_params, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, clone in zip(model_params, clones, strict=True):
                 if clone is tensor:
-                    return [_clone(name_of(parameter), clone)]
+                    return [whole.read(name_of(parameter), clone)]
         return None
     version = getattr(sys.modules.get("deepspeed"), "__version__", "unknown")
     raise ValueError(f"cannot read the layout of DeepSpeed {version}'s {kind}; this version knows that of 0.19.8")
-
-
-def _clone(name: str, clone: Tensor) -> Holding:
-    from . import whole
-
-    return whole.read(name, clone)
 
 
 def _read_flat(
@@ -155,43 +147,7 @@ def _read_flat(
             ranges.append((low, high) if low < high else (0, 0))
         low, high = ranges[group.rank]
         at = low + start - group.rank * n if high > low else 0
-        holding = _flat_holding(name, tuple(parameter.shape), partition, at, high - low, group, tuple(ranges))
-        _check_first_use(holding, parameter, low)
+        holding = flat_holding(name, tuple(parameter.shape), partition, at, group, tuple(ranges))
+        check_first_use(holding, parameter.reshape(-1)[low:high])
         holdings.append(holding)
     return holdings
-
-
-def _flat_holding(
-    name: str,
-    shape: tuple[int, ...],
-    partition: Tensor,
-    at: int,
-    count: int,
-    group: ShardGroup,
-    ranges: tuple[tuple[int, int], ...],
-) -> Holding:
-    def grad() -> Tensor | None:
-        return None if partition.grad is None else partition.grad.view(-1)[at : at + count]
-
-    return Holding(
-        name=name,
-        shape=shape,
-        dtype=partition.dtype,
-        device=partition.device,
-        layout="zero",
-        group=group,
-        cover=FlatCover(ranges) if group.size > 1 else whole_cover(count),
-        weight=lambda: partition.detach().view(-1)[at : at + count],
-        grad=grad,
-    )
-
-
-def _check_first_use(holding: Holding, parameter: Tensor, start: int) -> None:
-    """The partition must hold what the model's parameter holds, or the offsets are wrong."""
-    ours = holding.weight().to(parameter.dtype)
-    theirs = parameter.detach().reshape(-1)[start : start + ours.numel()]
-    if not torch.equal(ours, theirs.to(ours.device)):
-        raise ValueError(
-            f"{holding.name}: the ZeRO partition does not hold the parameter's values at the expected place; "
-            "this layout cannot be read (was the model changed outside of the engine?)"
-        )
