@@ -9,16 +9,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# (rows, columns): tall, wide, square, one row, fewer rows than ranks, odd sizes, and one whose rows flat cuts cross.
+# (rows, columns): tall, wide, square, one row, fewer rows than ranks, odd sizes, one whose rows flat cuts cross, and one
+# with fewer elements than ranks.
 SHAPES = {
     "tall": (24, 7), "wide": (6, 25), "square": (9, 9), "row": (1, 11), "few": (3, 10), "odd": (13, 5), "long": (5, 31),
+    "tiny": (2, 1),
 }  # fmt: skip
 
 
 def product(module: nn.Module, wanted: dict[str, Tensor]) -> Tensor:
     """The loss whose gradients were asked for, over the parameters that the module itself holds."""
     own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-    return sum((p * wanted[name].to(p.dtype)).sum() for name, p in own)
+    return sum(((p * wanted[name].to(p.dtype)).sum() for name, p in own), torch.zeros(()))
 
 
 class Layer(nn.Linear):
