@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# (rows, columns): tall, wide, square, one row, fewer rows than ranks, odd sizes, one whose rows flat cuts cross, and one
-# with fewer elements than ranks.
+# (rows, columns): tall, wide, square, one row, fewer rows than ranks, odd sizes, one whose rows flat cuts cross, and
+# one with fewer elements than ranks.
 SHAPES = {
     "tall": (24, 7), "wide": (6, 25), "square": (9, 9), "row": (1, 11), "few": (3, 10), "odd": (13, 5), "long": (5, 31),
     "tiny": (2, 1),

@@ -73,9 +73,7 @@ def train(
     if schedule:
         groups = [{**group, "lr": 0.02 / (i + 1)} for i, group in enumerate(groups)]
     members = [[name for name, _ in group["params"]] for group in groups]
-    optimizer = APOLLO(
-        model if by_name else groups, update_proj_gap=gap, **options, **({"rank": 1} if by_name else {})
-    )
+    optimizer = APOLLO(model if by_name else groups, update_proj_gap=gap, **options, **({"rank": 1} if by_name else {}))
     arguments = {"lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)} if schedule else {}
     engine = initialize(model, config, optimizer=optimizer, **arguments)
     shapes = shapes_of(model)

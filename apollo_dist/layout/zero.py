@@ -1,8 +1,9 @@
 """DeepSpeed's wrappers: which elements of which parameter are in the tensors that ``step()`` sees.
 
-The only file that reads DeepSpeed's attributes (verified on 0.19.8). Under ZeRO the parameters that the optimizer was
-built with are no longer in ``param_groups`` at ``step()``: stages 1 and 2 and BF16_Optimizer put one flat fp32
-partition for each group there, ZeRO-0 in bf16 or fp16 puts fp32 clones.
+With ``zero3.py`` the only file that reads DeepSpeed's attributes (verified on 0.19.8). Under ZeRO the parameters that
+the optimizer was built with are no longer in ``param_groups`` at ``step()``: stages 1 and 2 and BF16_Optimizer put one
+flat fp32 partition for each group there, stage 3 one for each sub-group in turn, ZeRO-0 in bf16 or fp16 fp32 clones.
+With ``offload_optimizer`` these tensors, and so the states, are on the CPU.
 
 A parameter's place in its group's flat buffer is read from its data pointer. DeepSpeed's own maps
 (``_hp_mapping``, ``_param_slice_mappings``) are wrong under ``round_robin_gradients``.
@@ -11,7 +12,7 @@ A parameter's place in its group's flat buffer is read from its data pointer. De
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,11 +40,13 @@ class Engine:
         module: the engine's model, where it was found.
         warming_up: whether this ``step()`` is the one with zero gradients that FP16_UnfusedOptimizer makes while
             it is built, which is no training step.
+        driver: the engine itself, where it was found.
     """
 
     wrapper: Any = None
     module: nn.Module | None = None
     warming_up: bool = False
+    driver: Any = None
 
 
 def from_engine(engine: Any, optimizer: object) -> Engine:
@@ -54,9 +57,9 @@ def from_engine(engine: Any, optimizer: object) -> Engine:
     """
     outer = getattr(engine, "optimizer", None)
     if outer is optimizer:
-        return Engine(None, engine.module)
+        return Engine(None, engine.module, driver=engine)
     if getattr(outer, "optimizer", None) is optimizer:
-        return Engine(outer, engine.module)
+        return Engine(outer, engine.module, driver=engine)
     raise ValueError(
         f"attach: the engine's optimizer is {type(outer).__name__}, which does not hold this APOLLO. Pass the "
         "optimizer to deepspeed.initialize(optimizer=...) and attach the engine that it returns"
@@ -73,7 +76,7 @@ def find(optimizer: object) -> Engine:
     runtime = sys.modules.get("deepspeed.runtime.engine")
     if base is None or runtime is None:
         return Engine()
-    wrapper, module, warming_up = None, None, False
+    wrapper, driver, warming_up = None, None, False
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -81,10 +84,45 @@ def find(optimizer: object) -> Engine:
             wrapper = caller
             warming_up = warming_up or frame.f_code.co_name == "initialize_optimizer_states"
         elif isinstance(caller, runtime.DeepSpeedEngine) and wrapper in (None, getattr(caller, "optimizer", wrapper)):
-            module = getattr(caller, "module", None)
+            driver = caller
             break
         frame = frame.f_back  # type: ignore[assignment]
-    return Engine(wrapper, module, warming_up)
+    return Engine(wrapper, getattr(driver, "module", None), warming_up, driver)
+
+
+def config(engine: Engine) -> Mapping[str, Any]:
+    """DeepSpeed's configuration as the engine read it from JSON; empty where there is no engine."""
+    return {} if engine.driver is None else engine.driver._config._param_dict
+
+
+def unsupported(engine: Engine) -> list[str]:
+    """Why what drives this step is refused, beyond its configuration; see ``apollo_dist.refusals``."""
+    if engine.driver is None:
+        return []
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+    found = []
+    slices = bwc_tensor_model_parallel_world_size(getattr(engine.driver, "mpu", None))
+    if slices > 1:
+        found.append(
+            f"mpu: each of {slices} model-parallel ranks holds a slice of a matrix and would take it for the whole; "
+            "train without tensor parallelism"
+        )
+    experts = [name for name, parameter in engine.driver.module.named_parameters() if _is_expert(parameter)]
+    if experts:
+        found.append(
+            f"{experts[0]} and {len(experts) - 1} others are experts of DeepSpeed's MoE, where ranks hold different "
+            "matrices under the same names; use experts that are plain parameters of every rank"
+        )
+    return found
+
+
+def _is_expert(parameter: Any) -> bool:
+    """Whether DeepSpeed distributes a parameter over ranks as an expert, by its MoE layers or by AutoEP."""
+    return (
+        not getattr(parameter, "allreduce", True)
+        or getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert"
+    )
 
 
 def names(wrapper: Any) -> dict[int, str]:
