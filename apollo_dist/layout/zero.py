@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from . import whole, zero3
 from .flat import check_first_use, flat_holding
 from .holding import Holding, ShardGroup
+from .tiles import cut_ranges
 
 Name = Callable[[Tensor], str]
 
@@ -178,14 +179,10 @@ def _read_flat(
         start, remainder = divmod(parameter.data_ptr() - flat.data_ptr(), flat.element_size())
         if remainder or start < 0 or start + parameter.numel() > flat.numel():
             raise ValueError(f"{name} does not lie inside its ZeRO flat buffer (offset {start} of {flat.numel()})")
-        ranges = []
-        for rank in range(group.size):
-            low = max(start, rank * n) - start
-            high = min(start + parameter.numel(), rank * n + n) - start
-            ranges.append((low, high) if low < high else (0, 0))
+        ranges = cut_ranges(start, parameter.numel(), n, group.size)
         low, high = ranges[group.rank]
         at = low + start - group.rank * n if high > low else 0
-        holding = flat_holding(name, tuple(parameter.shape), partition, at, group, tuple(ranges))
+        holding = flat_holding(name, tuple(parameter.shape), partition, at, group, ranges)
         check_first_use(holding, parameter.reshape(-1)[low:high])
         holdings.append(holding)
     return holdings

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .flat import check_first_use, flat_holding
 from .holding import Holding, ShardGroup
-from .tiles import Range
+from .tiles import even_ranges
 
 Name = Callable[[Tensor], str]
 
@@ -43,15 +43,18 @@ def read(wrapper: Any, flat: Tensor, name_of: Name) -> list[Holding] | None:
     Raises:
         ValueError: if the flat is not laid out as expected.
     """
-    for parameters, candidate in zip(wrapper.fp16_groups, wrapper.fp32_partitioned_groups_flat, strict=True):
+    for i, candidate in enumerate(wrapper.fp32_partitioned_groups_flat):
         if candidate is flat:
-            return _read_sub_group(wrapper, parameters, flat, name_of)
+            if i == 0:
+                _check_swapping(wrapper, name_of)
+            return _read_sub_group(wrapper, wrapper.fp16_groups[i], flat, name_of)
     return None
 
 
 def _read_sub_group(wrapper: Any, parameters: Sequence[Any], flat: Tensor, name_of: Name) -> list[Holding]:
     sizes = [int(parameter.ds_tensor.ds_numel) for parameter in parameters]
-    if sum(sizes) != flat.numel():
+    # Under NVMe offload the flat is empty but during its own step.
+    if flat.numel() not in (0, sum(sizes)):
         raise ValueError(
             f"a ZeRO-3 sub-group of {len(sizes)} partitions with {sum(sizes)} elements has a flat buffer of "
             f"{flat.numel()}; this layout cannot be read"
@@ -60,21 +63,34 @@ def _read_sub_group(wrapper: Any, parameters: Sequence[Any], flat: Tensor, name_
     for parameter, size, at in zip(parameters, sizes, accumulate(sizes, initial=0), strict=False):
         name = name_of(parameter)
         group = ShardGroup.of(getattr(parameter, "ds_process_group", wrapper.dp_process_group))
-        ranges = partitions(parameter.ds_numel, group.size)
+        ranges = even_ranges(parameter.ds_numel, group.size)
         if size != -(-parameter.ds_numel // group.size):
             raise ValueError(
                 f"{name}: its ZeRO-3 partition has {size} elements, expected {-(-parameter.ds_numel // group.size)} "
                 f"for {parameter.ds_numel} elements on {group.size} ranks"
             )
         holding = flat_holding(name, tuple(parameter.ds_shape), flat, at, group, ranges)
-        if parameter.ds_tensor.status.name == "AVAILABLE":  # else it is on NVMe for now
+        if flat.numel() and parameter.ds_tensor.status.name == "AVAILABLE":  # else it is on NVMe, too
             check_first_use(holding, parameter.ds_tensor.view(-1)[: holding.numel])
         holdings.append(holding)
     return holdings
 
 
-def partitions(numel: int, world: int) -> tuple[Range, ...]:
-    """Which elements of a parameter each rank holds; (0, 0) for a rank that holds padding alone."""
-    size = -(-numel // world)
-    ends = [(rank * size, min(rank * size + size, numel)) for rank in range(world)]
-    return tuple((start, stop) if start < stop else (0, 0) for start, stop in ends)
+def _check_swapping(wrapper: Any, name_of: Name) -> None:
+    """Refuse gradients that DeepSpeed would read back from NVMe to an address that direct I/O cannot write to.
+
+    It does not notice: the step would see another gradient's numbers. All sub-groups, before the first one steps.
+    """
+    swapper = getattr(wrapper, "optimizer_swapper", None)
+    if swapper is None:
+        return
+    for parameters in wrapper.fp16_groups:
+        sizes = [int(parameter.ds_tensor.ds_numel) for parameter in parameters]
+        for parameter, size, at in zip(parameters, sizes, accumulate(sizes, initial=0), strict=False):
+            begin, step = at * swapper.swap_element_size, swapper.aligned_bytes
+            if begin % step and swapper.is_swappable_tensor(numel=size):
+                raise ValueError(
+                    f"{name_of(parameter)}: DeepSpeed keeps its gradient on NVMe, from byte {begin} of its sub-group "
+                    f"on, and reads it back wrongly unless that is a multiple of {step}. Set sub_group_size to 1, so "
+                    'that every parameter begins a sub-group, or offload_optimizer.device to "cpu"'
+                )
