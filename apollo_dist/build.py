@@ -13,6 +13,7 @@ from .exchange.plan import MatrixSpec
 from .groups import CHOOSE, OPTIONS, Member, abbreviate, check_matrix, choose
 from .layout import detect, zero
 from .layout.holding import Holding, canonical_name
+from .refusals import unsupported
 from .unit import AdamTensor, Slot, Unit, specs_of
 
 
@@ -27,6 +28,7 @@ class Build:
         adam_shapes: shapes of the other parameters, wherever they are held.
         facts: what all ranks must agree on before the first exchange.
         chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
+        groups: ``param_groups``, kept like the tensors.
     """
 
     tensors: list[Tensor]
@@ -35,6 +37,7 @@ class Build:
     adam_shapes: list[tuple[int, ...]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     chosen: str = ""
+    groups: list[dict[str, Any]] = field(default_factory=list)
 
     def names(self) -> set[str]:
         """Names of all matrices and tensors."""
@@ -105,6 +108,7 @@ def build(
     Raises:
         ValueError: if a layout cannot be read or is not supported, or a loaded state does not fit.
     """
+    _refuse(engine)
     names = _names(members, engine)
 
     def name_of(tensor: Tensor) -> str:
@@ -135,6 +139,7 @@ def build(
             result.adam_shapes.append(tuple(holding.shape))
             if holding.numel:
                 result.adam.append(AdamTensor(holding, group, slots(holding.name)))
+    result.groups = list(groups)
     result.facts = fingerprint(seed, groups, seen)
     for i, listed in enumerate(entries.values()):
         cache = listed[0][0].device.type == "cpu" if cache_projection == "auto" else bool(cache_projection)
@@ -163,6 +168,13 @@ def _choice(
             "Pass that model's parameters, or (name, parameter) pairs"
         )
     return choose(known, engine.module, exclude)
+
+
+def _refuse(engine: zero.Engine) -> None:
+    """Raise ValueError if what drives this step cannot be exact."""
+    findings = [*unsupported(zero.config(engine)), *zero.unsupported(engine)]
+    if findings:
+        raise ValueError("APOLLO cannot train exactly under this DeepSpeed configuration:\n" + "\n".join(findings))
 
 
 def is_low_rank(group: Mapping[str, Any], name: str, chosen: set[str] | None) -> bool:

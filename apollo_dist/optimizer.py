@@ -233,8 +233,10 @@ class APOLLO(Optimizer):
 
         None in the step with zero gradients that DeepSpeed makes while it builds FP16_UnfusedOptimizer.
         """
+        # With the groups' own ids, since a build reads their hyperparameters. Under ZeRO-3 each sub-group has a build,
+        # and at each call one group holds its flat tensor and the others are empty.
         key = tuple(
-            (tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
+            (id(g), tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
         )
         if key in self._builds:
             return self._builds[key]

@@ -29,21 +29,43 @@ def zero_config(stage: int, **changes) -> dict:
     }
 
 
-def initialize(model: nn.Module, config: dict, **arguments):
-    """``deepspeed.initialize`` in an already initialized process group; returns the engine."""
+def prepare():
+    """DeepSpeed, ready for CPU tests in an already initialized process group; returns the module.
+
+    Call it before the optimizer is built, so that it can register itself.
+    """
     import deepspeed
 
     # Building the shared-memory extension takes most of a minute and changes nothing that is tested.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # CPUs without AMX multiply fp16 matrices slowly, and DeepSpeed refuses; the test models only add and scale.
+    deepspeed.accelerator.get_accelerator().is_fp16_supported = lambda: True
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    return deepspeed.initialize(model=model, config=config, **arguments)[0]
+    return deepspeed
 
 
-def gathered_weights(engine, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The model's weights after a step; every rank holds all of them at stages 0 to 2."""
-    return {name: p.detach().double() for name, p in model.named_parameters()}
+def initialize(model: nn.Module, config: dict, **arguments):
+    """``deepspeed.initialize`` in an already initialized process group; returns the engine."""
+    return prepare().initialize(model=model, config=config, **arguments)[0]
+
+
+def full_weights(engine, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The whole weights on every rank, in float64: the fp32 master weights where the engine has them."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    weights = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad and p.dtype != torch.float32:
+            weights[name] = safe_get_full_fp32_param(p).detach().double()
+        elif hasattr(p, "ds_id"):
+            with deepspeed.zero.GatheredParameters(p):
+                weights[name] = p.detach().double().clone()
+        else:
+            weights[name] = p.detach().double()
+    return weights
 
 
 @contextmanager

@@ -9,10 +9,25 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-# (rows, columns): tall, wide, square, one row, fewer rows than ranks, odd sizes, and one whose rows flat cuts cross.
+# (rows, columns): tall, wide, square, one row, fewer rows than ranks, odd sizes, one whose rows flat cuts cross, and
+# one with fewer elements than ranks.
 SHAPES = {
     "tall": (24, 7), "wide": (6, 25), "square": (9, 9), "row": (1, 11), "few": (3, 10), "odd": (13, 5), "long": (5, 31),
+    "tiny": (2, 1),
 }  # fmt: skip
+
+
+def product(module: nn.Module, wanted: dict[str, Tensor]) -> Tensor:
+    """The loss whose gradients were asked for, over the parameters that the module itself holds."""
+    own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.requires_grad]
+    return sum(((p * wanted[name].to(p.dtype)).sum() for name, p in own), torch.zeros(()))
+
+
+class Layer(nn.Linear):
+    """A linear layer, called on its own, since ZeRO-3 gathers parameters module by module."""
+
+    def forward(self, wanted: dict[str, Tensor]) -> Tensor:
+        return product(self, wanted)
 
 
 class Block(nn.Module):
@@ -20,11 +35,12 @@ class Block(nn.Module):
 
     def __init__(self, rows: int, columns: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(columns, rows)
+        self.linear = Layer(columns, rows)
         self.norm = nn.Parameter(torch.ones(columns))
 
     def forward(self, wanted: dict[str, Tensor]) -> Tensor:
-        return sum((p * wanted[name].to(p.dtype)).sum() for name, p in self.named_parameters() if p.requires_grad)
+        inner = {name[7:]: grad for name, grad in wanted.items() if name.startswith("linear.")}
+        return self.linear(inner) + product(self, wanted)
 
 
 class Bag(nn.Module):
@@ -54,15 +70,16 @@ class Experts(nn.Module):
         self.weight = nn.Parameter(torch.randn(3, 8, 5) / 3)
 
     def forward(self, wanted: dict[str, Tensor]) -> Tensor:
-        return (self.weight * wanted["weight"].to(self.weight.dtype)).sum()
+        return product(self, wanted)
 
 
 def low_rank(model: nn.Module, rank: int) -> dict[str, int]:
     """The low-rank matrices of a ``Bag`` and their ranks; one row allows rank 1 only."""
     ranks = {}
     for name, p in model.named_parameters():
-        if name.startswith("layers.") and p.dim() > 1:
-            ranks[name] = min(rank, *p.shape[-2:])
+        shape = getattr(p, "ds_shape", p.shape)
+        if name.startswith("layers.") and len(shape) > 1:
+            ranks[name] = min(rank, *shape[-2:])
     return ranks
 
 
@@ -94,7 +111,7 @@ def mean_gradients(shapes: dict[str, torch.Size], step: int, world: int, dtype=t
 
 def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
     """Names and logical shapes of the trainable parameters."""
-    return {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
+    return {n: getattr(p, "ds_shape", p.shape) for n, p in model.named_parameters() if p.requires_grad}
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -22,6 +22,7 @@ ALLOWED = {
     "groups": ("layout.holding",),
     "after_import": (),
     "deepspeed": ("after_import",),
+    "refusals": (),
 }
 PUBLIC = {"apollo_dist", "apollo_dist.agreement", "apollo_dist.groups", "apollo_dist.projection"}
 NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")

@@ -38,5 +38,7 @@ def _plain(tensor: Tensor, name: str) -> Holding:
     if getattr(tensor, "_fsdp_flattened", False):
         raise ValueError(f"{name} is an FSDP1 parameter, which is not supported yet; use FSDP2 (fully_shard)")
     if hasattr(tensor, "ds_id"):
-        raise ValueError(f"{name} is a ZeRO-3 parameter, which is not supported yet; use stage 0, 1 or 2")
+        raise ValueError(
+            f"{name} is divided by ZeRO-3, but step() was not called by DeepSpeed's engine; call engine.step()"
+        )
     return whole.read(name, tensor)

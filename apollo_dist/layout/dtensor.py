@@ -6,15 +6,13 @@ last row hold nothing and still take part in everything.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .holding import WHOLE, Holding, ShardGroup, whole_cover
-from .tiles import FlatCover, Range
+from .tiles import FlatCover, Range, row_ranges
 
 
 def read(name: str, parameter: DTensor) -> Holding:
@@ -58,11 +56,7 @@ def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, tuple[Range, ...
     if not sharded:
         return WHOLE, ()
     group = ShardGroup.of(mesh.get_group(sharded[0]))
-    rows, rest = shape[0], parameter.numel() // max(shape[0], 1)
-    # torch.chunk's rule, which Shard follows: chunks of ceil(rows / size), the last ones smaller or empty.
-    chunk = -(-rows // group.size)
-    edges = [min(rank * chunk, rows) * rest for rank in range(group.size + 1)]
-    return group, tuple(itertools.pairwise(edges))
+    return group, row_ranges(shape[0], parameter.numel() // max(shape[0], 1), group.size)
 
 
 def _dim(parameter: DTensor, axis: int) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 Range = tuple[int, int]
 
@@ -126,3 +127,30 @@ def check_cover(name: str, m: int, n: int, tiles: Sequence[Sequence[Tile]]) -> N
             reached = stop
         if reached != n:
             raise ValueError(f"{name}: row {edges[band]}, columns {reached}..{n} are held by no rank")
+
+
+def row_ranges(rows: int, width: int, world: int) -> tuple[Range, ...]:
+    """FSDP2's rule, which is ``torch.chunk``'s: runs of ceil(rows / world) rows, the last ones shorter or empty."""
+    chunk = -(-rows // world)
+    return tuple(pairwise(min(rank * chunk, rows) * width for rank in range(world + 1)))
+
+
+def even_ranges(numel: int, world: int) -> tuple[Range, ...]:
+    """ZeRO-3's rule: each rank holds ceil(numel / world) elements; (0, 0) for one that holds only padding."""
+    return cut_ranges(0, numel, -(-numel // world), world)
+
+
+def cut_ranges(start: int, numel: int, partition: int, world: int) -> tuple[Range, ...]:
+    """ZeRO-1's and 2's rule: which elements of a parameter lie in each rank's partition of a flat buffer.
+
+    Args:
+        start, numel: where the parameter lies in the buffer.
+        partition: elements of one rank.
+        world: how many partitions the buffer has.
+    """
+    result = []
+    for rank in range(world):
+        low = max(start, rank * partition) - start
+        high = min(start + numel, (rank + 1) * partition) - start
+        result.append((low, high) if low < high else (0, 0))
+    return tuple(result)

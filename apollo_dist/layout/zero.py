@@ -1,8 +1,9 @@
 """DeepSpeed's wrappers: which elements of which parameter are in the tensors that ``step()`` sees.
 
-The only file that reads DeepSpeed's attributes (verified on 0.19.8). Under ZeRO the parameters that the optimizer was
-built with are no longer in ``param_groups`` at ``step()``: stages 1 and 2 and BF16_Optimizer put one flat fp32
-partition for each group there, ZeRO-0 in bf16 or fp16 puts fp32 clones.
+With ``zero3.py`` the only file that reads DeepSpeed's attributes (verified on 0.19.8). Under ZeRO the parameters that
+the optimizer was built with are no longer in ``param_groups`` at ``step()``: stages 1 and 2 and BF16_Optimizer put one
+flat fp32 partition for each group there, stage 3 one for each sub-group in turn, ZeRO-0 in bf16 or fp16 fp32 clones.
+With ``offload_optimizer`` these tensors, and so the states, are on the CPU.
 
 A parameter's place in its group's flat buffer is read from its data pointer. DeepSpeed's own maps
 (``_hp_mapping``, ``_param_slice_mappings``) are wrong under ``round_robin_gradients``.
@@ -11,15 +12,16 @@ A parameter's place in its group's flat buffer is read from its data pointer. De
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from .holding import Holding, ShardGroup, whole_cover
-from .tiles import FlatCover
+from . import whole, zero3
+from .flat import check_first_use, flat_holding
+from .holding import Holding, ShardGroup
+from .tiles import cut_ranges
 
 Name = Callable[[Tensor], str]
 
@@ -39,11 +41,13 @@ class Engine:
         module: the engine's model, where it was found.
         warming_up: whether this ``step()`` is the one with zero gradients that FP16_UnfusedOptimizer makes while
             it is built, which is no training step.
+        driver: the engine itself, where it was found.
     """
 
     wrapper: Any = None
     module: nn.Module | None = None
     warming_up: bool = False
+    driver: Any = None
 
 
 def from_engine(engine: Any, optimizer: object) -> Engine:
@@ -54,9 +58,9 @@ def from_engine(engine: Any, optimizer: object) -> Engine:
     """
     outer = getattr(engine, "optimizer", None)
     if outer is optimizer:
-        return Engine(None, engine.module)
+        return Engine(None, engine.module, driver=engine)
     if getattr(outer, "optimizer", None) is optimizer:
-        return Engine(outer, engine.module)
+        return Engine(outer, engine.module, driver=engine)
     raise ValueError(
         f"attach: the engine's optimizer is {type(outer).__name__}, which does not hold this APOLLO. Pass the "
         "optimizer to deepspeed.initialize(optimizer=...) and attach the engine that it returns"
@@ -73,7 +77,7 @@ def find(optimizer: object) -> Engine:
     runtime = sys.modules.get("deepspeed.runtime.engine")
     if base is None or runtime is None:
         return Engine()
-    wrapper, module, warming_up = None, None, False
+    wrapper, driver, warming_up = None, None, False
     frame = sys._getframe(1)
     while frame is not None:
         caller = frame.f_locals.get("self")
@@ -81,10 +85,45 @@ def find(optimizer: object) -> Engine:
             wrapper = caller
             warming_up = warming_up or frame.f_code.co_name == "initialize_optimizer_states"
         elif isinstance(caller, runtime.DeepSpeedEngine) and wrapper in (None, getattr(caller, "optimizer", wrapper)):
-            module = getattr(caller, "module", None)
+            driver = caller
             break
         frame = frame.f_back  # type: ignore[assignment]
-    return Engine(wrapper, module, warming_up)
+    return Engine(wrapper, getattr(driver, "module", None), warming_up, driver)
+
+
+def config(engine: Engine) -> Mapping[str, Any]:
+    """DeepSpeed's configuration as the engine read it from JSON; empty where there is no engine."""
+    return {} if engine.driver is None else engine.driver._config._param_dict
+
+
+def unsupported(engine: Engine) -> list[str]:
+    """Why what drives this step is refused, beyond its configuration; see ``apollo_dist.refusals``."""
+    if engine.driver is None:
+        return []
+    from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+    found = []
+    slices = bwc_tensor_model_parallel_world_size(getattr(engine.driver, "mpu", None))
+    if slices > 1:
+        found.append(
+            f"mpu: each of {slices} model-parallel ranks holds a slice of a matrix and would take it for the whole; "
+            "train without tensor parallelism"
+        )
+    experts = [name for name, parameter in engine.driver.module.named_parameters() if _is_expert(parameter)]
+    if experts:
+        found.append(
+            f"{experts[0]} and {len(experts) - 1} others are experts of DeepSpeed's MoE, where ranks hold different "
+            "matrices under the same names; use experts that are plain parameters of every rank"
+        )
+    return found
+
+
+def _is_expert(parameter: Any) -> bool:
+    """Whether DeepSpeed distributes a parameter over ranks as an expert, by its MoE layers or by AutoEP."""
+    return (
+        not getattr(parameter, "allreduce", True)
+        or getattr(parameter, "ds_zero_placement_family", None) == "autoep_expert"
+    )
 
 
 def names(wrapper: Any) -> dict[int, str]:
@@ -105,10 +144,8 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
         ValueError: for a wrapper that this version cannot read, or if it is not laid out as expected.
     """
     kind = type(wrapper).__name__
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        raise ValueError(f"ZeRO stage 3 ({kind}) is not supported yet; use stage 0, 1 or 2")
-    if getattr(wrapper, "cpu_offload", False):
-        raise ValueError("ZeRO optimizer offload is not supported yet; remove offload_optimizer from the config")
+    if zero3.is_stage3(wrapper):
+        return zero3.read(wrapper, tensor, name_of)
     for parameters, flats, partitions in _FLAT_ATTRIBUTES:
         if hasattr(wrapper, partitions):
             for i, partition in enumerate(getattr(wrapper, partitions)):
@@ -122,16 +159,10 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
         for model_params, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, clone in zip(model_params, clones, strict=True):
                 if clone is tensor:
-                    return [_clone(name_of(parameter), clone)]
+                    return [whole.read(name_of(parameter), clone)]
         return None
     version = getattr(sys.modules.get("deepspeed"), "__version__", "unknown")
     raise ValueError(f"cannot read the layout of DeepSpeed {version}'s {kind}; this version knows that of 0.19.8")
-
-
-def _clone(name: str, clone: Tensor) -> Holding:
-    from . import whole
-
-    return whole.read(name, clone)
 
 
 def _read_flat(
@@ -148,50 +179,10 @@ def _read_flat(
         start, remainder = divmod(parameter.data_ptr() - flat.data_ptr(), flat.element_size())
         if remainder or start < 0 or start + parameter.numel() > flat.numel():
             raise ValueError(f"{name} does not lie inside its ZeRO flat buffer (offset {start} of {flat.numel()})")
-        ranges = []
-        for rank in range(group.size):
-            low = max(start, rank * n) - start
-            high = min(start + parameter.numel(), rank * n + n) - start
-            ranges.append((low, high) if low < high else (0, 0))
+        ranges = cut_ranges(start, parameter.numel(), n, group.size)
         low, high = ranges[group.rank]
         at = low + start - group.rank * n if high > low else 0
-        holding = _flat_holding(name, tuple(parameter.shape), partition, at, high - low, group, tuple(ranges))
-        _check_first_use(holding, parameter, low)
+        holding = flat_holding(name, tuple(parameter.shape), partition, at, group, ranges)
+        check_first_use(holding, parameter.reshape(-1)[low:high])
         holdings.append(holding)
     return holdings
-
-
-def _flat_holding(
-    name: str,
-    shape: tuple[int, ...],
-    partition: Tensor,
-    at: int,
-    count: int,
-    group: ShardGroup,
-    ranges: tuple[tuple[int, int], ...],
-) -> Holding:
-    def grad() -> Tensor | None:
-        return None if partition.grad is None else partition.grad.view(-1)[at : at + count]
-
-    return Holding(
-        name=name,
-        shape=shape,
-        dtype=partition.dtype,
-        device=partition.device,
-        layout="zero",
-        group=group,
-        cover=FlatCover(ranges) if group.size > 1 else whole_cover(count),
-        weight=lambda: partition.detach().view(-1)[at : at + count],
-        grad=grad,
-    )
-
-
-def _check_first_use(holding: Holding, parameter: Tensor, start: int) -> None:
-    """The partition must hold what the model's parameter holds, or the offsets are wrong."""
-    ours = holding.weight().to(parameter.dtype)
-    theirs = parameter.detach().reshape(-1)[start : start + ours.numel()]
-    if not torch.equal(ours, theirs.to(ours.device)):
-        raise ValueError(
-            f"{holding.name}: the ZeRO partition does not hold the parameter's values at the expected place; "
-            "this layout cannot be read (was the model changed outside of the engine?)"
-        )

@@ -1,0 +1,96 @@
+"""ZeRO-3, and low-precision engines with fp32 master weights, equal one process with whole matrices to 1e-5 relative.
+
+As in ``test_exact_zero``: rounding shows at some 1e-7, a wrong element at 1e-2 or more. Every parameter is really
+divided (no persistence threshold), some have fewer elements than there are ranks.
+"""
+
+import itertools
+
+import pytest
+
+from .engines import zero_config
+from .ranks import run_ranks
+from .zero_runs import BF16, FP16, OFFLOAD, OFFLOAD_BOTH, train
+
+STEPS, GAP, TOLERANCE = 12, 5, 1e-5
+CPU = {"zero_force_ds_cpu_optimizer": False}
+MANY = {"sub_group_size": 60}
+POISON = {3: (0, float("inf")), 7: (0, float("nan"))}
+
+
+def stage3(*blocks: dict, **changes) -> dict:
+    """A stage 3 config with every parameter divided; ``blocks`` go into ``zero_optimization``."""
+    zero = {"stage3_param_persistence_threshold": 0}
+    for block in blocks:
+        zero.update(block)
+    return zero_config(3, zero_optimization=zero, **(CPU if "offload_optimizer" in zero else {}), **changes)
+
+
+# name -> (DeepSpeed config, APOLLO options, what the run does besides)
+MATRIX = {
+    f"{groups} {start} {place}": (
+        stage3(MANY if groups == "many" else {}, OFFLOAD if place == "offload" else {}),
+        {"weight_decay": 0.1} if groups == "many" else {"scale_type": "tensor", "scale": 4.0},
+        {"init": start == "init", "schedule": True},
+    )
+    for groups, start, place in itertools.product(("one", "many"), ("plain", "init"), ("device", "offload"))
+}
+FURTHER = {
+    "persistent": (stage3({"stage3_param_persistence_threshold": 100}, MANY), {}, {}),
+    "one group": (stage3(), {}, {"by_name": True}),
+    "each alone": (stage3({"sub_group_size": 1}), {"disable_nl": True}, {"init": True}),
+    "frozen": (stage3(MANY), {}, {"frozen": "layers.1.", "init": True}),
+    "accumulation": (stage3(MANY, gradient_accumulation_steps=2), {}, {"accumulation": 2}),
+    "clipping": (stage3(MANY, gradient_clipping=3.0), {}, {"clipping": 3.0}),
+    "offload clipping": (
+        stage3(OFFLOAD, MANY, gradient_clipping=3.0, gradient_accumulation_steps=2),
+        {},
+        {"clipping": 3.0, "accumulation": 2, "frozen": "layers.1."},
+    ),
+    "parameter offload": (stage3({"offload_param": {"device": "cpu"}}, MANY), {}, {}),
+    "all offload": (stage3(OFFLOAD_BOTH, MANY), {}, {"init": True}),
+    "zero3 bf16": (stage3(MANY, **BF16), {}, {"init": True}),
+    "zero3 fp16 overflow": (stage3(MANY, **FP16), {}, {"init": True, "poison": POISON}),
+    "zero3 fp16 offload overflow": (stage3(OFFLOAD_BOTH, MANY, **FP16), {}, {"poison": POISON}),
+    "zero3 overflow": (stage3(MANY), {}, {"poison": POISON}),
+    "zero2 fp16 overflow": (zero_config(2, **FP16), {}, {"poison": POISON}),
+    "zero1 fp16 overflow": (zero_config(1, **FP16), {}, {"poison": POISON}),
+    "zero2 fp16 offload overflow": (zero_config(2, zero_optimization=OFFLOAD, **FP16, **CPU), {}, {"poison": POISON}),
+    "BF16_Optimizer": (zero_config(1, **BF16), {}, {}),
+}
+# DeepSpeed keeps the groups of hpZ for the rest of the process, so these run in processes of their own.
+HPZ = {
+    f"hpZ {groups} {start}": (
+        stage3({"zero_hpz_partition_size": 2}, MANY if groups == "many" else {}), {}, {"init": start == "init"}
+    )
+    for groups, start in itertools.product(("one", "many"), ("plain", "init"))
+}  # fmt: skip
+
+
+def run(rank: int, world: int, cases: dict) -> dict[str, dict[str, float]]:
+    return {
+        name: train(rank, world, config, options, steps=STEPS, gap=GAP, **extra)
+        for name, (config, options, extra) in cases.items()
+    }
+
+
+def judge(world: int, cases: dict) -> None:
+    for errors in run_ranks(run, world, cases):
+        assert errors.keys() == cases.keys()
+        for case, found in errors.items():
+            worst = max(found, key=found.get)
+            assert found[worst] < TOLERANCE, f"{case}: {worst} is off by {found[worst]:.1e}"
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_stage_3_equals_the_reference(world):
+    judge(world, MATRIX)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_further_engines_equal_the_reference(world):
+    judge(world, FURTHER)
+
+
+def test_hpz_equals_the_reference():
+    judge(4, HPZ)
