@@ -59,7 +59,8 @@ def full_weights(engine, model: nn.Module) -> dict[str, torch.Tensor]:
     weights = {}
     for name, p in model.named_parameters():
         if p.requires_grad and p.dtype != torch.float32:
-            weights[name] = safe_get_full_fp32_param(p).detach().double()
+            master = safe_get_full_fp32_param(p)  # None at stage 0, where the wrapper keeps clones to itself
+            weights[name] = (p if master is None else master).detach().double()
         elif hasattr(p, "ds_id"):
             with deepspeed.zero.GatheredParameters(p):
                 weights[name] = p.detach().double().clone()

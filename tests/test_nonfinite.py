@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apollo_dist import APOLLO
 
-from .engines import initialize, zero_config
+from .engines import full_weights, initialize, zero_config
 from .models import Bag, gradients, groups_of, low_rank, shapes_of
 from .ranks import run_ranks
 
@@ -28,6 +28,8 @@ DEEPSPEED = {
     "zero0": zero_config(0),
     "zero1": zero_config(1),
     "zero2": zero_config(2, gradient_clipping=1.0),
+    "zero3": zero_config(3),
+    "zero3 sub-groups": zero_config(3, zero_optimization={"sub_group_size": 100}),
     "zero0 bf16": zero_config(0, **BF16),
     "zero2 bf16": zero_config(2, **BF16),
     "bf16 optimizer": zero_config(1, **BF16, data_types={"grad_accum_dtype": "fp32"}),
@@ -81,7 +83,8 @@ def deepspeed(name: str, rank: int, world: int, with_bad: bool) -> tuple[dict[st
     for step, bad in schedule(with_bad):
         engine.backward(engine(wanted(shapes, step, rank, bad)))
         engine.step()
-    return {n: p.detach().clone() for n, p in model.named_parameters()}, engine.skipped_steps + optimizer.skipped_steps
+    weights = {n: w.clone() for n, w in full_weights(engine, model).items()}
+    return weights, engine.skipped_steps + optimizer.skipped_steps
 
 
 def both(rank: int, world: int, kind: str, names: tuple[str, ...]) -> dict[str, tuple[bool, bool, int, int]]:

@@ -15,7 +15,7 @@ from apollo_dist.pretrain.distributed import Ranks, SetupError
 from apollo_dist.pretrain.optimizers import local
 from apollo_dist.pretrain.settings import load_settings
 
-from .engines import zero_config
+from .engines import full_weights, zero_config
 from .pretrain_runs import SMALL, SMALL_APOLLO, write_text
 from .ranks import run_ranks
 
@@ -24,6 +24,7 @@ JSON = {
     "zero0": zero_config(0),
     "zero1": zero_config(1),
     "zero2": zero_config(2),
+    "zero3": zero_config(3),
     "zero2_bf16": zero_config(2, **BF16),
     "bf16_optimizer": zero_config(1, **BF16, data_types={"grad_accum_dtype": "fp32"}),
 }
@@ -39,8 +40,11 @@ def spoil(losses: Callable[..., Tensor], when: Callable[[], bool]) -> Callable[.
 
 
 def weights(run: train.Run) -> Tensor:
-    model = getattr(run.engine, "module", None) or run.engine._engine.module  # type: ignore[attr-defined]
-    return torch.cat([local(p).detach().flatten().float() for p in model.parameters()])
+    engine: Any = getattr(run.engine, "_engine", None)
+    if engine is not None:
+        return torch.cat([w.flatten() for w in full_weights(engine, engine.module).values()])
+    model: Any = run.engine
+    return torch.cat([local(p).detach().flatten() for p in model.module.parameters()])
 
 
 def one_engine(name: str, rank: int, world: int, folder: Path) -> dict[str, Any]:
