@@ -24,12 +24,14 @@ class Build:
         tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
         units: the low-rank matrices by shard group.
         adam: the other parameters.
+        holdings: of every parameter, also those of which this rank holds nothing, with its group.
         facts: what all ranks must agree on before the first exchange.
     """
 
     tensors: list[Tensor]
     units: list[Unit] = field(default_factory=list)
     adam: list[AdamTensor] = field(default_factory=list)
+    holdings: list[tuple[Holding, dict[str, Any]]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
 
     def names(self) -> set[str]:
@@ -122,6 +124,7 @@ def build(
         seen.append([])
         for holding in detect.read(group["params"], name_of, engine):
             seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
+            result.holdings.append((holding, group))
             if is_low_rank(group, holding.name, chosen):
                 check_matrix(holding.name, holding.shape, group["rank"])
                 key = (id(holding.group.process_group), holding.device)
