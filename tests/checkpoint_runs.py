@@ -39,7 +39,7 @@ class Model(Bag):
 
 
 def build(engine: str, world: int, *, seed: int, dtype: torch.dtype):
-    """A model with weights from ``seed``, what trains it, and its optimizer: (model, engine or wrapped model, APOLLO)."""
+    """A model with weights from ``seed``, the engine or wrapped model that trains it, and its APOLLO."""
     model = Model(seed).to(dtype)
     ranks = {name: r for name, r in low_rank(model, 3).items() if not name.startswith(FROZEN)}
     if engine in ZERO:
