@@ -108,9 +108,18 @@ def save(
         return _write(root, step, found.tensors, manifest, {EXTRA: packed, **files}, keep, None)
     staged = run_together(lambda: {key: shards.staged() for key, shards in found.tensors.items()})
     group = _background_group()
-    _last = Pending(_executor.submit(_write, root, step, staged, manifest, {EXTRA: packed, **files}, keep, group))
-    _last._future.add_done_callback(_log_failure)
+    arguments = (root, step, staged, manifest, {EXTRA: packed, **files}, keep, group)
+    _last = Pending(_executor.submit(_write_or_log, *arguments))
     return _last
+
+
+def _write_or_log(*arguments: Any) -> Path:
+    """``_write``, whose failure is told at once, and not only to who waits for it."""
+    try:
+        return _write(*arguments)
+    except Exception as error:
+        logger.error("saving a checkpoint in the background failed: %s", error)
+        raise
 
 
 def _write(
@@ -181,9 +190,3 @@ def _background_group() -> dist.ProcessGroup | None:
         assert made is not None
         _group = (world, made)
     return _group[1]
-
-
-def _log_failure(future: Future[Path]) -> None:
-    error = future.exception()
-    if error is not None:
-        logger.error("saving a checkpoint in the background failed: %s", error)
