@@ -94,7 +94,7 @@ def contents(model: Any, optimizer: Any) -> Contents:
     else:
         held = elementwise.add(found, client, module)
     _model(found, module, held, {id(p) for group in client.param_groups for p in group["params"]})
-    found.description["engine"] = zero_engine.loss_scale(found.wrapper)
+    found.description["engine"] = zero_engine.progress(found.engine, found.wrapper)
     return found
 
 

@@ -70,7 +70,7 @@ def save(
         optimizer: APOLLO (or torch's AdamW); None means the engine's.
         extra: what else to keep, such as a scheduler's ``state_dict()`` and the position in the data: numbers,
             strings, tensors, lists and dicts of them. The first rank's is kept.
-        step: the step after which this is, which names the folder. None means the optimizer's own count.
+        step: the step after which this is, which names the folder. None means the engine's count, or the optimizer's.
         keep: how many checkpoints to keep; older ones are deleted once the new one is durable, and so are those of
             later steps, which an abandoned run left. None keeps all.
         background: copy everything to CPU memory, and write it while training goes on. A save waits for the one
@@ -89,7 +89,9 @@ def save(
         before.wait()
     found = contents(model, optimizer)
     packed = run_together(lambda: _pack(extra))
-    if step is None:
+    if step is None and found.engine is not None:
+        step = int(found.description["engine"]["global_steps"])
+    elif step is None:
         step = max([int(s.pieces[0].tensor) for key, s in found.tensors.items() if _is_step(key, s)], default=0)
         step = max(gather(step))
     run_together(lambda: _check(step, keep))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -172,9 +173,10 @@ def read(folder: Path, tensors: dict[str, Shards], group: dist.ProcessGroup | No
 
 
 def _run(work: Callable[[], object]) -> None:
-    with warnings.catch_warnings():
-        # That there is no process group is no news here.
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    alone = not (dist.is_available() and dist.is_initialized())
+    with warnings.catch_warnings() if alone else nullcontext():
+        if alone:  # DCP warns of that
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
             work()
         except CheckpointException as error:  # a BaseException, which ends a process past every handler

@@ -111,22 +111,35 @@ def read_frozen(name: str, parameter: Any) -> Holding | None:
     )
 
 
-def loss_scale(wrapper: Any) -> dict[str, float]:
-    """The state of the wrapper's dynamic loss scaler; empty where there is none."""
+def progress(engine: Any, wrapper: Any) -> dict[str, float]:
+    """What changes in an engine beside weights and optimizer: steps, skipped steps, the dynamic loss scaler's state.
+
+    Empty for None.
+    """
+    if engine is None:
+        return {}
     scaler = _scaler(wrapper)
-    return {} if scaler is None else {key: getattr(scaler, key) for key in _SCALE if hasattr(scaler, key)}
+    scale = {key: getattr(scaler, key) for key in _SCALE if hasattr(scaler, key)}
+    return {"global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps, **scale}
 
 
-def restore(engine: Any, wrapper: Any, step: int, scale: Mapping[str, float]) -> None:
-    """Set the engine's counters to those after ``step`` steps, and its dynamic loss scaler to a saved state."""
+def restore(engine: Any, wrapper: Any, step: int, saved: Mapping[str, float]) -> None:
+    """Set the engine's counters to those after ``step`` steps, and its dynamic loss scaler to a saved state.
+
+    Args:
+        engine: DeepSpeed's.
+        wrapper: its optimizer wrapper, or None.
+        step: steps of training.
+        saved: what ``progress`` returned; empty if something else than DeepSpeed trained.
+    """
     engine.global_steps = step
     engine.global_samples = step * engine.train_batch_size()
     engine.micro_steps = step * engine.gradient_accumulation_steps()
+    engine.skipped_steps = saved.get("skipped_steps", 0)
     scaler = _scaler(wrapper)
-    if scaler is not None:
-        for key in _SCALE:
-            if key in scale and hasattr(scaler, key):
-                setattr(scaler, key, scale[key])
+    for key in _SCALE:
+        if key in saved and hasattr(scaler, key):
+            setattr(scaler, key, saved[key])
 
 
 def _scaler(wrapper: Any) -> Any:
