@@ -22,7 +22,13 @@ ALLOWED = {
     "groups": ("layout.holding",),
     "deepspeed": (),
 }
-PUBLIC = {"apollo_dist", "apollo_dist.agreement", "apollo_dist.groups", "apollo_dist.projection"}
+PUBLIC = {
+    "apollo_dist",
+    "apollo_dist.agreement",
+    "apollo_dist.checkpoint",
+    "apollo_dist.groups",
+    "apollo_dist.projection",
+}
 NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..agreement import rank_of
 from ..build import Build
-from ..layout import detect, zero, zero_engine
+from ..layout import detect, dtensor, zero, zero_engine
 from ..layout.holding import Holding, canonical_name
 from ..matrix import Matrix
 from ..optimizer import APOLLO
@@ -86,6 +86,7 @@ def contents(model: Any, optimizer: Any) -> Contents:
     """
     found = Contents(engine=model if zero_engine.is_engine(model) else None)
     module: nn.Module = model if found.engine is None else model.module
+    dtensor.reshard(module)
     client = _client(found.engine, optimizer)
     if found.engine is not None:
         found.wrapper = zero.from_engine(found.engine, client).wrapper

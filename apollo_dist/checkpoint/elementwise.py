@@ -45,13 +45,22 @@ def add(found: Contents, optimizer: torch.optim.Optimizer, module: nn.Module) ->
     names_by_id = {key: canonical_name(name) for key, name in zero.names(found.wrapper).items()}
     names_by_id |= {id(p): canonical_name(name) for name, p in module.named_parameters()}
     engine = zero.Engine(found.wrapper, module)
+
+    def name_of(tensor: Tensor) -> str:
+        if id(tensor) not in names_by_id:
+            raise ValueError(
+                f"the optimizer holds a parameter of shape {tuple(tensor.shape)} that is not in the model: build it "
+                "after the model is wrapped or sharded"
+            )
+        return names_by_id[id(tensor)]
+
     parameters = found.description.setdefault("parameters", {})
     holdings: list[Holding] = []
     for call in zero_engine.step_calls(found.wrapper, optimizer.param_groups):
         for group, tensors in call:
             names: list[str] = []
             for tensor in tensors:
-                held = detect.read([tensor], lambda p: names_by_id[id(p)], engine)
+                held = detect.read([tensor], name_of, engine)
                 for holding in held:
                     names.append(holding.name)
                     parameters[holding.name] = {"kind": type(optimizer).__name__}
