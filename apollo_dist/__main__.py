@@ -1,0 +1,27 @@
+"""``python -m apollo_dist COMMAND``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from .checkpoint import export, verify
+
+# Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
+COMMANDS = (verify, export)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m apollo_dist", description=__doc__)
+    subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
+    for module in COMMANDS:
+        module.add_parser(subparsers)
+    parsed = parser.parse_args(arguments)
+    code: int = parsed.run(parsed)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
