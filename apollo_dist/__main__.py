@@ -7,9 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from . import lint
+from .checkpoint import export, verify
 
 # Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
-COMMANDS = (lint,)
+COMMANDS = (lint, verify, export)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

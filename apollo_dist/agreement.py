@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
@@ -13,6 +13,16 @@ T = TypeVar("T")
 
 def _distributed(group: dist.ProcessGroup | None) -> bool:
     return dist.is_available() and dist.is_initialized() and dist.get_world_size(group) > 1
+
+
+def rank_of(group: dist.ProcessGroup | None = None) -> int:
+    """This process's rank in ``group``, by default among all; 0 without torch.distributed."""
+    return dist.get_rank(group) if _distributed(group) else 0
+
+
+def world_of(group: dist.ProcessGroup | None = None) -> int:
+    """How many ranks ``group`` has, by default all; 1 without torch.distributed."""
+    return dist.get_world_size(group) if _distributed(group) else 1
 
 
 def run_together(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
@@ -44,6 +54,40 @@ def run_together(work: Callable[[], T], group: dist.ProcessGroup | None = None) 
         if failure is not None:
             raise ValueError(f"rank {rank}: {failure}") from error
     return result  # type: ignore[return-value]
+
+
+def run_first(work: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Run ``work`` on the first rank of ``group`` only, and give every rank its (picklable) result.
+
+    A collective: every rank must call it.
+
+    Raises:
+        ValueError: on every rank, if the work fails on the first.
+    """
+    if not _distributed(group):
+        return work()
+    result: T | None = None
+    error: Exception | None = None
+    first = dist.get_rank(group) == 0
+    if first:
+        try:
+            result = work()
+        except Exception as exc:
+            error = exc
+    shared: list[Any] = [None if error is None else f"{type(error).__name__}: {error}", result]
+    dist.broadcast_object_list(shared, src=0 if group is None else dist.get_global_rank(group, 0), group=group)
+    if shared[0] is not None:
+        raise ValueError(f"rank 0: {shared[0]}") from error
+    return shared[1]  # type: ignore[no-any-return]
+
+
+def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
+    """``value`` of every rank of ``group``, in rank order; a collective, for small picklable objects."""
+    if not _distributed(group):
+        return [value]
+    everyone: list[T | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, value, group=group)
+    return everyone  # type: ignore[return-value]
 
 
 def agree(facts: Mapping[str, object], group: dist.ProcessGroup | None = None) -> None:

@@ -26,6 +26,7 @@ class Build:
         units: the low-rank matrices by shard group.
         adam: the other parameters, as far as this rank holds any of them.
         adam_shapes: shapes of the other parameters, wherever they are held.
+        holdings: of every parameter, also those of which this rank holds nothing, with its group.
         facts: what all ranks must agree on before the first exchange.
         chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
         groups: ``param_groups``, kept like the tensors.
@@ -35,6 +36,7 @@ class Build:
     units: list[Unit] = field(default_factory=list)
     adam: list[AdamTensor] = field(default_factory=list)
     adam_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    holdings: list[tuple[Holding, dict[str, Any]]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     chosen: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -131,6 +133,7 @@ def build(
         seen.append([])
         for holding in detect.read(group["params"], name_of, engine):
             seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
+            result.holdings.append((holding, group))
             if is_low_rank(group, holding.name, chosen):
                 check_matrix(holding.name, holding.shape, group["rank"])
                 key = (id(holding.group.process_group), holding.device)

@@ -27,7 +27,7 @@ from .groups import (
     split_params,
     validate_options,
 )
-from .layout import zero
+from .layout import zero, zero_engine
 from .nonfinite import NonFiniteGuard
 from .step import step_adam, step_unit
 from .unit import Slot
@@ -193,6 +193,30 @@ class APOLLO(Optimizer):
             ValueError: if the engine drives another optimizer.
         """
         self._engine = zero.from_engine(engine, self)
+
+    def prepare(self, engine: Any = None) -> list[Build]:
+        """Read the layouts and make the state now, not at the first step: a checkpoint is loaded into them.
+
+        A collective, as the first step is. Where nothing changed since the last step it only looks that up.
+
+        Args:
+            engine: the DeepSpeed engine that drives this optimizer, if one does.
+
+        Returns:
+            One build for each call of ``step()`` that a step of training makes.
+
+        Raises:
+            ValueError: on all ranks alike, if a layout is not supported or ranks disagree.
+        """
+        if engine is not None:
+            run_together(lambda: self.attach(engine), self._process_group)
+        builds = []
+        for call in zero_engine.step_calls(self._engine.wrapper if self._engine else None, self.param_groups):
+            with zero_engine.as_in_step(self, call):
+                built = self._current()
+            assert built is not None
+            builds.append(built)
+        return builds
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

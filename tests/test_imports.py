@@ -24,7 +24,13 @@ ALLOWED = {
     "deepspeed": ("after_import",),
     "refusals": (),
 }
-PUBLIC = {"apollo_dist", "apollo_dist.agreement", "apollo_dist.groups", "apollo_dist.projection"}
+PUBLIC = {
+    "apollo_dist",
+    "apollo_dist.agreement",
+    "apollo_dist.checkpoint",
+    "apollo_dist.groups",
+    "apollo_dist.projection",
+}
 NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from apollo_dist.checkpoint import CheckpointWarning
 from apollo_dist.pretrain.__main__ import main
 from apollo_dist.pretrain.metrics import read_rows
 
@@ -44,10 +45,11 @@ def test_a_checkpoint_is_listed_and_nothing_is_left_over(finished: Path) -> None
     assert sorted(path.name for path in folder.iterdir()) == ["latest", "step_00000004", "step_00000008"]
     assert (folder / "latest").read_text() == "step_00000008\n"
     manifest = json.loads((folder / "step_00000004" / "manifest.json").read_text())
-    present = {p.relative_to(folder / "step_00000004").as_posix() for p in (folder / "step_00000004").rglob("*")}
+    inside = (path for path in (folder / "step_00000004").rglob("*") if path.is_file())
+    present = {path.relative_to(folder / "step_00000004").as_posix() for path in inside}
     assert set(manifest["files"]) | {"manifest.json"} == present
     assert manifest["step"] == 4
-    assert manifest["facts"]["engine"] == "ddp"
+    assert "hf/config.json" in present
 
 
 def test_a_resumed_run_repeats_the_losses_bit_for_bit(finished: Path, tmp_path: Path) -> None:
@@ -89,7 +91,8 @@ def test_resuming_an_older_step_replaces_the_newer_checkpoints(finished: Path, t
     again = shutil.copytree(finished / "run", tmp_path / "again")
     (again / "checkpoints" / "latest").write_text("step_00000004\n")  # as if killed before the pointer moved
     assert main(arguments(finished, again, "--resume", "--checkpoint_every=4")) == 0
-    assert (again / "checkpoints" / "latest").read_text() == "step_00000008\n"
+    assert (again / "checkpoints" / "latest").read_text() == "step_00000008_2\n"
+    assert not (again / "checkpoints" / "step_00000008").exists()
     assert losses(again) == losses(finished / "run")
 
 
@@ -112,13 +115,13 @@ def flip(path: Path) -> None:
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [
-        ("weights.pt", Path.unlink, "is missing"),
-        ("weights.pt", truncate, "is truncated"),
-        ("weights.pt", flip, "SHA-256"),
-        ("optimizer_rank_00000.pt", flip, "SHA-256"),
-        ("trainer_rank_00000.pt", flip, "SHA-256"),
-        ("manifest.json", Path.unlink, "is missing or damaged"),
-        ("manifest.json", truncate, "is missing or damaged"),
+        ("__0_0.distcp", Path.unlink, "is missing"),
+        ("__0_0.distcp", truncate, "is truncated"),
+        ("__0_0.distcp", flip, "SHA-256"),
+        (".metadata", flip, "SHA-256"),
+        ("extra.pt", flip, "SHA-256"),
+        ("manifest.json", Path.unlink, "is missing"),
+        ("manifest.json", truncate, "is damaged"),
     ],
 )
 def test_damage_is_an_error_that_names_the_file(
@@ -142,18 +145,36 @@ def test_resume_without_a_checkpoint_is_an_error(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = fails(finished, tmp_path / "nothing", capsys, "--resume")
-    assert "no checkpoint to resume from" in error
-    assert "latest" in error
+    assert "no good checkpoint to load" in error
+    assert str(tmp_path / "nothing" / "checkpoints") in error
     assert not (tmp_path / "nothing" / "metrics.jsonl").exists()
 
 
-@pytest.mark.parametrize("target", ["step_00000099", "", "../../etc"])
-def test_a_pointer_to_nothing_is_an_error(
-    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str
+@pytest.mark.parametrize("target", ["step_00000099", "", "../../etc", None])
+def test_a_pointer_to_nothing_is_told_and_the_last_checkpoint_taken(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], target: str | None
 ) -> None:
     again = rewind(finished / "run", tmp_path / "again", 4)
-    (again / "checkpoints" / "latest").write_text(target)
-    assert "there is no such checkpoint" in fails(finished, again, capsys, "--resume")
+    pointer = again / "checkpoints" / "latest"
+    pointer.unlink() if target is None else pointer.write_text(target)
+    with pytest.warns(CheckpointWarning, match="latest"):
+        assert main(arguments(finished, again, "--resume")) == 0
+    printed = capsys.readouterr().out
+    assert str(pointer) in printed
+    assert "resumed after step 4" in printed
+    assert losses(again) == losses(finished / "run")
+
+
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_taken(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = Path(shutil.copytree(finished / "run", tmp_path / "again"))
+    damaged = again / "checkpoints" / "step_00000008" / "__0_0.distcp"
+    flip(damaged)
+    with pytest.warns(CheckpointWarning, match=str(damaged)):
+        assert main(arguments(finished, again, "--resume")) == 0
+    assert f"{damaged} is damaged" in capsys.readouterr().out
+    assert losses(again) == losses(finished / "run")
 
 
 @pytest.mark.parametrize(
@@ -161,9 +182,8 @@ def test_a_pointer_to_nothing_is_an_error(
     [
         ("--seed=1", "seed was 0 and is 1"),
         ("--lr=0.5", "optimizer.lr was 0.01 and is 0.5"),
-        ("--engine=fsdp2", "engine was 'ddp' and is 'fsdp2'"),
         ("--steps=9", "steps was 8 and is 9"),
-        ("--micro_batch_size=2", "micro_batch_size was 4 and is 2"),
+        ("--optimizer.rank=2", "optimizer.rank was 4 and is 2"),
     ],
 )
 def test_another_runs_checkpoint_is_an_error(
@@ -174,6 +194,19 @@ def test_another_runs_checkpoint_is_an_error(
     capsys.readouterr()
     assert main([*given, change]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_run_may_move_to_another_engine_and_micro_batch(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], background: bool
+) -> None:
+    again = rewind(finished / "run", tmp_path / "again", 4)
+    moved = ["--resume", "--engine=fsdp2", "--micro_batch_size=2", "--checkpoint_every=2"]
+    assert main(arguments(finished, again, *moved, f"--background_checkpoints={background}")) == 0
+    assert "the run moved (engine ddp -> fsdp2, micro_batch_size 4 -> 2)" in capsys.readouterr().out
+    assert losses(again) == pytest.approx(losses(finished / "run"), rel=1e-5)
+    names = sorted(path.name for path in (again / "checkpoints").iterdir())
+    assert names == ["latest", "step_00000006", "step_00000008"]
 
 
 def test_changed_data_is_an_error(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -205,7 +238,7 @@ def test_metrics_that_are_damaged_inside_are_an_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize("optimizer", ["apollo-mini", "adamw"])
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_other_optimizers_resume_exactly(finished: Path, tmp_path: Path, engine: str, optimizer: str) -> None:
-    # Under FSDP2 AdamW's state is DTensors, of which a checkpoint keeps the local tensors.
+    # Under FSDP2 AdamW's state is DTensors.
     given = [word for word in arguments(finished, tmp_path / "run") if not word.startswith("--optimizer.")]
     given += [f"--engine={engine}", f"--optimizer={optimizer}", "--gradient_clipping=0.5"]
     assert main([*given, "--checkpoint_every=4"]) == 0

@@ -67,14 +67,21 @@ def test_an_epoch_is_a_permutation_and_epochs_differ() -> None:
     assert first != PackedData(windows(), seed=1, rank=0, world=1).take(62)[:, 0].tolist()
 
 
-def test_the_position_resumes() -> None:
-    data = PackedData(windows(), seed=0, rank=1, world=2)
-    data.take(37)
-    state = data.state_dict()
-    expected = data.take(9)
-    again = PackedData(windows(), seed=0, rank=1, world=2)
-    again.load_state_dict(state)
-    assert torch.equal(again.take(9), expected)
+def test_the_position_resumes_at_any_number_of_ranks() -> None:
+    straight = PackedData(windows(), seed=0, rank=0, world=1)
+    states, first = [PackedData(windows(), seed=0, rank=0, world=1).state_dict()], 0
+    for world, each in ((2, 3), (3, 8), (1, 30), (4, 3)):  # 72 samples of 62 windows
+        ranks = [PackedData(windows(), seed=0, rank=rank, world=world) for rank in range(world)]
+        for data in ranks:
+            data.load_state_dicts(states)
+        expected = straight.take(world * each)
+        taken = [data.take(each) for data in ranks]
+        for rank in range(world):
+            assert torch.equal(taken[rank], expected[rank::world])
+        states, first = [data.state_dict() for data in ranks], first + world * each
+    assert first == 72
+    with pytest.raises(ValueError, match="stood at different samples"):
+        ranks[0].load_state_dicts([*states, {"samples": 7}])
 
 
 def test_bytes_end_with_zero_and_count_it() -> None:

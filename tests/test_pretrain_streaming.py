@@ -76,9 +76,64 @@ def test_a_stream_resumes_where_it_stopped(tmp_path: Path, tokenizer: Path) -> N
     torch.save(data.train.state_dict(), tmp_path / "position.pt")
     expected = [data.train.take(3) for _ in range(20)]  # over the end: the second pass too
     again = build_data(config, 1, 2)
-    again.train.load_state_dict(torch.load(tmp_path / "position.pt", weights_only=True))
+    state = torch.load(tmp_path / "position.pt", weights_only=True)
+    again.train.load_state_dicts([build_data(config, 0, 2).train.state_dict(), state])
     for batch in expected:
         assert torch.equal(again.train.take(3), batch)
+
+
+@pytest.mark.parametrize("files", [1, 3, 4])
+def test_a_stream_resumes_at_another_number_of_ranks(tmp_path: Path, tokenizer: Path, files: int) -> None:
+    """Within a pass every document is read once, whoever reads it; document d is its own word, 3 to 9 times."""
+    (tmp_path / "data").mkdir()
+    for file in range(files):
+        texts = [" ".join([f"w{d}"] * (3 + d % 7)) for d in range(150) if d % files == file]
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+        (tmp_path / "data" / f"train-{file}.jsonl").write_text(lines)
+    (tmp_path / "data" / "validation.jsonl").write_text(json.dumps({"text": "w150 " * 30}) + "\n")
+    config = settings(tmp_path / "data", tokenizer)
+    seen = torch.zeros(len(WORDS), dtype=torch.int64)
+    wanted = torch.tensor([0, 150] + [3 + d % 7 for d in range(150)] + [0] * (len(WORDS) - 152))
+    states: list[dict[str, object]] = []
+    started = 0  # streams whose first token nothing predicts
+    for world, windows in ((2, 5), (3, 7), (1, 11), (4, 5), (3, 9)):
+        ranks = [build_data(config, rank, world).train for rank in range(world)]
+        for data in ranks:
+            if states:
+                data.load_state_dicts(states)
+        started += sum(len(data.state_dict()["left"]) == 0 for data in ranks)
+        for number in range(windows):
+            for rank, data in enumerate(ranks):
+                # Ranks need not be equally far, or in the same pass.
+                count = 2 if rank == 0 and number == 0 else 1
+                seen += torch.bincount(data.take(count)[:, 1:].flatten(), minlength=len(WORDS))
+        states = [torch.load(_saved(data.state_dict(), tmp_path), weights_only=True) for data in ranks]
+        assert bool((seen <= wanted).all()), (world, seen - wanted)
+    last = build_data(config, 0, 1).train
+    last.load_state_dicts(states)
+    while seen.sum() + 8 <= wanted.sum() - started:
+        seen += torch.bincount(last.take(1)[:, 1:].flatten(), minlength=len(WORDS))
+    assert bool((seen <= wanted).all()), seen - wanted
+    assert int((wanted - seen).sum()) < 8 + started
+    while int(seen[2:152].min()) < 6:  # two more passes, and all documents are in them
+        seen += torch.bincount(last.take(1)[:, 1:].flatten(), minlength=len(WORDS))
+
+
+def _saved(state: dict[str, object], folder: Path) -> Path:
+    torch.save(state, folder / "state.pt")
+    return folder / "state.pt"
+
+
+def test_another_dataset_is_an_error(tmp_path: Path, tokenizer: Path) -> None:
+    data = build_data(settings(write_dataset(tmp_path / "data", "jsonl"), tokenizer), 0, 1)
+    with pytest.raises(ValueError, match="had 7 shards and has 1"):
+        data.train.load_state_dicts([{**data.train.state_dict(), "shards": 7}])
+
+
+def test_a_dataset_with_fewer_documents_than_ranks_is_an_error(tmp_path: Path, tokenizer: Path) -> None:
+    data = build_data(settings(write_dataset(tmp_path / "data", "jsonl", documents=2), tokenizer), 2, 3)
+    with pytest.raises(ValueError, match="fewer documents than there are ranks"):
+        data.train.take(1)
 
 
 def test_validation_is_the_same_on_every_rank_and_knows_its_bytes(tmp_path: Path, tokenizer: Path) -> None:

@@ -6,9 +6,12 @@ last row hold nothing and still take part in everything.
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .holding import WHOLE, Holding, ShardGroup, whole_cover
@@ -78,6 +81,18 @@ def _local_grad(name: str, parameter: DTensor) -> Tensor | None:
         got = grad.placements if isinstance(grad, DTensor) else "a plain tensor"
         raise ValueError(f"{name}: the gradient is {got}, the parameter {parameter.placements}; they must match")
     return grad.to_local()
+
+
+def reshard(module: nn.Module) -> None:
+    """Make the parameters of FSDP2 modules the sharded ones.
+
+    After a forward pass without a backward one (an evaluation) a module may show unsharded copies in their place, which
+    the next forward pass would use however the sharded ones have changed.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for inner in module.modules() if fsdp is not None else ():
+        if isinstance(inner, fsdp.FSDPModule):
+            inner.reshard()
 
 
 def is_dtensor(parameter: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .tiles import FlatCover, Range, Tile
+from .tiles import Box, FlatCover, Range, Tile
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -35,6 +35,9 @@ class Cover(Protocol):
 
     def held(self, rank: int) -> list[Range]:
         """What rank ``rank`` holds, as plain integers: checkpoints compare it."""
+
+    def boxes(self, rank: int, shape: tuple[int, ...]) -> list[Box]:
+        """What rank ``rank`` holds of the parameter, of that shape, as rectangles: checkpoints store them."""
 
     def tiles(self, index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
         """For each rank its tiles of the ``index``-th m x n matrix of the parameter."""

@@ -10,6 +10,7 @@ A flat row-major range [start, stop) of an m x n matrix is at most three tiles::
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -70,6 +71,55 @@ def flat_tiles(n: int, start: int, stop: int, offset: int = 0) -> tuple[Tile, ..
 
 
 @dataclass(frozen=True)
+class Box:
+    """A rectangle of a parameter of any number of dimensions: checkpoints are made of them.
+
+    ``offsets`` and ``sizes`` have one entry for each dimension. ``offset`` is where the box starts in the rank's local
+    flat buffer; its elements lie there in row-major order without gaps.
+    """
+
+    offsets: tuple[int, ...]
+    sizes: tuple[int, ...]
+    offset: int
+
+    @property
+    def numel(self) -> int:
+        """How many elements the box has."""
+        return math.prod(self.sizes)
+
+
+def flat_boxes(shape: tuple[int, ...], start: int, stop: int, offset: int = 0) -> list[Box]:
+    """The row-major flat range [start, stop) of a tensor, as few boxes: one dimension more adds at most two.
+
+    ``offset`` is the position of element ``start`` in the local flat buffer. An empty range gives no boxes.
+    """
+    assert 0 <= start
+    if stop <= start:
+        return []
+    if not shape:
+        return [Box((), (), offset)]
+    inner = math.prod(shape[1:])
+    (first, head), (last, tail) = divmod(start, inner), divmod(stop, inner)
+    if first == last:
+        return _inside(first, flat_boxes(shape[1:], head, tail, offset))
+    boxes = []
+    if head:
+        boxes += _inside(first, flat_boxes(shape[1:], head, inner, offset))
+        first += 1
+    if last > first:
+        rest = (0,) * (len(shape) - 1)
+        boxes.append(Box((first, *rest), (last - first, *shape[1:]), offset + first * inner - start))
+    if tail:
+        boxes += _inside(last, flat_boxes(shape[1:], 0, tail, offset + last * inner - start))
+    return boxes
+
+
+def _inside(index: int, boxes: list[Box]) -> list[Box]:
+    """Boxes of the ``index``-th slice along a tensor's first dimension, as boxes of the tensor."""
+    return [Box((index, *b.offsets), (1, *b.sizes), b.offset) for b in boxes]
+
+
+@dataclass(frozen=True)
 class FlatCover:
     """Which row-major flat range of one parameter each rank of a shard group holds.
 
@@ -86,6 +136,10 @@ class FlatCover:
     def held(self, rank: int) -> list[Range]:
         """What rank ``rank`` holds, as plain integers: checkpoints compare it."""
         return [self.ranges[rank]]
+
+    def boxes(self, rank: int, shape: tuple[int, ...]) -> list[Box]:
+        """What rank ``rank`` holds of the parameter, whose shape is ``shape``, as boxes; offsets as in ``tiles``."""
+        return flat_boxes(shape, *self.ranges[rank])
 
     def tiles(self, index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
         """For each rank its tiles of the ``index``-th m x n matrix of the parameter (0 for a 2-D parameter).

@@ -1,180 +1,132 @@
-"""Checkpoints that are complete or absent, and resumption that continues exactly or fails.
+"""The checkpoints of a run: ``apollo_dist.checkpoint`` with the schedule, the data position and what the run is.
 
-::
-
-    OUTPUT/checkpoints/latest                 the name of the newest checkpoint
-    OUTPUT/checkpoints/step_00000100/
-        manifest.json                         what it is, and every file with its size and SHA-256
-        trainer_rank_00000.pt                 per rank: data position and random state
-        ...                                   what the engine writes
-
-It is written into a hidden folder, made durable, and renamed; then ``latest`` is replaced. A process that dies on the
-way leaves the checkpoint before it as the newest. The folder must be on storage that all ranks share.
+They lie in OUTPUT/checkpoints, which must be on storage that all ranks share. A run resumes under any engine and at any
+number of ranks; under the same ones it repeats the losses of a run that never stopped bit for bit.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-import shutil
-from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
 
 import torch
 
-from apollo_dist.pretrain.data.packed import TrainData
-from apollo_dist.pretrain.distributed import Ranks
+from apollo_dist import checkpoint
+from apollo_dist.pretrain.config import Config
+from apollo_dist.pretrain.data import Data
+from apollo_dist.pretrain.distributed import Ranks, SetupError
 from apollo_dist.pretrain.engines.base import Engine
 
-MANIFEST = "manifest.json"
-LATEST = "latest"
-FORMAT = 1
+T = TypeVar("T")
 
 
 class Checkpoints:
-    """The checkpoints of one run. ``facts`` is what a resumed run must share: configuration, data, batch plan."""
+    """The checkpoints of one run.
 
-    def __init__(self, output: Path, keep: int, facts: Mapping[str, object], ranks: Ranks) -> None:
-        self._folder = output / "checkpoints"
-        self._keep = keep
-        self._facts = json.loads(json.dumps(facts))  # as they read back
+    Args:
+        config: where they lie, how many to keep, and whether to write them in the background.
+        facts: what a resumed run must share with the one that saved: configuration and data.
+        place: where the run takes place: engine, ranks, micro-batches. They may change; rounding changes with them.
+        ranks: of this run.
+    """
+
+    def __init__(self, config: Config, facts: Mapping[str, object], place: Mapping[str, object], ranks: Ranks) -> None:
+        self._folder = config.output_folder / "checkpoints"
+        self._keep, self._background = config.keep_checkpoints, config.background_checkpoints
+        self._facts, self._place = (json.loads(json.dumps(each)) for each in (facts, place))  # as they read back
         self._ranks = ranks
+        self._pending: checkpoint.Pending | None = None
 
     def require_none(self) -> None:
         """Raise SetupError if there are any: a new run must not mix with an old one's; collective."""
 
         def check() -> None:
-            found = self._existing()
+            found = sorted(path.name for path in self._folder.glob("step_*"))
             if found:
                 raise ValueError(
-                    f"{self._folder} has checkpoints up to {found[-1].name}: "
+                    f"{self._folder} has checkpoints up to {found[-1]}: "
                     "pass --resume to continue that run, or another --output"
                 )
 
         self._ranks.together(check)
 
-    def save(self, step: int, engine: Engine, data: TrainData) -> Path:
-        """Write the state after ``step``; the path of the finished checkpoint. Collective."""
-        name = f"step_{step:08d}"
-        draft = self._folder / f".draft_{name}"
+    def save(self, step: int, engine: Engine, data: Data) -> None:
+        """Write the state after ``step``, or begin to in the background. Collective."""
+        state = {
+            "facts": self._facts,
+            "place": self._place,
+            "schedule": engine.schedule.state_dict(),
+            "data": self._ranks.gather(data.train.state_dict()),
+            "random": self._ranks.gather(_random_state(self._ranks.device)),
+        }
+        saved = _together(
+            lambda: checkpoint.save(
+                self._folder, engine.trained, engine.optimizer, state, step=step, keep=self._keep,
+                background=self._background, tokenizer=data.tokenizer,
+            )
+        )  # fmt: skip
+        self._pending = saved if isinstance(saved, checkpoint.Pending) else None
 
-        def prepare() -> None:
-            if self._ranks.first:
-                shutil.rmtree(draft, ignore_errors=True)
-                draft.mkdir(parents=True)
+    def finish(self) -> None:
+        """Wait for a save in the background. Collective."""
+        if self._pending is not None:
+            _together(self._pending.wait)
 
-        self._ranks.together(prepare)
-        engine.save(draft)
-        state = {"step": step, "data": data.state_dict(), "random": _random_state(self._ranks.device)}
-        self._ranks.together(lambda: torch.save(state, draft / self._trainer_file()))
-        paths = self._ranks.together(lambda: sorted(p for p in draft.rglob("*") if p.is_file()))
-        parts = self._ranks.gather(self._ranks.together(lambda: self._describe(paths, draft)))
-        files = {path: entry for part in parts for path, entry in part.items()}
+    def find(self) -> checkpoint.Found:
+        """The newest good checkpoint, every byte of it checked; collective.
 
-        def commit() -> None:
-            if self._ranks.first:
-                manifest = {"format": FORMAT, "step": step, "facts": self._facts, "files": files}
-                _write_durably(draft / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
-                for folder in {path.parent for path in paths}:
-                    _sync(folder)
-                self._publish(draft, self._folder / name)
-
-        self._ranks.together(commit)
-        return self._folder / name
-
-    def find(self) -> Path:
-        """The newest checkpoint, every byte of it checked; collective.
-
-        Raises SetupError on all ranks, naming the file, where there is none, it belongs to another run or number of
-        ranks, or any of its files is missing or not as it was written.
+        Raises SetupError on all ranks, naming the files, where there is none, or if it belongs to another run.
         """
-        checkpoint = self._ranks.together(self._newest)
-        manifest = self._ranks.together(lambda: self._read_manifest(checkpoint))
-        self._ranks.together(lambda: self._verify(checkpoint, manifest["files"]))
-        return checkpoint
-
-    def load(self, checkpoint: Path, engine: Engine, data: TrainData) -> int:
-        """Continue from a checkpoint that `find` found; returns its step. Collective."""
-        engine.load(checkpoint)
-
-        def restore() -> int:
-            state = torch.load(checkpoint / self._trainer_file(), map_location="cpu", weights_only=True)
-            data.load_state_dict(state["data"])
-            _set_random_state(state["random"], self._ranks.device)
-            return int(state["step"])
-
-        return self._ranks.together(restore)
-
-    def _existing(self) -> list[Path]:
-        return sorted(self._folder.glob("step_*"))
-
-    def _trainer_file(self) -> str:
-        return f"trainer_rank_{self._ranks.rank:05d}.pt"
-
-    def _share(self, paths: list[Any]) -> list[Any]:
-        """This rank's share of reading and hashing."""
-        return paths[self._ranks.rank :: self._ranks.world]
-
-    def _describe(self, paths: list[Path], root: Path) -> dict[str, dict[str, object]]:
-        entries: dict[str, dict[str, object]] = {}
-        for path in self._share(paths):
-            _sync(path)
-            entries[path.relative_to(root).as_posix()] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-        return entries
-
-    def _publish(self, draft: Path, final: Path) -> None:
-        """Rename the draft, point ``latest`` at it, and delete old checkpoints: in this order, each step durable."""
-        stale = final.with_name(f".stale_{final.name}")
-        shutil.rmtree(stale, ignore_errors=True)
-        if final.exists():  # left by a run that died before `latest` said so; this one supersedes it
-            final.rename(stale)
-        draft.rename(final)
-        _sync(self._folder)
-        pointer = self._folder / f".{LATEST}"
-        _write_durably(pointer, final.name + "\n")
-        os.replace(pointer, self._folder / LATEST)
-        _sync(self._folder)
-        shutil.rmtree(stale, ignore_errors=True)
-        older = [path for path in self._existing() if path.name < final.name]
-        for path in older[: max(0, len(older) + 1 - self._keep)]:
-            shutil.rmtree(path)
-
-    def _newest(self) -> Path:
-        pointer = self._folder / LATEST
-        if not pointer.is_file():
-            raise ValueError(f"--resume: there is no checkpoint to resume from: {pointer} does not exist")
-        checkpoint = self._folder / pointer.read_text(encoding="utf-8").strip()
-        if checkpoint.parent != self._folder or not checkpoint.name.startswith("step_") or not checkpoint.is_dir():
-            raise ValueError(f"--resume: {pointer} names {checkpoint.name!r}, and there is no such checkpoint")
-        return checkpoint
-
-    def _read_manifest(self, checkpoint: Path) -> dict[str, Any]:
-        path = checkpoint / MANIFEST
-        try:
-            manifest = json.loads(path.read_text(encoding="utf-8"))
-            saved, files, layout = manifest["facts"], manifest["files"], manifest["format"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"checkpoint file {path} is missing or damaged: {error}") from error
-        if layout != FORMAT or not isinstance(files, dict):
-            raise ValueError(f"{path} has checkpoint format {layout}; this version reads {FORMAT}")
-        differing = [key for key in {**saved, **self._facts} if saved.get(key) != self._facts.get(key)]
+        found = _together(lambda: checkpoint.find(self._folder))
+        saved, own = _comparable(found.extra["facts"], self._facts)
+        differing = [key for key in {**saved, **own} if saved.get(key) != own.get(key)]
         if differing:
-            shown = "; ".join(f"{key} was {saved.get(key)!r} and is {self._facts.get(key)!r}" for key in differing)
-            raise ValueError(f"checkpoint {checkpoint} belongs to another run: {shown}. Resume with the same values")
-        return dict(manifest)
+            shown = "; ".join(f"{key} was {saved.get(key)!r} and is {own.get(key)!r}" for key in differing)
+            raise SetupError(f"checkpoint {found.path} belongs to another run: {shown}. Resume with the same values")
+        return found
 
-    def _verify(self, checkpoint: Path, files: Mapping[str, Mapping[str, object]]) -> None:
-        for name in self._share(sorted(files)):
-            path = checkpoint / name
-            if not path.is_file():
-                raise ValueError(f"checkpoint file {path} is missing")
-            size, wanted = path.stat().st_size, files[name]
-            if size != wanted["bytes"]:
-                raise ValueError(f"checkpoint file {path} has {size} bytes, not {wanted['bytes']}: it is truncated")
-            if _sha256(path) != wanted["sha256"]:
-                raise ValueError(f"checkpoint file {path} is damaged: its SHA-256 is not the one in {MANIFEST}")
+    def load(self, found: checkpoint.Found, engine: Engine, data: Data) -> list[str]:
+        """Continue from a checkpoint that `find` found; lines for the log. Collective."""
+        _together(lambda: checkpoint.load(found, engine.trained, engine.optimizer))
+        state = found.extra
+        # On the CPU, and on lists: nothing here can fail on one rank alone but through the data.
+        engine.schedule.load_state_dict(state["schedule"])
+        self._ranks.together(lambda: data.train.load_state_dicts(state["data"]))
+        if len(state["random"]) == self._ranks.world:
+            _set_random_state(state["random"][self._ranks.rank], self._ranks.device)
+        return [*found.problems, f"resumed after step {found.step} from {found.path}", *self._moved(state["place"])]
+
+    def _moved(self, before: Mapping[str, Any]) -> list[str]:
+        """A line for the log if the run that saved took place elsewhere."""
+        changes = [
+            key if isinstance(now, dict) else f"{key} {before.get(key)} -> {now}"
+            for key, now in self._place.items()
+            if before.get(key) != now
+        ]
+        change = ", ".join(changes)
+        return [f"the run moved ({change}): losses equal those of the old place to rounding"] if changes else []
+
+
+def _comparable(saved: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two runs' facts; if DeepSpeed's JSON brings only one's optimizer, of its options only the name.
+
+    The JSON leaves options to the optimizer's defaults, and the checkpoint brings its own.
+    """
+
+    def kept(facts: Mapping[str, Any]) -> dict[str, Any]:
+        mixed = ("optimizer.type" in saved) != ("optimizer.type" in own)
+        return {k: v for k, v in facts.items() if not mixed or k == "optimizer.name" or not k.startswith("optimizer.")}
+
+    return kept(saved), kept(own)
+
+
+def _together(work: Callable[[], T]) -> T:
+    """Run what raises the same error on every rank; the error ends the job without a traceback."""
+    try:
+        return work()
+    except (ValueError, OSError) as error:
+        raise SetupError(str(error)) from error
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
@@ -184,26 +136,7 @@ def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
     return state
 
 
-def _set_random_state(state: Mapping[str, torch.Tensor], device: torch.device) -> None:
+def _set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
-    if device.type == "cuda":
+    if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_durably(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Flush a file, or a folder's entries, to storage."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

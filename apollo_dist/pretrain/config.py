@@ -17,9 +17,12 @@ TOKEN_DTYPES = ("uint8", "uint16", "uint32")
 
 # Keys that may differ between a run and its resumption: they say where and how often to write, never what to compute.
 RUN_KEYS = frozenset({
-    "checkpoint_every", "deepspeed_config", "eval_every", "eval_sequences", "final_eval_sequences", "keep_checkpoints",
-    "max_skipped_steps", "output", "resume", "stop_after", "tensorboard", "timeout_minutes", "wandb",
+    "background_checkpoints", "checkpoint_every", "deepspeed_config", "eval_every", "eval_sequences",
+    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "resume", "stop_after", "tensorboard",
+    "timeout_minutes", "wandb",
 })  # fmt: skip
+# Keys that say where and in which pieces to compute: a resumed run may change them, and changes rounding with them.
+PLACE_KEYS = frozenset({"engine", "micro_batch_size"})
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -182,6 +185,7 @@ class Config:
     output: str = option("folder of everything the run writes; default runs/RECIPE-OPTIMIZER", "")
     checkpoint_every: int = option("steps between checkpoints; 0: none", 0)
     keep_checkpoints: int = option("how many checkpoints to keep", 2)
+    background_checkpoints: bool = option("write checkpoints while training goes on, from copies in CPU memory", False)
     resume: bool = option("continue from the newest checkpoint in the output folder", False)
     stop_after: int | None = option("stop, with a checkpoint, after this step of the schedule", None)
     timeout_minutes: float = option("a collective that takes longer ends the job", 10.0)

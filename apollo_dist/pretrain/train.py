@@ -13,7 +13,7 @@ import torch
 from apollo_dist.agreement import agree
 from apollo_dist.pretrain.batching import BatchPlan, plan_batch
 from apollo_dist.pretrain.checkpoint import Checkpoints
-from apollo_dist.pretrain.config import Config
+from apollo_dist.pretrain.config import PLACE_KEYS, Config
 from apollo_dist.pretrain.data import Data, build_data
 from apollo_dist.pretrain.distributed import Ranks, SetupError, alike
 from apollo_dist.pretrain.engines import Engine, build_engine
@@ -59,7 +59,8 @@ def _train(run: Run) -> None:
         due = config.checkpoint_every and run.step % config.checkpoint_every == 0
         if due or (run.step == config.last_step and (config.checkpoint_every or config.stop_after)):
             run.metrics.sync()
-            run.checkpoints.save(run.step, run.engine, run.data.train)
+            run.checkpoints.save(run.step, run.engine, run.data)
+    run.checkpoints.finish()
     finish(run, validated)
 
 
@@ -72,16 +73,18 @@ def set_up(settings: Settings, ranks: Ranks) -> Run:
     model = ranks.together(lambda: build_model(config.model, config.sequence_length, config.seed))
     facts = {"data": data.digest, **model_facts(model)}
     _agree({**facts, "torch": version("torch"), "transformers": version("transformers")})
-    saved_facts = {**config.computed(), **facts, "ranks": ranks.world, "micro_batch_size": plan.micro}
+    shared = {key: value for key, value in config.computed().items() if key not in PLACE_KEYS}
+    place: dict[str, object] = {"engine": config.engine, "ranks": ranks.world, "micro_batch_size": plan.micro}
     if json is not None:
-        saved_facts["deepspeed JSON"] = json.complete(config, plan)
-    checkpoints = Checkpoints(config.output_folder, config.keep_checkpoints, saved_facts, ranks)
+        place["deepspeed JSON"] = json.values
+    checkpoints = Checkpoints(config, {**shared, **facts}, place, ranks)
     if not config.resume:
         checkpoints.require_none()
     found = checkpoints.find() if config.resume else None
     with alike():
         engine = build_engine(config, json, plan, model, ranks)
-    step = 0 if found is None else checkpoints.load(found, engine, data.train)
+    resumed = [] if found is None else checkpoints.load(found, engine, data)
+    step = 0 if found is None else found.step
     metrics = ranks.together(lambda: Metrics(config, ranks.first, step))
     name = type(engine.optimizer).__name__
     for note in json.notes if json is not None else ():
@@ -92,8 +95,8 @@ def set_up(settings: Settings, ranks: Ranks) -> Run:
         f"{plan.micro} x {plan.accumulation} sequences each per step of {config.batch_size} x {config.sequence_length}"
     )
     metrics.say(f"data: {data.description}")
-    if config.resume:
-        metrics.say(f"resumed after step {step}")
+    for note in resumed:
+        metrics.say(note)
     return Run(config, plan, data, engine, checkpoints, metrics, ranks, step, name)
 
 

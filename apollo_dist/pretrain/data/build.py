@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ class Data:
     validation: Windows
     bytes_per_token: float | None  # of the validation data; None where the text is not known (.bin)
     description: str
+    tokenizer: Any  # a transformers tokenizer, or None where bytes or .bin files are read
     digest: str  # equal on all ranks and after resuming, or it is other data
 
 
@@ -33,14 +35,16 @@ def build_data(config: Config, rank: int, world: int) -> Data:
         tokens, ratio = read_validation(config.data, tokenizer, length, _most_sequences(config))
         windows = Windows([tokens], length, "the validation split", vocabulary)
         train = StreamData(config, tokenizer, rank, world)
-        return Data(train, windows, ratio, f"dataset {config.data.dataset}, streamed", windows.digest())
+        described = f"dataset {config.data.dataset}, streamed"
+        return Data(train, windows, ratio, described, tokenizer.original, windows.digest())
     if config.data.path is not None and _is_binary(config.data.path):
         trains, validations = _read_binary(config.data)
         # A byte is a byte, whoever wrote the file; of other tokens the text is not known.
         known = 1.0 if config.data.token_dtype == "uint8" else None
-        name = config.data.path
+        name, original = config.data.path, None
     else:
         tokenizer = _tokenizer(config)
+        original = tokenizer.original
         first, second, name = _read_text(config.data)
         trains, validations = [_encode(first, tokenizer)], [_encode(second, tokenizer)]
         known = sum(tokenizer.measure(document.text) for document in second) / len(validations[0])
@@ -52,6 +56,7 @@ def build_data(config: Config, rank: int, world: int) -> Data:
         validation,
         known,
         described,
+        original,
         training.digest() + validation.digest(),
     )
 

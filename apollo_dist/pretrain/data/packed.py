@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,11 +20,14 @@ class TrainData(Protocol):
     def take(self, count: int) -> Tensor:
         """The next ``count`` windows: (count, sequence_length + 1) int64 token ids, on the CPU."""
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """The position: tensors and plain Python values."""
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
-        """Go to a saved position."""
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
+        """Go to the position that a run's ranks saved, in rank order; there may have been more or fewer ranks.
+
+        Over all ranks the data goes on where it stopped: within a pass nothing is read twice or left out.
+        """
 
 
 class Windows:
@@ -102,13 +105,16 @@ class PackedData:
         self._next += count * self._world
         return self._windows.batch([self._window(sample) for sample in samples])
 
-    def state_dict(self) -> dict[str, object]:
+    def state_dict(self) -> dict[str, Any]:
         """See `TrainData`."""
         return {"samples": self._next - self._rank}
 
-    def load_state_dict(self, state: dict[str, object]) -> None:
+    def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """See `TrainData`."""
-        self._next = int(str(state["samples"])) + self._rank
+        positions = {int(state["samples"]) for state in states}
+        if len(positions) != 1:
+            raise ValueError(f"the checkpoint's ranks stood at different samples: {sorted(positions)}")
+        self._next = positions.pop() + self._rank
 
     def _window(self, sample: int) -> int:
         epoch, place = divmod(sample, len(self._windows))

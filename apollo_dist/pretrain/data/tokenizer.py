@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,10 @@ class Tokenizer(Protocol):
     def size(self) -> int:
         """Ids are below this."""
 
+    @property
+    def original(self) -> Any:
+        """The ``transformers`` tokenizer behind it, or None."""
+
     def encode(self, text: bytes) -> NDArray[np.uint32]:
         """Ids of one UTF-8 document and its end marker, shape (tokens,)."""
 
@@ -26,6 +30,7 @@ class ByteTokenizer:
     """UTF-8 bytes are the tokens; a document ends with byte 0, which counts as one of its bytes."""
 
     size = 256
+    original = None
 
     def encode(self, text: bytes) -> NDArray[np.uint32]:
         """See `Tokenizer`."""
@@ -45,16 +50,16 @@ class HubTokenizer:
     def __init__(self, name: str) -> None:
         from transformers import AutoTokenizer  # slow to import, and bytes need none
 
-        self._tokenizer = AutoTokenizer.from_pretrained(name)
-        end = self._tokenizer.eos_token_id
+        self.original: Any = AutoTokenizer.from_pretrained(name)
+        end = self.original.eos_token_id
         if not isinstance(end, int):
             raise ValueError(f"tokenizer {name!r} has no end-of-sequence token to put between documents")
         self._end = end
-        self.size = len(self._tokenizer)
+        self.size = len(self.original)
 
     def encode(self, text: bytes) -> NDArray[np.uint32]:
         """See `Tokenizer`."""
-        ids = self._tokenizer.encode(text.decode("utf-8"), add_special_tokens=False)
+        ids = self.original.encode(text.decode("utf-8"), add_special_tokens=False)
         return np.asarray([*ids, self._end], dtype=np.uint32)
 
     def measure(self, text: bytes) -> int:

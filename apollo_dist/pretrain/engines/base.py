@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config
@@ -21,6 +21,14 @@ class Engine(Protocol):
     @property
     def optimizer(self) -> torch.optim.Optimizer:
         """The optimizer that makes the update, inside whatever the engine wraps it in."""
+
+    @property
+    def schedule(self) -> LRScheduler:
+        """The learning-rate schedule of the optimizer."""
+
+    @property
+    def trained(self) -> Any:
+        """What ``apollo_dist.checkpoint`` takes as the model: DeepSpeed's engine, or the wrapped model."""
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
@@ -46,12 +54,6 @@ class Engine(Protocol):
         Where a gradient on any rank is not finite, weights and optimizer stay as they are on all of them. Returns
         whether the optimizer's step was made, the same on every rank.
         """
-
-    def save(self, folder: Path) -> None:
-        """Write weights, optimizer and schedule into an existing folder, each rank what it holds."""
-
-    def load(self, folder: Path) -> None:
-        """Read what `save` wrote, at the same number of ranks; continues bit for bit."""
 
 
 def build_engine(config: Config, json: DeepSpeedJson | None, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> Engine:

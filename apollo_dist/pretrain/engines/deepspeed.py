@@ -8,10 +8,11 @@ import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 
 from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config, JsonOptimizer
@@ -19,8 +20,6 @@ from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
 from apollo_dist.pretrain.engines.native import gradient_norm
 from apollo_dist.pretrain.optimizers import build_optimizer, schedule
-
-TAG = "deepspeed"  # folder of DeepSpeed's files inside a checkpoint
 
 
 class DeepSpeed:
@@ -50,6 +49,17 @@ class DeepSpeed:
         """See `Engine`."""
         optimizer: torch.optim.Optimizer = self._engine.basic_optimizer
         return optimizer
+
+    @property
+    def schedule(self) -> LRScheduler:
+        """See `Engine`."""
+        scheduler: LRScheduler = self._engine.lr_scheduler
+        return scheduler
+
+    @property
+    def trained(self) -> Any:
+        """See `Engine`."""
+        return self._engine
 
     def train(self, mode: bool) -> None:
         """See `Engine`."""
@@ -85,13 +95,3 @@ class DeepSpeed:
         if not made and engine.lr_scheduler is not None:
             engine.lr_scheduler.step()  # the schedule goes on under every engine
         return made
-
-    def save(self, folder: Path) -> None:
-        """See `Engine`."""
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-
-    def load(self, folder: Path) -> None:
-        """See `Engine`."""
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:  # DeepSpeed's way to say that it loaded nothing
-            raise ValueError(f"DeepSpeed found no checkpoint in {folder / TAG}")

@@ -1,0 +1,237 @@
+"""What a checkpoint of a model and its optimizer consists of, by name, whatever the layout.
+
+Keys of the tensors::
+
+    model.NAME                    a weight in the dtype that the optimizer updates (the fp32 master, where there is
+                                  one), a frozen parameter, or a buffer; logical shape
+    optimizer.MATRIX.exp_avg      a low-rank moment, (channels, r); MATRIX is NAME, or NAME[e] of a stack of experts
+    optimizer.NAME.exp_avg        AdamW's, in the parameter's shape; likewise .exp_avg_sq
+    optimizer.MATRIX.last_norm    the limiter's, (1,)
+    optimizer.MATRIX.step         steps taken, (1,) int64
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..agreement import rank_of
+from ..build import Build
+from ..layout import detect, dtensor, zero, zero_engine
+from ..layout.holding import Holding, canonical_name
+from ..matrix import Matrix
+from ..optimizer import APOLLO
+from ..unit import AdamTensor
+from . import elementwise
+from .options import options_of, restore_options
+from .shards import Piece, Shards
+
+logger = logging.getLogger("apollo_dist")
+
+
+@dataclass
+class Contents:
+    """A model and its optimizer as this rank sees them, for saving or for loading into.
+
+    Attributes:
+        tensors: what this rank holds, by key; loading fills it in place.
+        description: of everything, the same on all ranks, as plain values: "parameters", "optimizer", "engine".
+        after_load: what turns loaded tensors into state; local.
+        groups: the live parameter groups, each with the names of its parameters.
+        engine, wrapper: DeepSpeed's, or None.
+    """
+
+    tensors: dict[str, Shards] = field(default_factory=dict)
+    description: dict[str, Any] = field(default_factory=dict)
+    after_load: list[Callable[[], None]] = field(default_factory=list)
+    groups: list[tuple[dict[str, Any], list[str]]] = field(default_factory=list)
+    engine: Any = None
+    wrapper: Any = None
+
+    def check(self, saved: Mapping[str, Any]) -> None:
+        """Raise ValueError, naming the first differences, unless a checkpoint of that description fits."""
+        problems = list(_differences(saved, self.description))
+        if problems:
+            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+            raise ValueError("the checkpoint does not fit: " + "; ".join(problems[:5]) + more)
+
+    def finish_load(self, saved: Mapping[str, Any]) -> None:
+        """Local work after the tensors are read: counts of steps, options of the parameter groups."""
+        for work in self.after_load:
+            work()
+        restore_options(self.groups, saved)
+
+    def update_engine(self, saved: Mapping[str, Any], step: int) -> None:
+        """What DeepSpeed derives from the loaded weights; a collective under ZeRO."""
+        if self.engine is not None:
+            zero_engine.update_model(self.wrapper)
+            zero_engine.restore(self.engine, self.wrapper, step, saved["engine"])
+
+
+def contents(model: Any, optimizer: Any) -> Contents:
+    """Open a model and its optimizer; a collective, and state that does not exist yet is made.
+
+    Args:
+        model: a model as it was wrapped (plain, DDP, FSDP2), or a DeepSpeed engine.
+        optimizer: APOLLO or an element-wise optimizer of torch, or DeepSpeed's wrapper around one; for an engine None
+            means the engine's.
+
+    Raises:
+        ValueError: if it cannot be told by names which parameter is which, or the layout is not supported.
+    """
+    found = Contents(engine=model if zero_engine.is_engine(model) else None)
+    module: nn.Module = model if found.engine is None else model.module
+    dtensor.reshard(module)
+    client = _client(found.engine, optimizer)
+    if found.engine is not None:
+        found.wrapper = zero.from_engine(found.engine, client).wrapper
+    if isinstance(client, APOLLO):
+        held = _apollo(found, client)
+    else:
+        held = elementwise.add(found, client, module)
+    _model(found, module, held, {id(p) for group in client.param_groups for p in group["params"]})
+    found.description["engine"] = zero_engine.progress(found.engine, found.wrapper)
+    return found
+
+
+def _client(engine: Any, optimizer: Any) -> torch.optim.Optimizer:
+    """The optimizer that makes the update."""
+    if optimizer is None and engine is not None:
+        optimizer = zero_engine.client_optimizer(engine)
+    inner = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's wrappers, Accelerate's
+    inner = getattr(inner, "optimizer", inner)
+    if not isinstance(inner, torch.optim.Optimizer):
+        raise ValueError(f"pass the optimizer that trains the model, got {type(optimizer).__name__}")
+    return inner
+
+
+def _apollo(found: Contents, optimizer: APOLLO) -> list[Holding]:
+    """Add APOLLO's state and description; the holdings of its parameters."""
+    builds: list[Build] = optimizer.prepare(found.engine)
+    parameters = found.description.setdefault("parameters", {})
+    holdings = [holding for build in builds for holding, _ in build.holdings]
+    for holding in holdings:
+        parameters[holding.name] = {"kind": "AdamW"}
+    for build in builds:
+        for matrix in (m for unit in build.units for m in unit.matrices):
+            parameters[matrix.holding.name] = {"kind": "low-rank", "rank": matrix.spec.rank}
+            _add_matrix(found, matrix)
+        for tensor in build.adam:
+            _add_adam(found, tensor)
+    found.groups = [
+        (group, [h.name for build in builds for h, of in build.holdings if of is group])
+        for group in optimizer.param_groups
+    ]
+    found.description["optimizer"] = {
+        "name": "APOLLO",
+        "seed": optimizer.seed,
+        "groups": [{"options": options_of(group), "parameters": names} for group, names in found.groups],
+    }
+    return holdings
+
+
+def _add_matrix(found: Contents, m: Matrix) -> None:
+    channels = m.spec.m if m.spec.tall else m.spec.n
+    key = f"optimizer.{m.spec.name}"
+    for moment in ("exp_avg", "exp_avg_sq"):
+        pieces, row = [], 0
+        for start, stop in m.channels.owned.ranges:
+            pieces.append(Piece((start, 0), m.state[moment][row : row + stop - start]))
+            row += stop - start
+        found.tensors[f"{key}.{moment}"] = Shards((channels, m.spec.rank), pieces)
+    # A rank without a tile takes no part in the matrix's norm: what it has is not the matrix's.
+    writes = bool(m.tiles)
+    found.tensors[f"{key}.last_norm"] = Shards.whole(m.state["last_norm"].view(1), writes)
+    _add_step(found, key, m.state, writes)
+
+
+def _add_adam(found: Contents, tensor: AdamTensor) -> None:
+    holding, key = tensor.holding, f"optimizer.{tensor.holding.name}"
+    boxes = holding.cover.boxes(holding.group.rank, holding.shape)
+    for moment in ("exp_avg", "exp_avg_sq"):
+        found.tensors[f"{key}.{moment}"] = Shards.of(holding.shape, boxes, tensor.state[moment], key)
+    _add_step(found, key, tensor.state, True)
+
+
+def _add_step(found: Contents, key: str, state: dict[str, Any], writes: bool) -> None:
+    step = torch.tensor([state["step"]], dtype=torch.int64)
+    found.tensors[f"{key}.step"] = Shards.whole(step, writes)
+    found.after_load.append(lambda: state.update(step=int(step)))
+
+
+def _model(found: Contents, module: nn.Module, holdings: Sequence[Holding], optimized: set[int]) -> None:
+    """Add the weights: those that the optimizer updates from its holdings, the others from the model."""
+    names = {canonical_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
+    for holding in holdings:
+        if holding.name not in names:
+            raise ValueError(
+                f"the optimizer knows a parameter as {holding.name}, which is no name of the model's: a checkpoint is "
+                "keyed by names. Build the optimizer from the model, or from named_parameters()"
+            )
+        _add_holding(found, holding, found.description["parameters"][holding.name])
+    held = {holding.name for holding in holdings}
+    for name, parameter in module.named_parameters():
+        name = canonical_name(name)
+        if name not in held and id(parameter) not in optimized:
+            _add_holding(found, _frozen(name, parameter), {"kind": "frozen"})
+    first = rank_of() == 0
+    for name, buffer in persistent_buffers(module):
+        found.description["parameters"][name] = {**_described(buffer.shape, buffer.dtype), "kind": "buffer"}
+        if buffer.numel():
+            found.tensors[f"model.{name}"] = Shards.whole(buffer, writes=first)
+
+
+def _add_holding(found: Contents, holding: Holding, about: Mapping[str, Any]) -> None:
+    found.description["parameters"][holding.name] = {**_described(holding.shape, holding.dtype), **about}
+    if torch.Size(holding.shape).numel():
+        boxes = holding.cover.boxes(holding.group.rank, holding.shape)
+        found.tensors[f"model.{holding.name}"] = Shards.of(holding.shape, boxes, holding.weight(), holding.name)
+
+
+def _frozen(name: str, parameter: Tensor) -> Holding:
+    holding = zero_engine.read_frozen(name, parameter)
+    return detect.read([parameter], lambda _: name, zero.Engine())[0] if holding is None else holding
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The buffers of ``module`` that belong to its state dict, by canonical name."""
+    for prefix, inner in module.named_modules():
+        for leaf, buffer in inner.named_buffers(recurse=False):
+            if leaf not in inner._non_persistent_buffers_set:
+                yield canonical_name(f"{prefix}.{leaf}" if prefix else leaf), buffer
+
+
+def _described(shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
+    return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
+
+
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """What keeps a checkpoint from continuing here: one line each."""
+    for key, what in (("name", "optimizer"), ("seed", "seed of the projections")):
+        was, now = saved["optimizer"].get(key), here["optimizer"].get(key)
+        if was != now:
+            yield f"its {what} is {was}, and here it is {now}"
+    theirs, ours = saved["parameters"], here["parameters"]
+    for name in [*ours, *(name for name in theirs if name not in ours)]:
+        was, now = theirs.get(name), ours.get(name)
+        if was is None:
+            yield f"it has no {name}"
+        elif now is None:
+            yield f"its {name} is not in the model"
+        else:
+            for key in ("shape", "kind", "rank"):
+                if was.get(key) != now.get(key):
+                    yield f"{key} of {name} was {was.get(key)}, and here it is {now.get(key)}"
+            if _loses(was["dtype"], now["dtype"]):
+                logger.warning("%s is %s in the checkpoint and is rounded to %s", name, was["dtype"], now["dtype"])
+
+
+def _loses(was: str, now: str) -> bool:
+    """Whether floating-point numbers are rounded on their way from one dtype to another."""
+    before, after = getattr(torch, was), getattr(torch, now)
+    return bool(before.is_floating_point) and torch.promote_types(before, after) != after

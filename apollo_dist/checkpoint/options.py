@@ -1,0 +1,62 @@
+"""The options of parameter groups (lr, betas, ...): what a checkpoint keeps of them, and how they come back."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from ..groups import LOW_RANK_DEFAULTS
+
+logger = logging.getLogger("apollo_dist")
+
+# Of a parameter group: not options, or decided by the optimizer that loads.
+_NOT_OPTIONS = frozenset({"params", "param_names", "name", "rank", "choose_by_name"})
+
+
+def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a parameter group that a checkpoint keeps: plain numbers, words and lists of them."""
+    options = {}
+    for key, value in group.items():
+        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        value = list(value) if isinstance(value, tuple) else value
+        items = value if isinstance(value, list) else [value]
+        if key not in _NOT_OPTIONS and all(isinstance(v, (bool, int, float, str, type(None))) for v in items):
+            options[key] = value
+    return options
+
+
+def restore_options(groups: Sequence[tuple[dict[str, Any], list[str]]], saved: Mapping[str, Any]) -> None:
+    """Give each parameter group the options (lr, betas, ...) that its parameters had when they were saved.
+
+    Groups may be divided differently here. Options that only low-rank matrices read are taken from those.
+    """
+    options = {name: g["options"] for g in saved["optimizer"]["groups"] for name in g["parameters"]}
+    low_rank = {name for name, about in saved["parameters"].items() if about["kind"] == "low-rank"}
+    for number, (group, names) in enumerate(groups):
+        for key in dict.fromkeys(key for name in names for key in options[name]):
+            if key not in group and key in LOW_RANK_DEFAULTS:
+                continue
+            readers = [n for n in names if n in low_rank] if key in LOW_RANK_DEFAULTS else names
+            values = [options[name][key] for name in readers if key in options[name]]
+            if not values:
+                continue
+            if any(value != values[0] for value in values):
+                raise ValueError(
+                    f"parameters of group {number} had different values of {key} when they were saved: {values[0]} "
+                    f"and {next(v for v in values if v != values[0])}. Give them groups of their own"
+                )
+            _set(group, key, values[0], number)
+
+
+def _set(group: dict[str, Any], key: str, value: Any, number: int) -> None:
+    old = group.get(key)
+    if isinstance(old, Tensor):
+        old.fill_(value)
+        return
+    value = tuple(value) if isinstance(value, list) else value
+    if key not in ("lr", "step") and old != value and old is not None:
+        logger.warning("parameter group %d: %s was %s and is %s, from the checkpoint", number, key, old, value)
+    group[key] = value

@@ -1,0 +1,122 @@
+"""Legs of training under different engines with checkpoints between them, beside one undisturbed reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from apollo_dist import APOLLO, checkpoint
+
+from .engines import initialize, zero_config
+from .models import Bag, gradients, groups_of, low_rank, mean_gradients, shapes_of
+from .reference import Reference
+
+GAP, FROZEN = 4, "layers.2."
+# What changes during training and is not among the defaults: the checkpoint must carry it.
+LR = 3e-3
+ZERO = {
+    "zero0": zero_config(0),
+    "zero1": zero_config(1),
+    "zero2": zero_config(2),
+    "zero2 round robin": zero_config(2, zero_optimization={"round_robin_gradients": True}),
+}
+
+
+class Model(Bag):
+    """A ``Bag`` with frozen parameters, a buffer, a buffer that is not saved, and a parameter without dimensions."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__(seed)
+        self.register_buffer("count", torch.zeros(3))
+        self.register_buffer("scratch", torch.zeros(2), persistent=False)
+        self.layers[0].norm.data.mul_(2.0)
+        for name, p in self.named_parameters():
+            p.requires_grad_(not name.startswith(FROZEN))
+
+
+def build(engine: str, world: int, *, seed: int, dtype: torch.dtype):
+    """A model with weights from ``seed``, the engine or wrapped model that trains it, and its APOLLO."""
+    model = Model(seed).to(dtype)
+    ranks = {name: r for name, r in low_rank(model, 3).items() if not name.startswith(FROZEN)}
+    if engine in ZERO:
+        import deepspeed  # noqa: F401  before the optimizer is built, so that it can register itself
+
+        optimizer = APOLLO(groups_of(model, ranks), update_proj_gap=GAP, seed=5, weight_decay=0.1)
+        return model, initialize(model, ZERO[engine], optimizer=optimizer), optimizer
+    wrapped = wrap(model, engine, world)
+    return model, wrapped, APOLLO(groups_of(wrapped, ranks), update_proj_gap=GAP, seed=5, weight_decay=0.1)
+
+
+def wrap(model: nn.Module, engine: str, world: int) -> nn.Module:
+    """The model under plain, ddp, fsdp2 or hsdp."""
+    if engine == "plain":
+        return model
+    if engine == "ddp":
+        return DistributedDataParallel(model)
+    shape, names = ((2, world // 2), ("replicate", "shard")) if engine == "hsdp" else ((world,), ("shard",))
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def advance(trained, optimizer, shapes, steps: range, rank: int, dtype: torch.dtype) -> None:
+    """Train for ``steps``, with the gradients that ``rank`` contributes."""
+    for step in steps:
+        loss = trained(gradients(shapes, step, rank, dtype))
+        if hasattr(trained, "backward"):
+            trained.backward(loss)
+            trained.step()
+        else:
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+
+def leg(rank: int, world: int, engine: str, root: str, steps: range, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Continue from the newest checkpoint, if ``steps`` do not start at 0, and save; the whole weights afterwards."""
+    first = steps.start == 0
+    # What is loaded must not be what the model was built with.
+    model, trained, optimizer = build(engine, world, seed=0 if first else 100 + steps.start, dtype=dtype)
+    shapes = _shapes(dtype)
+    if first:
+        model.count.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        for group in optimizer.param_groups:
+            group["lr"] = LR
+    else:
+        found = checkpoint.load(root, trained, optimizer)
+        assert found.step == steps.start, found
+        assert found.extra == {"scheduler": {"last_epoch": steps.start}, "samples": steps.start * 7}
+    assert model.count.tolist() == [1.0, 2.0, 3.0]
+    assert model.scratch.tolist() == [0.0, 0.0]
+    advance(trained, optimizer, shapes, steps, rank, dtype)
+    extra = {"scheduler": {"last_epoch": steps.stop}, "samples": steps.stop * 7}
+    path = checkpoint.save(root, trained, optimizer, extra if rank == 0 else None)
+    assert path.name == f"step_{steps.stop:08d}", path
+    return {name: whole(p).clone() for name, p in model.named_parameters()}
+
+
+def expected(legs: list[tuple[str, int, range]], dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of the dense reference after the same steps, undisturbed."""
+    model, shapes = Model().to(dtype), _shapes(dtype)
+    weights = {name: p for name, p in model.named_parameters() if name in shapes}
+    ranks = {name: r for name, r in low_rank(model, 3).items() if name in shapes}
+    reference = Reference(weights, ranks, lr=LR, update_proj_gap=GAP, seed=5, weight_decay=0.1, draw_dtype=dtype)
+    for _, world, steps in legs:
+        for step in steps:
+            reference.step(mean_gradients(shapes, step, world, dtype))
+    frozen = {name: p.detach().double() for name, p in model.named_parameters() if name not in shapes}
+    return {**reference.weights, **frozen}
+
+
+def whole(p: Tensor) -> Tensor:
+    """A parameter's logical tensor."""
+    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
+
+
+def _shapes(dtype: torch.dtype) -> dict[str, torch.Size]:
+    return shapes_of(Model().to(dtype))
