@@ -15,8 +15,8 @@ from .reference import Reference
 RANK, GAP, VOCABULARY, LENGTH = 4, 3, 32, 8
 STEPS, RATE = 6, 1e-2
 # The ZeRO stages that are run, and those of them that are run with the optimizer on the CPU as well.
-STAGES: tuple[int, ...] = (0, 1, 2)
-OFFLOAD: tuple[int, ...] = ()
+STAGES = (0, 1, 2, 3)
+OFFLOAD = (1, 2, 3)
 
 
 def optimizer_block(kind: str = "APOLLO", **params: Any) -> dict[str, Any]:
