@@ -87,8 +87,8 @@ def auto_values(config: Config, hugging_face: bool) -> Iterator[str]:
             continue
         if not hugging_face:
             yield (
-                f'{name}: "auto" is for the Hugging Face Trainer to fill in; plain DeepSpeed fails on it, or takes its '
-                "default without a word. Write a value (lint --hf if the file is for the Trainer)"
+                f'{name}: "auto" is for the Hugging Face Trainer or apollo_dist.pretrain to fill in; plain DeepSpeed '
+                "fails on it, or takes its default without a word. Write a value (lint --hf if the file is for them)"
             )
         elif name not in HUGGING_FACE_AUTO:
             yield f'{name}: the Hugging Face Trainer does not fill in "auto" here; write a value'

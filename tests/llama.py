@@ -3,13 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
+from .models import relative_error
 from .reference import Reference
 
 RANK, GAP, VOCABULARY, LENGTH = 4, 3, 32, 8
+STEPS, RATE = 6, 1e-2
+# The ZeRO stages that are run, and those of them that are run with the optimizer on the CPU as well.
+STAGES = (0, 1, 2, 3)
+OFFLOAD = (1, 2, 3)
+
+
+def optimizer_block(kind: str = "APOLLO", **params: Any) -> dict[str, Any]:
+    """What the JSON holds; lists stand for tuples there."""
+    return {"type": kind, "params": {"lr": RATE, "betas": [0.9, 0.999], "update_proj_gap": GAP, **params}}
+
+
+def offloaded(config: dict[str, Any]) -> dict[str, Any]:
+    """The same with the optimizer on the CPU."""
+    zero = {**config["zero_optimization"], "offload_optimizer": {"device": "cpu"}}
+    return {**config, "zero_optimization": zero}
 
 
 def llama(seed: int = 0) -> nn.Module:
@@ -80,3 +98,32 @@ def dense(
             for name, weight in part.weights.items():
                 weights[name].data.copy_(weight)
     return {name: weight for part in parts for name, weight in part.weights.items()}
+
+
+def full_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Whole weights on every rank, also where ZeRO-3 partitions them."""
+    import deepspeed
+
+    named = dict(model.named_parameters())
+    with deepspeed.zero.GatheredParameters(list(named.values())):
+        return {name: p.detach().clone() for name, p in named.items()}
+
+
+def whole_batches(mine: list[Tensor]) -> list[Tensor]:
+    """What all ranks together saw at each step."""
+    everyone: list[list[Tensor]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(everyone, mine)
+    return [torch.cat(batch) for batch in zip(*everyone, strict=True)]
+
+
+def errors(model: nn.Module, expected: dict[str, Tensor]) -> dict[str, float]:
+    found = full_weights(model)
+    assert found.keys() == expected.keys()
+    return {name: relative_error(found[name], expected[name]) for name in found}
+
+
+def step_rates(optimizer: torch.optim.Optimizer) -> list[float]:
+    """A list that grows by the learning rate of each call of ``step()``."""
+    rates: list[float] = []
+    optimizer.register_step_pre_hook(lambda used, *_: rates.append(used.param_groups[0]["lr"]))
+    return rates

@@ -21,8 +21,8 @@ pytest.importorskip("transformers")
 
 import apollo_dist
 
-from .by_name_runs import STAGES, everything
-from .llama import RANK, llama, low_rank_names
+from .by_name_runs import everything
+from .llama import RANK, STAGES, llama, low_rank_names
 from .ranks import run_ranks
 
 TOLERANCE = 1e-5
