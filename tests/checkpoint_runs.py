@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apollo_dist import APOLLO, checkpoint
 
-from .engines import initialize, zero_config
+from .engines import full_weights, initialize, zero_config
 from .models import Bag, gradients, groups_of, low_rank, mean_gradients, shapes_of
 from .reference import Reference
 
@@ -22,6 +22,7 @@ ZERO = {
     "zero0": zero_config(0),
     "zero1": zero_config(1),
     "zero2": zero_config(2),
+    "zero3": zero_config(3, zero_optimization={"sub_group_size": 100}),
     "zero2 round robin": zero_config(2, zero_optimization={"round_robin_gradients": True}),
 }
 
@@ -97,6 +98,8 @@ def leg(rank: int, world: int, engine: str, root: str, steps: range, dtype: torc
     extra = {"scheduler": {"last_epoch": steps.stop}, "samples": steps.stop * 7}
     path = checkpoint.save(root, trained, optimizer, extra if rank == 0 else None)
     assert path.name == f"step_{steps.stop:08d}", path
+    if engine in ZERO:
+        return full_weights(trained, model)
     return {name: whole(p).clone() for name, p in model.named_parameters()}
 
 

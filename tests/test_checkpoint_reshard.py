@@ -10,7 +10,8 @@ from .ranks import run_ranks
 # (engine, number of ranks) one after the other. Six steps each: redraws fall inside and between.
 CHAINS = {
     "torch": (torch.float64, 1e-9, [("fsdp2", 4), ("ddp", 2), ("hsdp", 4), ("plain", 1), ("fsdp2", 3)]),
-    "deepspeed": (torch.float32, 1e-5, [("zero2", 2), ("fsdp2", 3), ("plain", 1), ("zero1", 2)]),
+    "deepspeed": (torch.float32, 1e-5, [("zero3", 4), ("zero2", 2), ("fsdp2", 3), ("plain", 1), ("zero1", 2)]),
+    "into stage 3": (torch.float32, 1e-5, [("fsdp2", 2), ("zero3", 3), ("zero3", 2), ("ddp", 2)]),
     "deepspeed, round robin": (torch.float32, 1e-5, [("zero1", 3), ("zero2 round robin", 2), ("zero0", 2)]),
 }
 STEPS = 6
