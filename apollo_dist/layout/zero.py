@@ -145,15 +145,17 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
     kind = type(wrapper).__name__
     if zero3.is_stage3(wrapper):
         return zero3.read(wrapper, tensor, name_of)
-    for parameters, flats, partitions in _FLAT_ATTRIBUTES:
-        if hasattr(wrapper, partitions):
-            for i, partition in enumerate(getattr(wrapper, partitions)):
-                if partition is tensor:
-                    group = wrapper.real_dp_process_group[i]
-                    return _read_flat(
-                        getattr(wrapper, parameters)[i], getattr(wrapper, flats)[i], tensor, group, name_of
-                    )
-            return None
+    for attributes in _FLAT_ATTRIBUTES:
+        if hasattr(wrapper, attributes[2]):
+            parameters, flats, partitions = (getattr(wrapper, attribute) for attribute in attributes)
+            found = [i for i, partition in enumerate(partitions) if partition is tensor]
+            # An error in a later group has to come before the first one steps.
+            later = range(1, len(partitions)) if found == [0] else ()
+            holdings = [
+                _read_flat(parameters[i], flats[i], partitions[i], wrapper.real_dp_process_group[i], name_of)
+                for i in (*found, *later)
+            ]
+            return holdings[0] if found else None
     if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
         for model_params, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, clone in zip(model_params, clones, strict=True):

@@ -43,10 +43,14 @@ def read(wrapper: Any, flat: Tensor, name_of: Name) -> list[Holding] | None:
     Raises:
         ValueError: if the flat is not laid out as expected.
     """
-    for i, candidate in enumerate(wrapper.fp32_partitioned_groups_flat):
+    flats = wrapper.fp32_partitioned_groups_flat
+    for i, candidate in enumerate(flats):
         if candidate is flat:
             if i == 0:
+                # An error in a later sub-group has to come before the first one steps.
                 _check_swapping(wrapper, name_of)
+                for parameters, later in zip(wrapper.fp16_groups[1:], flats[1:], strict=True):
+                    _read_sub_group(wrapper, parameters, later, name_of)
             return _read_sub_group(wrapper, wrapper.fp16_groups[i], flat, name_of)
     return None
 
@@ -79,7 +83,7 @@ def _read_sub_group(wrapper: Any, parameters: Sequence[Any], flat: Tensor, name_
 def _check_swapping(wrapper: Any, name_of: Name) -> None:
     """Refuse gradients that DeepSpeed would read back from NVMe to an address that direct I/O cannot write to.
 
-    It does not notice: the step would see another gradient's numbers. All sub-groups, before the first one steps.
+    It does not notice: the step would see another gradient's numbers.
     """
     swapper = getattr(wrapper, "optimizer_swapper", None)
     if swapper is None:
