@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .deepspeed import refuse
 from .exchange.plan import MatrixSpec
 from .groups import CHOOSE, OPTIONS, Member, abbreviate, check_matrix, choose
 from .layout import detect, zero
 from .layout.holding import Holding, canonical_name
-from .refusals import unsupported
 from .unit import AdamTensor, Slot, Unit, specs_of
 
 
@@ -110,7 +110,8 @@ def build(
     Raises:
         ValueError: if a layout cannot be read or is not supported, or a loaded state does not fit.
     """
-    _refuse(engine)
+    if engine.driver is not None:
+        refuse(engine.driver)
     names = _names(members, engine)
 
     def name_of(tensor: Tensor) -> str:
@@ -171,13 +172,6 @@ def _choice(
             "Pass that model's parameters, or (name, parameter) pairs"
         )
     return choose(known, engine.module, exclude)
-
-
-def _refuse(engine: zero.Engine) -> None:
-    """Raise ValueError if what drives this step cannot be exact."""
-    findings = [*unsupported(zero.config(engine)), *zero.unsupported(engine)]
-    if findings:
-        raise ValueError("APOLLO cannot train exactly under this DeepSpeed configuration:\n" + "\n".join(findings))
 
 
 def is_low_rank(group: Mapping[str, Any], name: str, chosen: set[str] | None) -> bool:

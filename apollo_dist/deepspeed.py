@@ -10,8 +10,9 @@ Two tools put another optimizer in the place of one that they were given, withou
   ``zero_force_ds_cpu_optimizer`` is false;
 - under DeepSpeed the Hugging Face ``Trainer`` drops ``optimizers=`` and builds its default, AdamW.
 
-Neither leaves a trace of the optimizer that was meant, so the function that replaces it is where we must be. All of
-this waits for the modules to be imported by whoever needs them: nothing of them is imported here.
+Neither leaves a trace of the optimizer that was meant, so the function that replaces it is where we must be. In the
+same way ``deepspeed.initialize`` refuses what could not be exact, before it makes anything. All of this waits for the
+modules to be imported by whoever needs them: nothing of them is imported here.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 
 from .after_import import after_import
+from .layout import zero
+from .refusals import unsupported
 
 Classes = tuple[type[torch.optim.Optimizer], ...]
 
@@ -36,6 +39,10 @@ def register(*classes: type[torch.optim.Optimizer]) -> None:
     for cls in classes:
         setattr(torch.optim, cls.__name__, cls)
     after_import("deepspeed.runtime.zero.utils", lambda m: _support(m, classes))
+    after_import(
+        "deepspeed.runtime.engine",
+        lambda m: _guard(m.DeepSpeedEngine, "_do_optimizer_sanity_check", _no_inexact(classes)),
+    )
     after_import("accelerate.accelerator", lambda m: _guard(m, "map_pytorch_optim_to_deepspeed", _no_swap(classes)))
     after_import("transformers.trainer", lambda m: _guard(m, "deepspeed_init", _no_drop(classes)))
 
@@ -47,9 +54,16 @@ def _support(module: ModuleType, classes: Classes) -> None:
         supported.extend(cls for cls in classes if cls not in supported)
 
 
-def _guard(module: ModuleType, name: str, check: Callable[..., None]) -> None:
-    """Let ``check`` see, and refuse, the arguments of a function of ``module``."""
-    function = getattr(module, name, None)
+def refuse(engine: Any) -> None:
+    """Raise ValueError if no optimizer like ours can be exact under a DeepSpeed engine, with reasons and remedies."""
+    findings = [*unsupported(zero.config(engine)), *zero.unsupported(engine)]
+    if findings:
+        raise ValueError("APOLLO cannot train exactly under this DeepSpeed engine:\n" + "\n".join(findings))
+
+
+def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> None:
+    """Let ``check`` see, and refuse, the arguments of a function of a module or class."""
+    function = getattr(owner, name, None)
     if function is None:
         return
 
@@ -58,7 +72,17 @@ def _guard(module: ModuleType, name: str, check: Callable[..., None]) -> None:
         check(*args, **kwargs)
         return function(*args, **kwargs)
 
-    setattr(module, name, guarded)
+    setattr(owner, name, guarded)
+
+
+def _no_inexact(classes: Classes) -> Callable[..., None]:
+    """The check of DeepSpeed's ``engine._do_optimizer_sanity_check(basic_optimizer)``, before any wrapper is made."""
+
+    def check(engine: Any, basic_optimizer: Any = None, *_: Any, **__: Any) -> None:
+        if isinstance(basic_optimizer, classes):
+            refuse(engine)
+
+    return check
 
 
 def _no_swap(classes: Classes) -> Callable[..., None]:

@@ -1,5 +1,6 @@
 """Collectives of a step: how many, how many bytes, against the plan."""
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -89,37 +90,65 @@ def test_no_collective_if_nothing_is_shared():
     assert run_ranks(nothing_shared, 2) == [[], []]
 
 
-def zero_step(rank, world):
-    model = Bag()
-    shapes, ranks = shapes_of(model), low_rank(model, 2)
-    optimizer = APOLLO(groups_of(model, ranks))
-    engine = initialize(model, zero_config(2), optimizer=optimizer)
-    steps = []
+def counted_steps(engine, optimizer, loss_of, rank, steps):
+    """(collectives, bytes sent) of each call of the optimizer's ``step()`` in the last of ``steps`` engine steps."""
+    calls = []
     original = type(optimizer).step
 
     def counted(*args, **kwargs):
         with Counter(rank) as counter:
             original(optimizer, *args, **kwargs)
-        steps.append((counter.calls, sum(counter.bytes)))
+        calls.append((counter.calls, sum(counter.bytes)))
 
-    for step in range(2):
-        engine.backward(engine(gradients(shapes, step, rank)))
-        optimizer.step = counted
-        steps.clear()
+    optimizer.step = counted
+    for step in range(steps):
+        calls.clear()
+        engine.backward(loss_of(step))
         engine.step()
-    predicted = [sum(sum(u.exchange.bytes_sent) for u in b.units) for b in optimizer._builds.values()]
-    others = [shapes[name].numel() for name in shapes if name not in ranks]
-    line = f"{len(others)} tensors with {sum(others):,} elements take AdamW"
-    said = [line in b.summary() for b in optimizer._builds.values()]
-    return list(steps), predicted, said
+    return list(calls)
 
 
-def test_zero_calls_once_for_each_group():
-    for steps, predicted, said in run_ranks(zero_step, 2):
-        assert sum(said) == 1, "the tensors that take AdamW are counted whole, whichever rank holds them"
-        assert [sent for _, sent in steps] == predicted
-        for calls, _ in steps:
-            assert calls in ([], ["all_to_all_single"], ["all_to_all_single"] * 2)
+def zero_step(rank, world, config):
+    model = Bag()
+    shapes, ranks = shapes_of(model), low_rank(model, 2)
+    optimizer = APOLLO(groups_of(model, ranks))
+    engine = initialize(model, config, optimizer=optimizer)
+    calls = counted_steps(engine, optimizer, lambda step: engine(gradients(shapes, step, rank)), rank, 2)
+    predicted = []
+    for b in optimizer._builds.values():
+        number = sum(u.plan.needs_exchange1 + u.plan.needs_exchange2 for u in b.units)
+        predicted.append((["all_to_all_single"] * number, sum(sum(u.exchange.bytes_sent) for u in b.units)))
+    return calls, predicted
+
+
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        (zero_config(2), 3),
+        (zero_config(3), 3),
+        (zero_config(3, zero_optimization={"sub_group_size": 60}), 8),
+        (zero_config(3, zero_optimization={"sub_group_size": 1}), 25),
+    ],
+)
+def test_zero_calls_once_for_each_group_or_sub_group(config, least):
+    for calls, predicted in run_ranks(zero_step, 2, config):
+        assert calls == predicted
+        assert len(calls) >= least
+        assert all(len(collectives) <= 2 for collectives, _ in calls)
+        assert any(len(collectives) == 2 for collectives, _ in calls)
+        assert any(collectives == [] for collectives, _ in calls), "AdamW's parameters need no exchange"
+
+
+def nothing_shared_under_zero3(rank, world):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8 * world))
+    optimizer = APOLLO(model, rank=2, disable_nl=True)
+    engine = initialize(model, zero_config(3), optimizer=optimizer)
+    return counted_steps(engine, optimizer, lambda _: engine(torch.ones(2, 4)).sum(), rank, 2)
+
+
+def test_zero3_needs_no_collective_if_nothing_is_shared():
+    """Rows are divided evenly, so no rank holds a part of one."""
+    assert run_ranks(nothing_shared_under_zero3, 2) == [[([], 0), ([], 0)]] * 2
 
 
 def test_counter_sees_collectives():

@@ -21,7 +21,7 @@ ALLOWED = {
     "exchange": ("layout.holding", "layout.tiles"),
     "groups": ("layout.holding",),
     "after_import": (),
-    "deepspeed": ("after_import",),
+    "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),
 }
 PUBLIC = {

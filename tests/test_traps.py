@@ -263,3 +263,15 @@ def test_state_bytes_follow_the_formula():
     optimizer.step()
     # Two moments of (channels, rank) and one norm for each matrix; two moments for each bias.
     assert optimizer.state_bytes() == 4 * (2 * 3 * (12 + 12) + 2 + 2 * (12 + 5))
+
+
+def test_new_group_dictionaries_are_followed():
+    """Tools may replace ``param_groups`` by copies; the step reads the ones that are there."""
+    weight = nn.Parameter(torch.ones(6, 4))
+    optimizer = APOLLO([{"params": [weight], "rank": 2}], lr=0.1)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    before = weight.detach().clone()
+    optimizer.param_groups = [{**group, "lr": 0.0} for group in optimizer.param_groups]
+    optimizer.step()
+    assert torch.equal(weight, before)

@@ -13,10 +13,12 @@ from .reference import Reference
 # One block of a DeepSpeed config each, for ``zero_config``.
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 OFFLOAD_BOTH = {**OFFLOAD, "offload_param": {"device": "cpu"}}
-# Gradients are added and averaged in fp32, or the reference would have to round as the engine does.
+# Gradients are added and averaged in fp32, or the reference would have to round as the engine does. (Stage 2 divides by
+# the number of ranks before that, which rounds unless it is a power of two.)
 FP32_SUMS = {"communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
 BF16 = {"bf16": {"enabled": True}, **FP32_SUMS}
-FP16 = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1000, "hysteresis": 1}, **FP32_SUMS}
+FP16_SUMS = {"fp16": {"enabled": True, "initial_scale_power": 4, "loss_scale_window": 1000, "hysteresis": 1}}
+FP16 = {**FP16_SUMS, **FP32_SUMS}
 
 
 def clipped(grads: dict[str, torch.Tensor], limit: float) -> dict[str, torch.Tensor]:
@@ -39,6 +41,7 @@ def train(
     accumulation: int = 1,
     clipping: float | None = None,
     schedule: bool = False,
+    alike: bool = False,
     poison: dict[int, tuple[int, float]] | None = None,
 ) -> dict[str, float]:
     """Errors of all weights against the reference after the last step.
@@ -54,6 +57,7 @@ def train(
         accumulation: micro-batches of a step; the config says the same.
         clipping: the norm that the config clips to.
         schedule: every parameter group has a learning rate of its own, and a scheduler changes it.
+        alike: all ranks give the same gradients, so that no average of two or four has to round.
         poison: step -> (rank, value) of a gradient that is not finite: all ranks must leave everything as it is.
     """
     deepspeed = prepare()
@@ -85,7 +89,7 @@ def train(
         bad = (poison or {}).get(step)
         before = optimizer.state_dict()["state"] if bad else None
         for i in micro:
-            given = gradients(shapes, i, rank, dtype)
+            given = gradients(shapes, i, 0 if alike else rank, dtype)
             if bad and bad[0] == rank:
                 given["layers.2.linear.weight"][1, 2] = bad[1]
             engine.backward(engine(given))
@@ -95,7 +99,7 @@ def train(
             assert engine.optimizer.overflow, f"step {step} was not skipped on rank {rank}"
             assert_equal(before, optimizer.state_dict()["state"])
             continue
-        means = [mean_gradients(shapes, i, world, dtype) for i in micro]
+        means = [mean_gradients(shapes, i, 1 if alike else world, dtype) for i in micro]
         grads = {name: sum(m[name] for m in means) / accumulation for name in shapes}
         if clipping is not None:
             grads = clipped(grads, clipping)

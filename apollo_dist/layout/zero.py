@@ -91,25 +91,24 @@ def find(optimizer: object) -> Engine:
     return Engine(wrapper, getattr(driver, "module", None), warming_up, driver)
 
 
-def config(engine: Engine) -> Mapping[str, Any]:
-    """DeepSpeed's configuration as the engine read it from JSON; empty where there is no engine."""
-    return {} if engine.driver is None else engine.driver._config._param_dict
+def config(driver: Any) -> Mapping[str, Any]:
+    """The configuration of a DeepSpeed engine, as it was read from JSON."""
+    found: Mapping[str, Any] = driver._config._param_dict
+    return found
 
 
-def unsupported(engine: Engine) -> list[str]:
-    """Why what drives this step is refused, beyond its configuration; see ``apollo_dist.refusals``."""
-    if engine.driver is None:
-        return []
+def unsupported(driver: Any) -> list[str]:
+    """Why a DeepSpeed engine is refused, beyond its configuration; see ``apollo_dist.refusals``."""
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
     found = []
-    slices = bwc_tensor_model_parallel_world_size(getattr(engine.driver, "mpu", None))
+    slices = bwc_tensor_model_parallel_world_size(getattr(driver, "mpu", None))
     if slices > 1:
         found.append(
             f"mpu: each of {slices} model-parallel ranks holds a slice of a matrix and would take it for the whole; "
             "train without tensor parallelism"
         )
-    experts = [name for name, parameter in engine.driver.module.named_parameters() if _is_expert(parameter)]
+    experts = [name for name, parameter in driver.module.named_parameters() if _is_expert(parameter)]
     if experts:
         found.append(
             f"{experts[0]} and {len(experts) - 1} others are experts of DeepSpeed's MoE, where ranks hold different "
@@ -146,15 +145,17 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
     kind = type(wrapper).__name__
     if zero3.is_stage3(wrapper):
         return zero3.read(wrapper, tensor, name_of)
-    for parameters, flats, partitions in _FLAT_ATTRIBUTES:
-        if hasattr(wrapper, partitions):
-            for i, partition in enumerate(getattr(wrapper, partitions)):
-                if partition is tensor:
-                    group = wrapper.real_dp_process_group[i]
-                    return _read_flat(
-                        getattr(wrapper, parameters)[i], getattr(wrapper, flats)[i], tensor, group, name_of
-                    )
-            return None
+    for attributes in _FLAT_ATTRIBUTES:
+        if hasattr(wrapper, attributes[2]):
+            parameters, flats, partitions = (getattr(wrapper, attribute) for attribute in attributes)
+            found = [i for i, partition in enumerate(partitions) if partition is tensor]
+            # An error in a later group has to come before the first one steps.
+            later = range(1, len(partitions)) if found == [0] else ()
+            holdings = [
+                _read_flat(parameters[i], flats[i], partitions[i], wrapper.real_dp_process_group[i], name_of)
+                for i in (*found, *later)
+            ]
+            return holdings[0] if found else None
     if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
         for model_params, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, clone in zip(model_params, clones, strict=True):

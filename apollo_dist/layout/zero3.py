@@ -43,18 +43,24 @@ def read(wrapper: Any, flat: Tensor, name_of: Name) -> list[Holding] | None:
     Raises:
         ValueError: if the flat is not laid out as expected.
     """
-    for i, candidate in enumerate(wrapper.fp32_partitioned_groups_flat):
+    flats = wrapper.fp32_partitioned_groups_flat
+    for i, candidate in enumerate(flats):
         if candidate is flat:
             if i == 0:
+                # An error in a later sub-group has to come before the first one steps.
                 _check_swapping(wrapper, name_of)
+                for parameters, later in zip(wrapper.fp16_groups[1:], flats[1:], strict=True):
+                    _read_sub_group(wrapper, parameters, later, name_of, swapped_out=wrapper.swap_optimizer)
             return _read_sub_group(wrapper, wrapper.fp16_groups[i], flat, name_of)
     return None
 
 
-def _read_sub_group(wrapper: Any, parameters: Sequence[Any], flat: Tensor, name_of: Name) -> list[Holding]:
+def _read_sub_group(
+    wrapper: Any, parameters: Sequence[Any], flat: Tensor, name_of: Name, swapped_out: bool = False
+) -> list[Holding]:
+    """The holdings inside a flat; ``swapped_out`` says that its memory may be another's, since it is not its turn."""
     sizes = [int(parameter.ds_tensor.ds_numel) for parameter in parameters]
-    # Under NVMe offload the flat is empty but during its own step.
-    if flat.numel() not in (0, sum(sizes)):
+    if not swapped_out and flat.numel() != sum(sizes):
         raise ValueError(
             f"a ZeRO-3 sub-group of {len(sizes)} partitions with {sum(sizes)} elements has a flat buffer of "
             f"{flat.numel()}; this layout cannot be read"
@@ -70,7 +76,7 @@ def _read_sub_group(wrapper: Any, parameters: Sequence[Any], flat: Tensor, name_
                 f"for {parameter.ds_numel} elements on {group.size} ranks"
             )
         holding = flat_holding(name, tuple(parameter.ds_shape), flat, at, group, ranges)
-        if flat.numel() and parameter.ds_tensor.status.name == "AVAILABLE":  # else it is on NVMe, too
+        if not swapped_out and parameter.ds_tensor.status.name == "AVAILABLE":  # else it is on NVMe, too
             check_first_use(holding, parameter.ds_tensor.view(-1)[: holding.numel])
         holdings.append(holding)
     return holdings
@@ -79,7 +85,7 @@ def _read_sub_group(wrapper: Any, parameters: Sequence[Any], flat: Tensor, name_
 def _check_swapping(wrapper: Any, name_of: Name) -> None:
     """Refuse gradients that DeepSpeed would read back from NVMe to an address that direct I/O cannot write to.
 
-    It does not notice: the step would see another gradient's numbers. All sub-groups, before the first one steps.
+    It does not notice: the step would see another gradient's numbers.
     """
     swapper = getattr(wrapper, "optimizer_swapper", None)
     if swapper is None:

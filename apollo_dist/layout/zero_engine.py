@@ -39,7 +39,15 @@ def step_calls(wrapper: Any, groups: Sequence[Group]) -> list[list[tuple[Group, 
     Args:
         wrapper: DeepSpeed's optimizer wrapper, or None.
         groups: the optimizer's ``param_groups`` between steps.
+
+    Raises:
+        ValueError: if the weights are not in memory between steps; the same on every rank.
     """
+    if getattr(wrapper, "swap_optimizer", False):
+        raise ValueError(
+            "with NVMe offload the fp32 weights are on the disk between steps, where apollo_dist.checkpoint does not "
+            'reach them; set offload_optimizer.device to "cpu"'
+        )
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
         return [[(group, group["params"])] for group in groups]
     if hasattr(wrapper, "fp32_partitioned_groups_flat"):
