@@ -90,8 +90,13 @@ class Checkpoints:
         """Continue from a checkpoint that `find` found; lines for the log. Collective."""
         _together(lambda: checkpoint.load(found, engine.trained, engine.optimizer))
         state = found.extra
-        # On the CPU, and on lists: nothing here can fail on one rank alone but through the data.
-        engine.schedule.load_state_dict(state["schedule"])
+        groups = engine.optimizer.param_groups
+        here = {
+            "base_lrs": [group["initial_lr"] for group in groups],  # the checkpoint's; there may be more groups here
+            "_last_lr": [group["lr"] for group in groups],
+            "lr_lambdas": [None for _ in groups],
+        }
+        engine.schedule.load_state_dict({**state["schedule"], **here})
         self._ranks.together(lambda: data.train.load_state_dicts(state["data"]))
         if len(state["random"]) == self._ranks.world:
             _set_random_state(state["random"][self._ranks.rank], self._ranks.device)
