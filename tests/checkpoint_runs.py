@@ -11,19 +11,29 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apollo_dist import APOLLO, checkpoint
 
-from .engines import full_weights, initialize, zero_config
+from .engines import full_weights, initialize, prepare, zero_config
 from .models import Bag, gradients, groups_of, low_rank, mean_gradients, shapes_of
 from .reference import Reference
+from .zero_runs import BF16, OFFLOAD, OFFLOAD_BOTH
 
 GAP, FROZEN = 4, "layers.2."
 # What changes during training and is not among the defaults: the checkpoint must carry it.
 LR = 3e-3
+DIVIDED = {"stage3_param_persistence_threshold": 0}
 ZERO = {
     "zero0": zero_config(0),
     "zero1": zero_config(1),
     "zero2": zero_config(2),
-    "zero3": zero_config(3, zero_optimization={"sub_group_size": 100}),
     "zero2 round robin": zero_config(2, zero_optimization={"round_robin_gradients": True}),
+    "zero2 offload": zero_config(2, zero_optimization=OFFLOAD, zero_force_ds_cpu_optimizer=False),
+    "zero3": zero_config(3, zero_optimization=DIVIDED),
+    "zero3 sub-groups": zero_config(3, zero_optimization={**DIVIDED, "sub_group_size": 60}),
+    "zero3 persistent": zero_config(3, zero_optimization={"stage3_param_persistence_threshold": 100}),
+    "zero0 bf16": zero_config(0, bf16={"enabled": True}),
+    "zero1 bf16": zero_config(1, **BF16),
+    "zero2 bf16": zero_config(2, **BF16),
+    "zero3 bf16": zero_config(3, zero_optimization=DIVIDED, **BF16),
+    "zero3 offload": zero_config(3, zero_optimization=DIVIDED | OFFLOAD_BOTH, zero_force_ds_cpu_optimizer=False),
 }
 
 
@@ -44,8 +54,7 @@ def build(engine: str, world: int, *, seed: int, dtype: torch.dtype):
     model = Model(seed).to(dtype)
     ranks = {name: r for name, r in low_rank(model, 3).items() if not name.startswith(FROZEN)}
     if engine in ZERO:
-        import deepspeed  # noqa: F401  before the optimizer is built, so that it can register itself
-
+        prepare()
         optimizer = APOLLO(groups_of(model, ranks), update_proj_gap=GAP, seed=5, weight_decay=0.1)
         return model, initialize(model, ZERO[engine], optimizer=optimizer), optimizer
     wrapped = wrap(model, engine, world)
@@ -108,7 +117,8 @@ def expected(legs: list[tuple[str, int, range]], dtype: torch.dtype) -> dict[str
     model, shapes = Model().to(dtype), _shapes(dtype)
     weights = {name: p for name, p in model.named_parameters() if name in shapes}
     ranks = {name: r for name, r in low_rank(model, 3).items() if name in shapes}
-    reference = Reference(weights, ranks, lr=LR, update_proj_gap=GAP, seed=5, weight_decay=0.1, draw_dtype=dtype)
+    draw = torch.float64 if dtype == torch.float64 else torch.float32
+    reference = Reference(weights, ranks, lr=LR, update_proj_gap=GAP, seed=5, weight_decay=0.1, draw_dtype=draw)
     for _, world, steps in legs:
         for step in steps:
             reference.step(mean_gradients(shapes, step, world, dtype))

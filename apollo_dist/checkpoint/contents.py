@@ -189,8 +189,13 @@ def _model(found: Contents, module: nn.Module, holdings: Sequence[Holding], opti
 def _add_holding(found: Contents, holding: Holding, about: Mapping[str, Any]) -> None:
     found.description["parameters"][holding.name] = {**_described(holding.shape, holding.dtype), **about}
     if torch.Size(holding.shape).numel():
-        boxes = holding.cover.boxes(holding.group.rank, holding.shape)
-        found.tensors[f"model.{holding.name}"] = Shards.of(holding.shape, boxes, holding.weight(), holding.name)
+        boxes, local = holding.cover.boxes(holding.group.rank, holding.shape), holding.weight()
+        if local.numel() != holding.numel:
+            raise ValueError(
+                f"{holding.name}: its weights are not in memory between steps (NVMe offload), and cannot be saved or "
+                "loaded by name. Offload to the CPU, or use engine.save_checkpoint and load_checkpoint"
+            )
+        found.tensors[f"model.{holding.name}"] = Shards.of(holding.shape, boxes, local, holding.name)
 
 
 def _frozen(name: str, parameter: Tensor) -> Holding:

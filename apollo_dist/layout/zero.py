@@ -1,8 +1,9 @@
 """DeepSpeed's wrappers: which elements of which parameter are in the tensors that ``step()`` sees.
 
-With ``zero3.py`` the only file that reads DeepSpeed's attributes (verified on 0.19.8). Under ZeRO the parameters that
-the optimizer was built with are no longer in ``param_groups`` at ``step()``: stages 1 and 2 and BF16_Optimizer put one
-flat fp32 partition for each group there, stage 3 one for each sub-group in turn, ZeRO-0 in bf16 or fp16 fp32 clones.
+With ``zero3.py`` and ``zero_engine.py`` the only file that reads DeepSpeed's attributes (verified on 0.19.8). Under
+ZeRO the parameters that the optimizer was built with are no longer in ``param_groups`` at ``step()``: stages 1 and 2
+and BF16_Optimizer put one flat fp32 partition for each group there, stage 3 one for each sub-group in turn, ZeRO-0 in
+bf16 or fp16 fp32 clones.
 With ``offload_optimizer`` these tensors, and so the states, are on the CPU.
 
 A parameter's place in its group's flat buffer is read from its data pointer. DeepSpeed's own maps

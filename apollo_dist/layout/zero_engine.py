@@ -1,12 +1,12 @@
 """DeepSpeed's engine and wrappers outside of ``step()``: what a checkpoint reads, and puts right after a load.
 
-Beside ``zero.py`` the only file that reads DeepSpeed's attributes (verified on 0.19.8).
+Like ``zero.py`` and ``zero3.py`` it reads DeepSpeed's attributes (verified on 0.19.8).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from .holding import Holding, ShardGroup, whole_cover
-from .tiles import FlatCover
+from .tiles import FlatCover, even_ranges
+from .zero3 import is_stage3
 
 # What of a dynamic loss scaler changes during training.
 _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -50,7 +51,7 @@ def step_calls(wrapper: Any, groups: Sequence[Group]) -> list[list[tuple[Group, 
         )
     if hasattr(wrapper, "single_partition_of_fp32_groups"):
         return [[(group, group["params"])] for group in groups]
-    if hasattr(wrapper, "fp32_partitioned_groups_flat"):
+    if is_stage3(wrapper):
         return [
             [(group, [flat] if i == wrapper.sub_group_to_group_id[k] else []) for i, group in enumerate(groups)]
             for k, flat in enumerate(wrapper.fp32_partitioned_groups_flat)
@@ -81,19 +82,17 @@ def update_model(wrapper: Any) -> None:
     """
     if hasattr(wrapper, "update_lp_params"):
         wrapper.update_lp_params()
-    elif hasattr(wrapper, "fp32_partitioned_groups_flat"):
-        for flat, low in zip(wrapper.fp32_partitioned_groups_flat, wrapper.fp16_partitioned_groups_flat, strict=True):
-            if flat.numel():
-                low.data.copy_(flat.data)
+    elif is_stage3(wrapper):
+        # As after a step. Parameters that are kept gathered, because they are small, are out of date: they are dropped
+        # first and gathered anew in the end, as hpZ's second copies are.
+        wrapper.checkpoint_event_prologue()
+        for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+        wrapper.checkpoint_event_epilogue()
     elif hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
         for parameters, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, clone in zip(parameters, clones, strict=True):
                 parameter.data.copy_(clone.data)
-    # Stage 3 keeps small parameters gathered; their copies are out of date.
-    persistent = getattr(wrapper, "persistent_parameters", None)
-    if persistent:
-        persistent[0].partition(persistent)
-        persistent[0].all_gather(persistent)
 
 
 def read_frozen(name: str, parameter: Any) -> Holding | None:
@@ -102,10 +101,8 @@ def read_frozen(name: str, parameter: Any) -> Holding | None:
     if partition is None:
         return None
     group = ShardGroup.of(parameter.ds_process_group)
-    numel, n = parameter.ds_numel, partition.ds_numel
-    ranges = tuple((min(k * n, numel), min(k * n + n, numel)) for k in range(group.size))
+    ranges = even_ranges(parameter.ds_numel, group.size)
     low, high = ranges[group.rank]
-    weight: Callable[[], Tensor] = lambda: partition.data.view(-1)[: high - low]  # noqa: E731
     return Holding(
         name=name,
         shape=tuple(parameter.ds_shape),
@@ -113,8 +110,8 @@ def read_frozen(name: str, parameter: Any) -> Holding | None:
         device=partition.device,
         layout="zero",
         group=group,
-        cover=FlatCover(ranges) if group.size > 1 else whole_cover(numel),
-        weight=weight,
+        cover=FlatCover(ranges) if group.size > 1 else whole_cover(parameter.ds_numel),
+        weight=lambda: partition.data.view(-1)[: high - low],  # padding follows
         grad=lambda: None,
     )
 
