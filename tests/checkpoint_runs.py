@@ -94,14 +94,14 @@ def leg(rank: int, world: int, engine: str, root: str, steps: range, dtype: torc
     model, trained, optimizer = build(engine, world, seed=0 if first else 100 + steps.start, dtype=dtype)
     shapes = _shapes(dtype)
     if first:
-        model.count.copy_(torch.tensor([1.0, 2.0, 3.0]))
+        model.count.copy_(torch.tensor([1.0, 2.0, 3.0]) + 10 * rank)  # the first rank's is kept
         for group in optimizer.param_groups:
             group["lr"] = LR
     else:
         found = checkpoint.load(root, trained, optimizer)
         assert found.step == steps.start, found
         assert found.extra == {"scheduler": {"last_epoch": steps.start}, "samples": steps.start * 7}
-    assert model.count.tolist() == [1.0, 2.0, 3.0]
+        assert model.count.tolist() == [1.0, 2.0, 3.0]
     assert model.scratch.tolist() == [0.0, 0.0]
     advance(trained, optimizer, shapes, steps, rank, dtype)
     extra = {"scheduler": {"last_epoch": steps.stop}, "samples": steps.stop * 7}
