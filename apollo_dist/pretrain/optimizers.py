@@ -51,10 +51,14 @@ def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 
 
-def adamw_bytes(optimizer: torch.optim.Optimizer) -> int:
+def adamw_bytes(optimizer: torch.optim.Optimizer, model: nn.Module) -> int:
     """Bytes that AdamW in fp32 would hold on this rank: two numbers for each trainable element it updates.
 
-    Counted in the optimizer's own groups, which under ZeRO 1 and 2 are this rank's flat partitions.
+    Counted in the optimizer's own groups, which under ZeRO 1 and 2 are this rank's flat partitions; under ZeRO-3, where
+    those are empty between steps, in the model's partitions.
     """
+    divided = [p for p in model.parameters() if p.requires_grad and hasattr(p, "ds_tensor")]
+    if divided:
+        return sum(2 * 4 * int(p.ds_tensor.ds_numel) for p in divided)
     held = (p for group in optimizer.param_groups for p in group["params"] if p.requires_grad)
     return sum(2 * 4 * local(p).numel() for p in held)

@@ -198,7 +198,7 @@ def validate(run: Run) -> Evaluation:
 def finish(run: Run, validated: Evaluation | None) -> None:
     """Draw ``loss.png`` and print the summary; collective."""
     held = run.ranks.max(state_bytes(run.engine.optimizer))
-    adamw = run.ranks.max(adamw_bytes(run.engine.optimizer))
+    adamw = run.ranks.max(adamw_bytes(run.engine.optimizer, run.engine.trained))
     if run.ranks.first:
         folder = run.config.output_folder
         run.metrics.close()
