@@ -16,7 +16,6 @@ CHANNEL, TENSOR = {"rank": 8}, {"rank": 8, "scale_type": "tensor"}
 # case -> (layout, options of the optimizer, of the estimate)
 CASES = {
     "fsdp2": ("fsdp2", CHANNEL, {}),
-    "fsdp2 tensor": ("fsdp2", TENSOR, {}),
     "zero": ("zero", TENSOR, {}),
     "zero3": ("zero3", CHANNEL, {}),
     "zero3 sub-groups": ("zero3", CHANNEL, {"sub_group_size": 20_000}),
