@@ -12,7 +12,6 @@ import shutil
 import signal
 import sys
 import traceback
-import warnings
 from pathlib import Path
 
 import torch
@@ -97,10 +96,9 @@ def died(run) -> bool:
 def check(root: Path, states: dict[int, dict[str, torch.Tensor]]) -> int:
     """Load, compare every number, and save again; the step that was loaded."""
     model, optimizer = build(seed=99)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", checkpoint.CheckpointWarning)
-        found = checkpoint.load(root, model, optimizer)
+    found = checkpoint.load(root, model, optimizer)
     assert found.extra == {"step": found.step}
+    assert found.problems == ()
     loaded = snapshot(model, optimizer)
     assert loaded.keys() == states[found.step].keys()
     for name, value in loaded.items():
@@ -150,7 +148,8 @@ def main(folder: Path) -> None:
 def same_step(root: Path, states: dict[int, dict[str, torch.Tensor]]) -> int:
     """Which of the two states that were saved as step 1 is loaded."""
     model, optimizer = build(seed=99)
-    assert checkpoint.load(root, model, optimizer).step == 1
+    found = checkpoint.load(root, model, optimizer)
+    assert (found.step, found.problems) == (1, ())
     loaded = snapshot(model, optimizer)
     matching = [number for number, state in states.items() if all(torch.equal(loaded[k], v) for k, v in state.items())]
     assert len(matching) == 1

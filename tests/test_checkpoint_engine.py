@@ -31,6 +31,8 @@ CASES = {
     "zero0 fp16": (zero_config(0, **FP16), torch.float16),
     "zero2 fp16": (zero_config(2, **FP16), torch.float16),
 }
+# Cases that load into an engine that has trained before: what it keeps between steps is out of date.
+BETWEEN_STEPS = ("zero1 bf16", "zero2", "zero3", "zero3 fp16", "BF16_Optimizer")
 
 
 def make(case: str, seed: int):
@@ -96,6 +98,8 @@ def resume(rank: int, world: int, root: str, ours: bool) -> dict[str, object]:
         straight = weights(engine, model)
 
         model, engine, optimizer = make(case, seed=1)
+        if case in BETWEEN_STEPS:
+            train(engine, model, rank, range(30, 32))
         move(engine, optimizer, folder, load=True)
         found = {"at once": differing(saved, weights(engine, model))}
         found["counters"] = ((engine.global_steps, engine.micro_steps, engine.global_samples), counters)
@@ -127,9 +131,9 @@ def test_same_world_is_bit_exact(ours, tmp_path):
             assert found["at once"] == [], case
             assert found["later"] == [], case
             assert found["dtypes"] == {"torch.float32"}, case
-            steps, micro_steps, samples = found["counters"][1]
-            # DeepSpeed itself counts micro-steps anew.
-            assert found["counters"][0] == (steps, micro_steps if ours else 0, samples), case
+            resumed, counted = found["counters"]
+            assert (resumed[0], resumed[2]) == (counted[0], counted[2]), case
+            assert not ours or resumed[1] == counted[1], case  # DeepSpeed itself does not restore its micro-steps
             assert found["scale"][0] == found["scale"][1], case
             assert found["lr"] == 0.01 * (1.0 - found["steps"] / 64), case
         numbers = [result[case]["numbers"] for result in results]
