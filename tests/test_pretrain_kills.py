@@ -52,7 +52,7 @@ def start(folder: Path, name: str, resume: bool) -> list[BaseProcess]:
     kept = [word for word in SMALL if word.split("=")[0] not in sizes]
     arguments = [
         *kept, *SMALL_APOLLO, *(f"{key}={value}" for key, value in sizes.items()),
-        "--engine=fsdp2", f"--data={folder / 'text'}", f"--output={folder / name}", *(["--resume"] if resume else []),
+        "--engine=fsdp2", "--timeout_minutes=0.5", f"--data={folder / 'text'}", f"--output={folder / name}", *(["--resume"] if resume else []),
     ]  # fmt: skip
     port = free_port()
     processes: list[BaseProcess] = [
@@ -72,7 +72,13 @@ def steps_done(run: Path) -> int:
 
 def saving(run: Path) -> bool:
     """Whether a checkpoint is being written."""
-    return any((run / "checkpoints").glob(".draft_*"))
+    return any((run / "checkpoints").glob(".draft_step_*"))
+
+
+def set_aside(run: Path) -> None:
+    """Give what a killed save left another name, which ``saving`` does not take for a new one; the run clears it away."""
+    for draft in (run / "checkpoints").glob(".draft_step_*"):
+        draft.rename(draft.with_name(f".draft_dead{draft.name}"))
 
 
 def end(process: BaseProcess, timeout: float) -> int | None:
@@ -124,9 +130,11 @@ def test_a_run_killed_at_random_moments_ends_as_if_it_had_not_been(tmp_path: Pat
         victim = processes[rng.randrange(2)]
         assert victim.pid is not None
         os.kill(victim.pid, signal.SIGKILL)
-        codes = [end(process, 30) for process in processes]
+        # One that had not met the other yet waits for it as long as --timeout_minutes; a launcher would end it at once.
+        codes = [end(process, 60) for process in processes]
         assert all(codes), f"kill {kill} (exit codes {codes}): a rank did not end, or ended well\n{logs(tmp_path)}"
         inside += saving(run)
+        set_aside(run)
     assert inside >= 3, f"only {inside} kills hit a checkpoint"
     assert steps_done(run) < STEPS, "the run was over before the last kill"
 
