@@ -52,7 +52,8 @@ def start(folder: Path, name: str, resume: bool) -> list[BaseProcess]:
     kept = [word for word in SMALL if word.split("=")[0] not in sizes]
     arguments = [
         *kept, *SMALL_APOLLO, *(f"{key}={value}" for key, value in sizes.items()),
-        "--engine=fsdp2", "--timeout_minutes=0.5", f"--data={folder / 'text'}", f"--output={folder / name}", *(["--resume"] if resume else []),
+        "--engine=fsdp2", "--timeout_minutes=0.5", f"--data={folder / 'text'}", f"--output={folder / name}",
+        *(["--resume"] if resume else []),
     ]  # fmt: skip
     port = free_port()
     processes: list[BaseProcess] = [
@@ -76,7 +77,7 @@ def saving(run: Path) -> bool:
 
 
 def set_aside(run: Path) -> None:
-    """Give what a killed save left another name, which ``saving`` does not take for a new one; the run clears it away."""
+    """Give what a killed save left another name, which ``saving`` does not take for a new one."""
     for draft in (run / "checkpoints").glob(".draft_step_*"):
         draft.rename(draft.with_name(f".draft_dead{draft.name}"))
 
