@@ -10,7 +10,7 @@ import torch
 
 from apollo_dist import APOLLO, param_groups
 
-from .engines import initialize, zero_config
+from .engines import full_weights, initialize, zero_config
 from .models import Bag, gradients, groups_of, low_rank, relative_error, shapes_of
 from .ranks import run_ranks
 from .reference import Reference
@@ -47,6 +47,35 @@ def train(rank, world, config):
 
 def all_cases(rank, world):
     return {name: train(rank, world, config) for name, config in CASES.items()}
+
+
+def without_masters(rank, world):
+    """How many weights differ from those of one process with bf16 weights, by stage."""
+    found = {}
+    states = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+    for stage in (2, 3):
+        model, twin = Bag().bfloat16(), Bag().bfloat16()
+        shapes, ranks = shapes_of(model), low_rank(model, 3)
+        engine = initialize(
+            model, zero_config(stage, bf16=states), optimizer=APOLLO(groups_of(model, ranks), update_proj_gap=GAP)
+        )
+        optimizer = APOLLO(groups_of(twin, ranks), update_proj_gap=GAP)
+        for step in range(STEPS):
+            given = gradients(shapes, step, 0, torch.bfloat16)
+            engine.backward(engine(given))
+            engine.step()
+            for name, p in twin.named_parameters():
+                p.grad = given[name].clone()
+            optimizer.step()
+        weights = full_weights(engine, model)
+        found[stage] = sum(int((weights[n] != p.detach().double()).sum()) for n, p in twin.named_parameters())
+    return found
+
+
+def test_bf16_without_fp32_masters_equals_one_process():
+    """Every rounding is the same, bit for bit, but where sums in another order fall on the other side of one."""
+    for found in run_ranks(without_masters, 2):
+        assert all(different <= 3 for different in found.values()), found
 
 
 @pytest.mark.parametrize("world", [1, 2])
