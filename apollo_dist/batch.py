@@ -6,7 +6,7 @@ thousand numbers of state. One call for each matrix and operation would cost mor
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -17,10 +17,11 @@ from . import rule
 from .exchange.collectives import TERMS
 from .matrix import GRADIENT, LOW_RANK, NORMALIZED, Matrix
 
-# How many low-rank numbers and gradient elements a batch may have. They bound the memory that R and converted gradients
-# take; on CPU the R of a batch stays in the cache from the projection to the norms.
-_LIMITS_CPU = (1 << 18, 1 << 25)
-_LIMITS_ACCELERATOR = (1 << 26, 1 << 26)
+# How many gradient elements a batch may have, which bounds the memory that converted gradients take, and how many
+# low-rank numbers a chunk of it, which bounds that of R: on CPU so that R stays in the cache until its norms are taken.
+_ELEMENTS = {"cpu": 1 << 25}
+_NUMBERS = {"cpu": 1 << 18}
+_ACCELERATOR = 1 << 26
 
 # The gradients of a batch's matrices: for each the tiles' views, or None where a matrix has no gradient.
 Gradients = list[list[Tensor] | None]
@@ -40,6 +41,7 @@ class Batch:
         ends = list(accumulate(self.counts))
         self._rows = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
         spec, holding = matrices[0].spec, matrices[0].holding
+        self._chunks = _runs([c * spec.rank for c in self.counts], _NUMBERS.get(holding.device.type, _ACCELERATOR))
         self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
         self.exp_avg = torch.zeros((ends[-1], spec.rank), **self._kind)
         self.exp_avg_sq = torch.zeros((ends[-1], spec.rank), **self._kind)
@@ -76,30 +78,57 @@ class Batch:
         Returns:
             For each matrix of the batch its owned channels' scaling factors, (channels,), or None with tensor scaling.
         """
-        spec, group = self.matrices[0].spec, self.matrices[0].group
-        low_rank = torch.empty_like(self.exp_avg)
-        norms = torch.empty(low_rank.shape[0], **self._kind) if spec.channel_norms else None
+        spec = self.matrices[0].spec
+        # By channel: norms of N, of R, and of G where they are needed; zeros where there is no gradient.
+        normalized, low_rank = torch.zeros((2, self.exp_avg.shape[0]), **self._kind).unbind()
+        norms = torch.empty_like(normalized) if spec.channel_norms else None
         held: list[tuple[Tensor, int, int]] = []
-        for k, (m, grad, rows) in enumerate(zip(self.matrices, grads, self._rows, strict=True)):
-            if grad is None:
-                continue
-            m.complete(grad, low_rank[rows], None if norms is None else norms[rows], seed, received[self.first + k])
-            if norms is None and GRADIENT in spec.terms:  # now, while the gradient is in the cache
-                held += [(rule.line_norms(tile), k, GRADIENT) for tile in grad]
-        normalized = torch.zeros_like(low_rank)
-        for rows in self._active_rows(grads):
-            tensors = [each[rows] for each in (self.exp_avg, self.exp_avg_sq, low_rank, normalized)]
-            rule.normalize(*tensors, betas=group["betas"], eps=group["eps"])
+        for chunk in self._chunks:
+            held += self._update_moments(chunk, grads, seed, received, (normalized, low_rank, norms))
         mine = terms[self.first : self.first + len(self.matrices)]
         if not spec.channel_scales:
-            held = [*self._by_matrix(normalized, grads, NORMALIZED), *self._by_matrix(low_rank, grads, LOW_RANK), *held]
-            self._add_squares(held, mine)
+            parts = [*self._by_matrix(normalized, grads, NORMALIZED), *self._by_matrix(low_rank, grads, LOW_RANK)]
+            self._add_squares([*parts, *held], mine)
             return [None] * len(self.matrices)
-        scale = rule.channel_scale(*(torch.linalg.vector_norm(each, dim=1) for each in (normalized, low_rank)))
+        scale = rule.channel_scale(normalized, low_rank)
         if norms is not None:
             # The norm over a matrix's channels of s_c ||G_c|| is ||U||.
             self._add_squares(self._by_matrix(norms.mul_(scale), grads, GRADIENT), mine)
         return torch.split(scale, self.counts)
+
+    def _update_moments(
+        self,
+        chunk: range,
+        grads: Gradients,
+        seed: int,
+        received: Sequence[Any],
+        norms: tuple[Tensor, Tensor, Tensor | None],
+    ) -> list[tuple[Tensor, int, int]]:
+        """R and its moments for some of the matrices.
+
+        Writes the channels' norms of N, R and G into ``norms``; returns what ``_add_squares`` is to add to ||G||^2 where
+        the channels' norms of G are not needed.
+        """
+        spec, group = self.matrices[0].spec, self.matrices[0].group
+        start, stop = self._rows[chunk[0]].start, self._rows[chunk[-1]].stop
+        low_rank = torch.empty((stop - start, spec.rank), **self._kind)
+        held: list[tuple[Tensor, int, int]] = []
+        for k in chunk:
+            m, grad, rows = self.matrices[k], grads[k], self._rows[k]
+            if grad is None:
+                continue
+            own = None if norms[2] is None else norms[2][rows]
+            m.complete(grad, low_rank[rows.start - start : rows.stop - start], own, seed, received[self.first + k])
+            if own is None and GRADIENT in spec.terms:  # now, while the gradient is in the cache
+                held += [(rule.line_norms(tile), k, GRADIENT) for tile in grad]
+        normalized = torch.zeros_like(low_rank)
+        for rows in self._active_rows(chunk, grads):
+            local = slice(rows.start - start, rows.stop - start)
+            tensors = [self.exp_avg[rows], self.exp_avg_sq[rows], low_rank[local], normalized[local]]
+            rule.normalize(*tensors, betas=group["betas"], eps=group["eps"])
+            torch.linalg.vector_norm(normalized[local], dim=1, out=norms[0][rows])
+            torch.linalg.vector_norm(low_rank[local], dim=1, out=norms[1][rows])
+        return held
 
     def _by_matrix(self, channels: Tensor, grads: Gradients, column: int) -> list[tuple[Tensor, int, int]]:
         """The part of each active matrix, as ``_add_squares`` takes it."""
@@ -134,11 +163,12 @@ class Batch:
             if grad is not None:
                 m.apply(grad, m.held_scale(owned[i], arriving[i]), by)
 
-    def _active_rows(self, grads: Gradients) -> list[slice]:
-        """The rows of the matrices with a gradient, neighbours merged."""
+    def _active_rows(self, chunk: range, grads: Gradients) -> list[slice]:
+        """The rows of a chunk's matrices with a gradient, neighbours merged."""
         runs: list[slice] = []
-        for grad, rows in zip(grads, self._rows, strict=True):
-            if grad is None or rows.start == rows.stop:
+        for k in chunk:
+            rows = self._rows[k]
+            if grads[k] is None or rows.start == rows.stop:
                 continue
             if runs and runs[-1].stop == rows.start:
                 runs[-1] = slice(runs[-1].start, rows.stop)
@@ -163,22 +193,24 @@ class Batch:
 
 def make_batches(matrices: Sequence[Matrix]) -> list[Batch]:
     """Divide a unit's matrices, in order, into batches."""
-    batches: list[Batch] = []
-    run: list[Matrix] = []
-    numbers = elements = 0
-    for i, m in enumerate(matrices):
-        numbers += m.channels.owned.count * m.spec.rank
-        elements += sum(tile.numel for tile in m.tiles)
-        limits = _LIMITS_CPU if m.holding.device.type == "cpu" else _LIMITS_ACCELERATOR
-        if run and (not _alike(run[0], m) or numbers > limits[0] or elements > limits[1]):
-            batches.append(Batch(run, i - len(run)))
-            run = []
-            numbers = m.channels.owned.count * m.spec.rank
-            elements = sum(tile.numel for tile in m.tiles)
-        run.append(m)
-    if run:
-        batches.append(Batch(run, len(matrices) - len(run)))
-    return batches
+    sizes = [sum(tile.numel for tile in m.tiles) for m in matrices]
+    limit = _ELEMENTS.get(matrices[0].holding.device.type, _ACCELERATOR)
+    runs = _runs(sizes, limit, lambda i, j: _alike(matrices[i], matrices[j]))
+    return [Batch([matrices[i] for i in run], run[0]) for run in runs]
+
+
+def _runs(sizes: Sequence[int], limit: int, alike: Callable[[int, int], bool] = lambda i, j: True) -> list[range]:
+    """Ranges of neighbours that are alike and whose sizes sum to at most ``limit``, or that are alone."""
+    runs: list[range] = []
+    total = 0
+    for i, size in enumerate(sizes):
+        if runs and alike(runs[-1][0], i) and total + size <= limit:
+            runs[-1] = range(runs[-1].start, i + 1)
+            total += size
+        else:
+            runs.append(range(i, i + 1))
+            total = size
+    return runs
 
 
 def _alike(a: Matrix, b: Matrix) -> bool:
