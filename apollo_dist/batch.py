@@ -106,8 +106,8 @@ class Batch:
     ) -> list[tuple[Tensor, int, int]]:
         """R and its moments for some of the matrices.
 
-        Writes the channels' norms of N, R and G into ``norms``; returns what ``_add_squares`` is to add to ||G||^2 where
-        the channels' norms of G are not needed.
+        Writes the channels' norms of N, R and G into ``norms``; returns what ``_add_squares`` is to add to ||G||^2
+        where the channels' norms of G are not needed.
         """
         spec, group = self.matrices[0].spec, self.matrices[0].group
         start, stop = self._rows[chunk[0]].start, self._rows[chunk[-1]].stop
