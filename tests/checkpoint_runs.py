@@ -38,11 +38,12 @@ ZERO = {
 
 
 class Model(Bag):
-    """A ``Bag`` with frozen parameters, a buffer, a buffer that is not saved, and a parameter without dimensions."""
+    """A ``Bag`` with frozen parameters, buffers with and without dimensions, and a buffer that is not saved."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)
         self.register_buffer("count", torch.zeros(3))
+        self.register_buffer("batches", torch.tensor(0))
         self.register_buffer("scratch", torch.zeros(2), persistent=False)
         self.layers[0].norm.data.mul_(2.0)
         for name, p in self.named_parameters():
@@ -95,6 +96,7 @@ def leg(rank: int, world: int, engine: str, root: str, steps: range, dtype: torc
     shapes = _shapes(dtype)
     if first:
         model.count.copy_(torch.tensor([1.0, 2.0, 3.0]) + 10 * rank)  # the first rank's is kept
+        model.batches.fill_(7)
         for group in optimizer.param_groups:
             group["lr"] = LR
     else:
@@ -102,6 +104,7 @@ def leg(rank: int, world: int, engine: str, root: str, steps: range, dtype: torc
         assert found.step == steps.start, found
         assert found.extra == {"scheduler": {"last_epoch": steps.start}, "samples": steps.start * 7}
         assert model.count.tolist() == [1.0, 2.0, 3.0]
+    assert int(model.batches) == 7
     assert model.scratch.tolist() == [0.0, 0.0]
     advance(trained, optimizer, shapes, steps, rank, dtype)
     extra = {"scheduler": {"last_epoch": steps.stop}, "samples": steps.stop * 7}

@@ -13,6 +13,7 @@ import torch
 
 from apollo_dist import APOLLO, APOLLOMini, checkpoint
 from apollo_dist.checkpoint import folder
+from apollo_dist.checkpoint.elementwise import _set_number
 from apollo_dist.checkpoint.saving import Pending
 
 from .checkpoint_kills import build, snapshot, step
@@ -249,7 +250,11 @@ def test_another_models_checkpoint_is_an_error(root):
     model.extra = torch.nn.Parameter(torch.ones(2))
     with pytest.raises(ValueError) as caught:
         checkpoint.load(root, model, APOLLO(groups_of(model, low_rank(model, 3))))
-    for words in ("it has no extra", "its layers.7.weight is not in the model", "shape of layers.0.norm was [7]"):
+    for words in (
+        "it has no extra",
+        f"its layers.{len(model.layers)}.weight is not in the model",
+        "shape of layers.0.norm was [7]",
+    ):
         assert words in str(caught.value)
 
 
@@ -267,6 +272,34 @@ def test_what_cannot_be_read_back_is_refused_when_saving(tmp_path):
     with pytest.raises(ValueError, match="keep must be an integer >= 1"):
         checkpoint.save(tmp_path, model, optimizer, keep=0)
     assert not any(tmp_path.iterdir())
+
+
+def test_an_optimizer_whose_state_is_not_known_is_refused(tmp_path):
+    model = Bag()
+    with pytest.raises(ValueError, match=r"torch's AdamW, Adam without amsgrad; the optimizer is torch.optim.sgd.SGD"):
+        checkpoint.save(tmp_path, model, torch.optim.SGD(model.parameters()))
+    with pytest.raises(ValueError, match="pass the optimizer that trains the model, got NoneType"):
+        checkpoint.save(tmp_path, model)
+    with pytest.raises(ValueError, match="is not in the model"):
+        checkpoint.save(tmp_path, model, torch.optim.AdamW(Bag().parameters()))
+
+
+def test_counts_that_must_be_one_and_are_not(tmp_path):
+    """Under ZeRO the parameters of a group share a count; where it was saved each may have had its own."""
+    state = {"step": torch.tensor(0.0)}
+    with pytest.raises(ValueError, match=r"the step of a, b differ \(b: 3.0\), and here they share one"):
+        _set_number(state, "step", {"a": torch.tensor([2.0]), "b": torch.tensor([3.0])})
+
+
+def test_loading_into_less_precision_is_told(tmp_path, caplog):
+    model, optimizer = build(seed=0)
+    checkpoint.save(tmp_path, model, optimizer)
+    low = Bag(99).bfloat16()
+    checkpoint.load(tmp_path, low, APOLLO(groups_of(low, low_rank(low, 3)), update_proj_gap=3))
+    assert f"{len(list(low.parameters()))} tensors lose precision, such as" in caplog.text
+    assert "float32 in the checkpoint, bfloat16 here" in caplog.text
+    for (name, p), q in zip(model.named_parameters(), low.parameters(), strict=True):
+        assert torch.equal(p.bfloat16(), q), name
 
 
 def test_mini_continues_exactly(tmp_path):

@@ -37,6 +37,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     base = tmp_path_factory.mktemp("launch")
     write_text(base / "text")
     (base / "zero2.json").write_text(json.dumps(ZERO2))
+    (base / "zero3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     apollo = {"type": "APOLLO", "params": {"lr": 0.01, "rank": 4, "update_proj_gap": 3, "seed": 0}}
     (base / "zero2_apollo.json").write_text(json.dumps({**ZERO2, "optimizer": apollo}))
     printed = succeed("python", 1, [*arguments("one"), *SMALL_APOLLO], base)
@@ -100,9 +101,10 @@ def test_a_run_moves_between_engines_and_numbers_of_ranks(folder: Path, optimize
     options = [f"--optimizer={optimizer}", *(SMALL_APOLLO if optimizer == "apollo" else [])]
     succeed("python", 1, [*arguments(f"straight_{optimizer}"), *options], folder)
     given = [*arguments(f"moving_{optimizer}"), *options, "--checkpoint_every=2"]
-    places = [("zero2", 2), ("fsdp2", 4), ("ddp", 1), ("zero2", 1)]
+    places = [("zero3", 2), ("fsdp2", 4), ("ddp", 1), ("zero2", 2)]
+    engines = {**ENGINES, "zero3": ("deepspeed", ["--deepspeed_config=zero3.json"])}
     for number, (name, world) in enumerate(places):
-        launcher, engine = ENGINES[name]
+        launcher, engine = engines[name]
         more = [f"--stop_after={2 * number + 2}", *(["--resume"] if number else [])]
         printed = succeed(launcher, world, [*given, *engine, *more], folder)
         assert not number or "the run moved (engine" in printed

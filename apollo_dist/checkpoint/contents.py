@@ -56,6 +56,9 @@ class Contents:
     def check(self, saved: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first differences, unless a checkpoint of that description fits."""
         problems = list(_differences(saved, self.description))
+        rounded = list(_rounded(saved["parameters"], self.description["parameters"]))
+        if rounded and rank_of() == 0:
+            logger.warning("%d tensors lose precision, such as %s", len(rounded), rounded[0])
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError("the checkpoint does not fit: " + "; ".join(problems[:5]) + more)
@@ -232,11 +235,12 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
             for key in ("shape", "kind", "rank"):
                 if was.get(key) != now.get(key):
                     yield f"{key} of {name} was {was.get(key)}, and here it is {now.get(key)}"
-            if _loses(was["dtype"], now["dtype"]):
-                logger.warning("%s is %s in the checkpoint and is rounded to %s", name, was["dtype"], now["dtype"])
 
 
-def _loses(was: str, now: str) -> bool:
-    """Whether floating-point numbers are rounded on their way from one dtype to another."""
-    before, after = getattr(torch, was), getattr(torch, now)
-    return bool(before.is_floating_point) and torch.promote_types(before, after) != after
+def _rounded(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+    """What is stored in more precision than it has here, with both dtypes."""
+    for name in saved.keys() & here.keys():
+        was, now = saved[name]["dtype"], here[name]["dtype"]
+        before, after = getattr(torch, was), getattr(torch, now)
+        if before.is_floating_point and torch.promote_types(before, after) != after:
+            yield f"{name}: {was} in the checkpoint, {now} here"

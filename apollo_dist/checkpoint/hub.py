@@ -7,6 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 FOLDER = "hf"
 
 
@@ -20,8 +22,8 @@ def files(module: Any, tokenizer: Any) -> dict[str, bytes]:
     Raises:
         ValueError: if the tokenizer cannot save itself.
     """
-    while hasattr(module, "module"):  # DDP
-        module = module.module
+    while isinstance(inner := getattr(module, "module", getattr(module, "_orig_mod", None)), nn.Module):
+        module = inner  # DDP's, torch.compile's
     config: Any = getattr(module, "config", None)
     with tempfile.TemporaryDirectory() as folder:
         if hasattr(config, "save_pretrained"):

@@ -88,7 +88,6 @@ def save(
     if before is not None:
         before.wait()
     found = contents(model, optimizer)
-    packed = run_together(lambda: _pack(extra))
     if step is None and found.engine is not None:
         step = int(found.description["engine"]["global_steps"])
     elif step is None:
@@ -97,7 +96,8 @@ def save(
     run_together(lambda: _check(step, keep))
     agree({"step": step, "what is saved": found.description})
     module = model if found.engine is None else model.module
-    files = run_first(lambda: hub.files(module, tokenizer))
+    # The first rank's, which writes them; all hear of a failure.
+    files = run_together(lambda: {EXTRA: _pack(extra), **hub.files(module, tokenizer)} if rank_of() == 0 else {})
     manifest = {
         "step": step,
         "apollo_dist": __version__,
@@ -107,10 +107,10 @@ def save(
     }
     root = Path(path)
     if not background:
-        return _write(root, step, found.tensors, manifest, {EXTRA: packed, **files}, keep, None)
+        return _write(root, step, found.tensors, manifest, files, keep, None)
     staged = run_together(lambda: {key: shards.staged() for key, shards in found.tensors.items()})
     group = _background_group()
-    arguments = (root, step, staged, manifest, {EXTRA: packed, **files}, keep, group)
+    arguments = (root, step, staged, manifest, files, keep, group)
     _last = Pending(_executor.submit(_write_or_log, *arguments))
     return _last
 

@@ -46,7 +46,12 @@ def train(settings: Settings, ranks: Ranks) -> None:
     """Set up, train to ``config.last_step``, validate, and write the summary; collective."""
     run = set_up(settings, ranks)
     with contextlib.closing(run.metrics):
-        _train(run)
+        try:
+            _train(run)
+        except SetupError:  # which all ranks raise, so a save in the background can still be finished
+            with contextlib.suppress(SetupError):
+                run.checkpoints.finish()
+            raise
 
 
 def _train(run: Run) -> None:
