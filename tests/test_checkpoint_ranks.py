@@ -48,6 +48,10 @@ def together(rank: int, world: int, root: str) -> dict[str, object]:
     found["extra"] = checkpoint.find(path).extra
     found["step"] = message_of(lambda: checkpoint.save(f"{root}/other", trained, optimizer, step=3 + rank))
     found["made"] = os.path.exists(f"{root}/other")
+    other = optimizer if rank == 0 else torch.optim.AdamW(model.parameters())
+    found["optimizer"] = message_of(lambda: checkpoint.save(f"{root}/other", trained, other))
+    unknown = torch.optim.AdamW((Bag() if rank == 1 else model).parameters())
+    found["unknown"] = message_of(lambda: checkpoint.save(f"{root}/other", trained, unknown))
     # A difference between the ranks' models that no layout shows.
     if rank == 1:
         model.register_buffer("more", torch.zeros(1))
@@ -90,6 +94,9 @@ def test_ranks_decide_alike_and_write_once(tmp_path):
     for rank, found in enumerate(results):
         assert found["extra"] == {"rank": 0}
         assert "step is 3 on rank 0 and 4 on rank 1" in found["step"]
+        assert "is 'APOLLO' on rank 0 and 'AdamW' on rank 1" in found["optimizer"]
+        assert found["unknown"].startswith("rank 1: ")
+        assert "that is not in the model" in found["unknown"]
         assert "what is saved is" in found["model"]
         assert not found["made"]
         name, problems = found["chosen"]

@@ -89,13 +89,14 @@ def test_there_are_blocks() -> None:
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
-def test_python_block_runs(number: int) -> None:
+def test_python_block_runs(number: int, tmp_path: Path) -> None:
     block = BLOCKS[number]
     if "deepspeed" in block:
         pytest.importorskip("deepspeed")
+    (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
     done = subprocess.run(
         [sys.executable, "-c", PREAMBLE + block + CLOSING],
-        cwd=ROOT,
+        cwd=tmp_path,
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..agreement import rank_of
+from ..agreement import agree, rank_of, run_together
 from ..build import Build
 from ..layout import detect, dtensor, zero, zero_engine
 from ..layout.holding import Holding, canonical_name
@@ -88,18 +88,21 @@ def contents(model: Any, optimizer: Any) -> Contents:
         ValueError: if it cannot be told by names which parameter is which, or the layout is not supported.
     """
     found = Contents(engine=model if zero_engine.is_engine(model) else None)
-    module: nn.Module = model if found.engine is None else model.module
+    client = run_together(lambda: _client(found.engine, optimizer))
+    agree({"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None})
+    builds = client.prepare(found.engine) if isinstance(client, APOLLO) else []
+    run_together(lambda: _fill(found, model if found.engine is None else model.module, client, builds))
+    return found
+
+
+def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer, builds: Sequence[Build]) -> None:
+    """The local part of ``contents``, which may fail on one rank only."""
     dtensor.reshard(module)
-    client = _client(found.engine, optimizer)
     if found.engine is not None:
         found.wrapper = zero.from_engine(found.engine, client).wrapper
-    if isinstance(client, APOLLO):
-        held = _apollo(found, client)
-    else:
-        held = elementwise.add(found, client, module)
+    held = _apollo(found, client, builds) if isinstance(client, APOLLO) else elementwise.add(found, client, module)
     _model(found, module, held, {id(p) for group in client.param_groups for p in group["params"]})
     found.description["engine"] = zero_engine.progress(found.engine, found.wrapper)
-    return found
 
 
 def _client(engine: Any, optimizer: Any) -> torch.optim.Optimizer:
@@ -113,9 +116,8 @@ def _client(engine: Any, optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _apollo(found: Contents, optimizer: APOLLO) -> list[Holding]:
+def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[Build]) -> list[Holding]:
     """Add APOLLO's state and description; the holdings of its parameters."""
-    builds: list[Build] = optimizer.prepare(found.engine)
     parameters = found.description.setdefault("parameters", {})
     holdings = [holding for build in builds for holding, _ in build.holdings]
     for holding in holdings:

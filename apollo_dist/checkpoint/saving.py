@@ -16,7 +16,7 @@ import torch.distributed as dist
 from .._version import __version__
 from ..agreement import agree, gather, rank_of, run_first, run_together, world_of
 from . import folder, hub
-from .contents import contents
+from .contents import Contents, contents
 from .shards import Shards, write
 
 logger = logging.getLogger("apollo_dist")
@@ -88,31 +88,30 @@ def save(
     if before is not None:
         before.wait()
     found = contents(model, optimizer)
-    if step is None and found.engine is not None:
-        step = int(found.description["engine"]["global_steps"])
-    elif step is None:
-        step = max([int(s.pieces[0].tensor) for key, s in found.tensors.items() if _is_step(key, s)], default=0)
-        step = max(gather(step))
+    step = _steps_of(found) if step is None else step
     run_together(lambda: _check(step, keep))
     agree({"step": step, "what is saved": found.description})
     module = model if found.engine is None else model.module
     # The first rank's, which writes them; all hear of a failure.
     files = run_together(lambda: {EXTRA: _pack(extra), **hub.files(module, tokenizer)} if rank_of() == 0 else {})
-    manifest = {
-        "step": step,
-        "apollo_dist": __version__,
-        "torch": torch.__version__,
-        "ranks": world_of(),
-        **found.description,
-    }
-    root = Path(path)
+    versions = {"apollo_dist": __version__, "torch": torch.__version__}
+    manifest = {"step": step, "ranks": world_of(), **versions, **found.description}
     if not background:
-        return _write(root, step, found.tensors, manifest, files, keep, None)
+        return _write(Path(path), found.tensors, manifest, files, keep, None)
     staged = run_together(lambda: {key: shards.staged() for key, shards in found.tensors.items()})
-    group = _background_group()
-    arguments = (root, step, staged, manifest, files, keep, group)
+    arguments = (Path(path), staged, manifest, files, keep, _background_group())
     _last = Pending(_executor.submit(_write_or_log, *arguments))
     return _last
+
+
+def _steps_of(found: Contents) -> int:
+    """How many steps the engine, or else the optimizer, has counted; a collective."""
+    if found.engine is not None:
+        return int(found.description["engine"]["global_steps"])
+    counts = [
+        s.pieces[0].tensor for key, s in found.tensors.items() if key.startswith("optimizer.") and key.endswith(".step")
+    ]
+    return max(gather(max((int(count) for count in counts), default=0)))
 
 
 def _write_or_log(*arguments: Any) -> Path:
@@ -126,7 +125,6 @@ def _write_or_log(*arguments: Any) -> Path:
 
 def _write(
     root: Path,
-    step: int,
     tensors: dict[str, Shards],
     manifest: Mapping[str, Any],
     files: Mapping[str, bytes],
@@ -134,6 +132,7 @@ def _write(
     group: dist.ProcessGroup | None,
 ) -> Path:
     """Draft, manifest, rename, pointer; collective over ``group``."""
+    step = int(manifest["step"])
     draft = run_first(lambda: folder.start_draft(root, step), group)
     write(draft, tensors, group)
 
@@ -158,9 +157,9 @@ def _write(
 def _pack(extra: Any) -> bytes:
     """``extra`` as bytes that ``torch.load`` reads with ``weights_only``: found out now, not when resuming."""
     buffer = io.BytesIO()
-    torch.save(extra, buffer)
-    buffer.seek(0)
     try:
+        torch.save(extra, buffer)
+        buffer.seek(0)
         torch.load(buffer, weights_only=True)
     except Exception as error:
         raise ValueError(
@@ -175,10 +174,6 @@ def _check(step: int, keep: int | None) -> None:
         raise ValueError(f"step must be an integer >= 0, got {step!r}")
     if keep is not None and (isinstance(keep, bool) or not isinstance(keep, int) or keep < 1):
         raise ValueError(f"keep must be an integer >= 1, or None for all checkpoints, got {keep!r}")
-
-
-def _is_step(key: str, shards: Shards) -> bool:
-    return key.startswith("optimizer.") and key.endswith(".step") and shards.shape == (1,)
 
 
 def _background_group() -> dist.ProcessGroup | None:
