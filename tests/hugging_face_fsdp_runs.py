@@ -9,52 +9,26 @@ from __future__ import annotations
 import gc
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
+from torch.utils.data import DataLoader
 
 import apollo_dist
 
-from .llama import GAP, RANK, RATE, STEPS, dense, llama, step_rates, tokens, whole_batches
-from .models import relative_error
+from .integrations import accelerate_on_cpu, dataset, run_documented, watched
+from .llama import GAP, RANK, RATE, STEPS, llama, tokens
 
 OPTIONS = {"lr": RATE, "rank": RANK, "update_proj_gap": GAP}
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 4.0}
 LINEAR = [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]  # the Trainer's schedule: two steps up, four down
 
 Build = Callable[[nn.Module], apollo_dist.APOLLO]
-
-
-@contextmanager
-def accelerate_on_cpu(fsdp: bool) -> Iterator[None]:
-    """Accelerate's state in an initialized gloo group; with ``fsdp`` it takes FSDP, as it does on GPUs alone."""
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import DistributedType
-
-    AcceleratorState._reset_state(reset_partial_state=True)
-    try:
-        state = PartialState(cpu=True)
-        assert (state.num_processes, state.device.type) == (dist.get_world_size(), "cpu")
-        if fsdp:
-            # The one thing that is not as on a GPU: on MULTI_CPU Accelerate ignores the plugin and takes DDP.
-            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-        yield
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def errors(model: nn.Module, expected: dict[str, Tensor]) -> dict[str, float]:
-    found = {}
-    for name, p in model.named_parameters():
-        whole = p.full_tensor() if hasattr(p, "full_tensor") else p
-        found[name.replace("_checkpoint_wrapped_module.", "").removeprefix("module.")] = whole.detach()
-    assert found.keys() == expected.keys()
-    return {name: relative_error(found[name], expected[name]) for name in found}
 
 
 # Accelerate.
@@ -75,20 +49,52 @@ def prepared(build: Build, model: nn.Module, **plugin: Any) -> tuple[Any, nn.Mod
 
 
 def accelerate(build: Build, adamw: str = "nothing", **plugin: Any) -> dict[str, float]:
-    """Training with ``Accelerator.prepare(model, APOLLO)``, and a scheduler that was made for ours before."""
-    with accelerate_on_cpu(fsdp=True):
-        accelerator, model, optimizer, ours = prepared(build, llama(), **plugin)
+    """Training with ``Accelerator.prepare(model, APOLLO)``, and a scheduler that was made for ours."""
+    model = llama()
+    with accelerate_on_cpu(), watched(model) as watch:
+        accelerator, model, optimizer, ours = prepared(build, model, **plugin)
         scheduler = torch.optim.lr_scheduler.StepLR(ours, 1, gamma=0.5)
-        rates, batches = step_rates(ours), []
         for step in range(STEPS):
-            batches.append(tokens(step, dist.get_rank()))
-            accelerator.backward(model(input_ids=batches[-1], labels=batches[-1]).loss)
+            batch = tokens(step, dist.get_rank())
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
-        assert len(set(rates)) == STEPS
-        expected = dense(whole_batches(batches), rates, adamw=lambda name: adamw in name)
-        return errors(model, expected)
+        assert len(set(watch.rates)) == STEPS
+        return watch.errors(model, adamw=lambda name: adamw in name)
+
+
+def documented_accelerate(title: str) -> dict[str, float]:
+    model = llama()
+    loader = DataLoader(dataset(4 * STEPS), batch_size=2)
+    with accelerate_on_cpu(), watched(model) as watch:
+        found = run_documented(title, model=model, loader=loader)
+        return watch.errors(found["model"])
+
+
+def accelerate_fsdp1(first: bool) -> dict[str, float]:
+    """FSDP1, with the optimizer built from the wrapped model (``first``), or before and prepared with it."""
+    from accelerate import Accelerator
+    from accelerate.utils import FullyShardedDataParallelPlugin
+
+    model = llama()
+    with accelerate_on_cpu(), watched(model) as watch:
+        plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=1, auto_wrap_policy="transformer_based_wrap", cpu_ram_efficient_loading=False
+        )
+        accelerator = Accelerator(fsdp_plugin=plugin)
+        if first:
+            model = accelerator.prepare(model)
+            optimizer = accelerator.prepare(apollo_dist.APOLLO(model, **OPTIONS))
+        else:
+            model, optimizer = accelerator.prepare(model, apollo_dist.APOLLO(model, **OPTIONS))
+        assert isinstance(model, FullyShardedDataParallel)
+        for step in range(STEPS):
+            batch = tokens(step, dist.get_rank())
+            accelerator.backward(model(input_ids=batch, labels=batch).loss)
+            optimizer.step()
+            optimizer.zero_grad()
+        return watch.errors(model)
 
 
 def accelerate_cases() -> dict[str, dict[str, float]]:
@@ -101,13 +107,14 @@ def accelerate_cases() -> dict[str, dict[str, float]]:
         return apollo_dist.APOLLO(model.parameters(), **OPTIONS, **options)
 
     return {
-        "a model": accelerate(lambda model: apollo_dist.APOLLO(model, **OPTIONS)),
+        "as documented": documented_accelerate("Accelerate"),
         "names": accelerate(lambda model: apollo_dist.APOLLO(model.named_parameters(), **OPTIONS)),
-        "bare parameters": accelerate(from_parameters),
-        "exclude": accelerate(lambda model: from_parameters(model, exclude="self_attn"), "self_attn"),
-        "groups without names": accelerate(from_groups),
-        "activation checkpointing": accelerate(from_parameters, activation_checkpointing=True),
-        "loading on one rank": accelerate(from_parameters, cpu_ram_efficient_loading=True),
+        "groups without names": accelerate(from_groups, activation_checkpointing=True),
+        "bare parameters": accelerate(
+            lambda model: from_parameters(model, exclude="self_attn"), "self_attn", cpu_ram_efficient_loading=True
+        ),
+        "FSDP1, model first": accelerate_fsdp1(first=True),
+        "FSDP1, both at once": accelerate_fsdp1(first=False),
     }
 
 
@@ -125,7 +132,7 @@ class WithTable(nn.Module):
 
 def choices() -> list[str]:
     """The low-rank matrices of an optimizer from bare parameters, where names alone would say more."""
-    with accelerate_on_cpu(fsdp=True):
+    with accelerate_on_cpu():
         accelerator, model, optimizer, ours = prepared(
             lambda model: apollo_dist.APOLLO(model.parameters(), rank=2), WithTable(), auto_wrap_policy="no_wrap"
         )
@@ -136,7 +143,7 @@ def choices() -> list[str]:
 
 def kept_alive() -> int:
     """How many of the whole parameters are still in memory after ``prepare``."""
-    with accelerate_on_cpu(fsdp=True):
+    with accelerate_on_cpu():
         model = llama()
         whole = [weakref.ref(p) for p in model.parameters()]
         _keep = prepared(lambda m: apollo_dist.APOLLO(m, **OPTIONS), model)
@@ -146,7 +153,7 @@ def kept_alive() -> int:
 
 def foreign_names() -> str:
     """Names that are not the model's, and parameters that were exchanged: nothing says which is which."""
-    with accelerate_on_cpu(fsdp=True):
+    with accelerate_on_cpu():
         try:
             prepared(
                 lambda m: apollo_dist.APOLLO([(f"mine.{n}", p) for n, p in m.named_parameters()], **OPTIONS), llama()
@@ -159,60 +166,52 @@ def foreign_names() -> str:
 # The Trainer.
 
 
-def trainer(fsdp: bool, kind: str = "APOLLO", **options: Any) -> dict[str, float]:
-    """The real Trainer with ``optimizer_cls_and_kwargs``; without ``fsdp`` it takes DDP."""
+def trainer(fsdp: dict[str, Any] | None, kind: str, **options: Any) -> dict[str, float]:
+    """The real Trainer with a warm-up; without a config for FSDP it takes DDP."""
     from transformers import Trainer, TrainingArguments
 
-    seen: list[Tensor] = []
-
-    def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-        batch = torch.stack([row["input_ids"] for row in rows])
-        seen.append(batch)
-        return {"input_ids": batch, "labels": batch}
-
+    model = llama()
     given = {**OPTIONS, "betas": (0.9, 0.99), **options}
-    with accelerate_on_cpu(fsdp):
+    with accelerate_on_cpu(ddp=fsdp is None), watched(model) as watch:
         arguments = TrainingArguments(
-            output_dir=tempfile.mkdtemp(), use_cpu=True, accelerator_config={"use_configured_state": True},
-            fsdp=fsdp, fsdp_config={"version": 2} if fsdp else None,
-            max_steps=STEPS, per_device_train_batch_size=2, learning_rate=RATE, lr_scheduler_type="linear",
-            warmup_steps=2, weight_decay=0.1, max_grad_norm=0.0, report_to=[], save_strategy="no",
-            logging_strategy="no", disable_tqdm=True,
+            output_dir=tempfile.mkdtemp(), fsdp=fsdp is not None, fsdp_config=fsdp, max_steps=STEPS,
+            per_device_train_batch_size=2, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1,
+            max_grad_norm=0.0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
         )  # fmt: skip
         running = Trainer(
-            model=llama(),
+            model=model,
             args=arguments,
-            train_dataset=[{"input_ids": row} for row in tokens(0, 99, rows=64)],
-            data_collator=collate,
+            train_dataset=dataset(),
             optimizer_cls_and_kwargs=(getattr(apollo_dist, kind), given),
         )
-        rates: list[float] = []
-        create = running.create_optimizer
-
-        def watched(*args: Any) -> Any:
-            made = create(*args)
-            made.register_step_pre_hook(lambda used, *_: rates.append(used.param_groups[0]["lr"]))
-            return made
-
-        running.create_optimizer = watched
         running.train()
-        ours = running.optimizer.optimizer
-        assert type(ours) is getattr(apollo_dist, kind)
-        assert [group["weight_decay"] for group in ours.param_groups] == [0.1, 0.0]
-        assert rates == pytest.approx([RATE * part for part in LINEAR]), rates
+        assert type(watch.optimizer) is getattr(apollo_dist, kind)
+        assert watch.rates == pytest.approx([RATE * part for part in LINEAR]), watch.rates
         known = {key: given[key] for key in ("scale", "scale_type") if key in given}
-        expected = dense(
-            whole_batches(seen[:STEPS]), rates, rank=given["rank"], betas=(0.9, 0.99),
-            decay=lambda name: 0.0 if "norm" in name else 0.1, **known,
-        )  # fmt: skip
-        return errors(running.model, expected)
+        return watch.errors(running.model, rank=given["rank"], betas=(0.9, 0.99), decay=trainers_decay, **known)
+
+
+def trainers_decay(name: str) -> float:
+    """What the Trainer's groups make of ``weight_decay=0.1``."""
+    return 0.0 if "norm" in name else 0.1
+
+
+def documented_trainer(title: str) -> dict[str, float]:
+    model = llama()
+    with accelerate_on_cpu(), watched(model) as watch:
+        found = run_documented(title, model=model, dataset=dataset(), folder=tempfile.mkdtemp())
+        assert [group["weight_decay"] for group in watch.optimizer.param_groups] == [0.1, 0.0]
+        assert len(set(watch.rates)) == STEPS
+        return watch.errors(found["trainer"].model, decay=trainers_decay)
 
 
 def trainer_cases() -> dict[str, dict[str, float]]:
     return {
-        "FSDP2": trainer(fsdp=True),
-        "FSDP2, Mini": trainer(True, "APOLLOMini", **MINI),
-        "DDP": trainer(fsdp=False),
+        "as documented": documented_trainer("Trainer"),
+        "Mini": trainer({"version": 2}, "APOLLOMini", **MINI),
+        "DDP": trainer(None, "APOLLO"),
+        # FSDP1 cannot broadcast the weights of modules on the CPU.
+        "FSDP1": trainer({"version": 1, "sync_module_states": False}, "APOLLO"),
     }
 
 
@@ -228,16 +227,16 @@ def sharded_after(build: Build) -> dict[str, float] | str:
     for layer in model.model.layers:
         fully_shard(layer)
     fully_shard(model)
-    batches = []
-    try:
-        for step in range(STEPS):
-            batches.append(tokens(step, dist.get_rank()))
-            model(input_ids=batches[-1], labels=batches[-1]).loss.backward()
-            ours.step()
-            model.zero_grad()
-    except ValueError as error:
-        return str(error)
-    return errors(model, dense(whole_batches(batches), [RATE] * STEPS))
+    with watched(model) as watch:
+        try:
+            for step in range(STEPS):
+                batch = tokens(step, dist.get_rank())
+                model(input_ids=batch, labels=batch).loss.backward()
+                ours.step()
+                model.zero_grad()
+        except ValueError as error:
+            return str(error)
+        return watch.errors(model)
 
 
 def attached(model: nn.Module) -> str:
