@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from .after_import import after_import, around
-from .layout import zero_engine
+from .layout import fsdp1, zero_engine
 
 Classes = tuple[type[Any], ...]
 
@@ -30,10 +30,12 @@ def _create(classes: Classes) -> Callable[..., Any]:
     """Around ``Trainer.create_optimizer(model=None)``."""
 
     def call(create: Callable[..., Any], trainer: Any, model: Any = None, *args: Any, **kwargs: Any) -> Any:
-        given = () if model is None else (model,)
-        result = create(trainer, *given, *args, **kwargs)
+        trained = trainer.model if model is None else model
+        # FSDP1's parameters have neither a shape nor a place without their model.
+        fsdp1.register(trained)
+        result = create(trainer, *(() if model is None else (model,)), *args, **kwargs)
         if isinstance(trainer.optimizer, classes):
-            trainer.optimizer.attach(trainer.model if model is None else model)
+            trainer.optimizer.attach(trained)
         return result
 
     return call

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 
 from .agreement import agree, run_together
 from .build import Build, build, check_unique, fingerprint
-from .follow import check_not_replaced, follow
 from .groups import (
     CHOOSE,
     FOREIGN,
@@ -31,12 +30,15 @@ from .groups import (
 )
 from .layout import zero, zero_engine
 from .nonfinite import NonFiniteGuard
+from .present import PresentModel, check_not_replaced
 from .step import step_adam, step_unit
 from .unit import Slot
 
 logger = logging.getLogger("apollo_dist")
 
-_ARGUMENTS = ("seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "process_group")
+_ARGUMENTS = (
+    "seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "model", "process_group",
+)  # fmt: skip
 
 
 class APOLLO(Optimizer):
@@ -69,6 +71,9 @@ class APOLLO(Optimizer):
             them is infinite or NaN. Costs a pass over the gradients, an all-reduce of one number, and a wait for the
             device. Under ZeRO-1, 2 and 3 DeepSpeed's own check does this.
         max_skipped_steps: with ``skip_nonfinite``, a RuntimeError after more left out in a row; None for no limit.
+        model: the model that ``params`` belong to, where that is not the model itself. Parameters without names get
+            their names from it, FSDP1's their shapes and places, and parameters that ``fully_shard`` makes after the
+            optimizer was built are found in it. It is not kept alive.
         process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
             is built and at the first step, so every one of them must build it.
 
@@ -97,6 +102,7 @@ class APOLLO(Optimizer):
         cache_projection: bool | str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
+        model: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
         **unknown: Any,
     ) -> None:
@@ -107,6 +113,7 @@ class APOLLO(Optimizer):
         }  # fmt: skip
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
         self._process_group = process_group
+        self._model = PresentModel(params if model is None and isinstance(params, nn.Module) else model)
         self._guard = NonFiniteGuard(skip_nonfinite, max_skipped_steps, process_group)
         self._members: dict[int, Member] = {}
         # Keeps the given parameters alive, so that their ids stay theirs.
@@ -115,7 +122,6 @@ class APOLLO(Optimizer):
         self._restored = False
         self._builds: dict[tuple[Any, ...], Build] = {}
         self._engine: zero.Engine | None = None
-        self._model = params if isinstance(params, nn.Module) else None
         run_together(lambda: self._construct(params, options, unknown), process_group)
         facts = {"skip_nonfinite": skip_nonfinite, "max_skipped_steps": max_skipped_steps}
         agree({**facts, **fingerprint(seed, self.param_groups, self._members_of_groups())}, process_group)
@@ -131,6 +137,7 @@ class APOLLO(Optimizer):
             raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
         name_pattern(self.exclude)
         given_model = isinstance(params, nn.Module)
+        self._model.check(params)
         groups = param_groups(params, exclude=self.exclude, **options) if given_model else _as_groups(params)
         self._choose = all(group.get("rank") is None for group in groups)
         if self.exclude is not None and not given_model and not self._choose:
@@ -159,7 +166,7 @@ class APOLLO(Optimizer):
         """
         group = dict(param_group)
         check_known(group, [*OPTIONS, *FOREIGN], "parameter group key")
-        pairs = split_params(group["params"])
+        pairs = self._model.named(split_params(group["params"]))
         explicit = group.get("rank") is not None
         group["rank"] = group.get("rank", self.defaults["rank"] if self._choose else None)
         if self._choose and not explicit:
@@ -205,13 +212,14 @@ class APOLLO(Optimizer):
 
     def _attach_model(self, model: nn.Module, strict: bool) -> None:
         """``attach`` for a model; a collective."""
-        run_together(lambda: self._follow(model, strict), self._process_group)
+        self._model = PresentModel(model)
+        run_together(lambda: self._follow(strict), self._process_group)
 
-    def _follow(self, model: nn.Module, strict: bool = False) -> None:
-        """The local part of ``attach`` for a model."""
-        self._members = follow(self.param_groups, self._members, model, strict=strict)
-        self._given = [p for group in self.param_groups for p in group["params"]]
-        self._model, self._builds = model, {}
+    def _follow(self, strict: bool = False) -> None:
+        """Take the model's parameters and names; may fail on one rank only."""
+        self._model.check(None)
+        self._members = self._model.follow(self.param_groups, self._members, strict=strict)
+        self._given, self._builds = [p for group in self.param_groups for p in group["params"]], {}
 
     def _let_go(self) -> None:
         """Hold no parameters, only their names: they are about to be replaced, and ``attach`` follows."""
@@ -307,13 +315,12 @@ class APOLLO(Optimizer):
 
     def _build(self, engine: zero.Engine) -> Build:
         """The local part of ``_current``; may fail on one rank only."""
-        if engine.wrapper is None:
-            if self._model is not None:
-                self._follow(self._model)
-            else:
-                check_not_replaced(self._given)
+        if engine.wrapper is None and self._model.module is not None:
+            self._follow()
+        elif engine.wrapper is None:
+            check_not_replaced(self._given)
         if engine.module is None:
-            engine = replace(engine, module=self._model)
+            engine = replace(engine, module=self._model.module)
         return build(
             self.param_groups,
             self._members,

@@ -19,11 +19,10 @@ ALLOWED = {
     "layout": ("layout",),
     "exchange.plan": ("layout.tiles",),
     "exchange": ("layout.holding", "layout.tiles"),
-    "groups": ("layout.holding",),
+    "groups": ("layout",),
     "after_import": (),
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),
-    "follow": ("groups", "layout"),
     "hugging_face": ("after_import", "layout"),
 }
 PUBLIC = {
