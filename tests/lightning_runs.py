@@ -8,6 +8,8 @@ from contextlib import chdir
 from typing import Any
 from unittest import mock
 
+import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 from .integrations import dataset, run_documented, watched
@@ -23,12 +25,24 @@ def fitted(title: str) -> dict[str, float]:
     return watch.errors(found["trainer"].model, prefix="model")
 
 
-def everything(rank: int, world: int) -> dict[str, Any]:
+def fitted_fsdp1() -> dict[str, float]:
+    """``FSDPStrategy`` on CPU, which it is not made for: Lightning refuses, and passes no device for FSDP1 to take."""
     from lightning.pytorch import strategies
 
     class OnCPU(strategies.FSDPStrategy):
-        """The same: Lightning refuses CPUs for the type FSDPStrategy itself."""
+        """The same; Lightning looks for the type FSDPStrategy itself."""
 
-    with mock.patch.object(strategies, "FSDPStrategy", OnCPU):
-        fsdp1 = fitted("Lightning, FSDP1")
-    return {"FSDP2": fitted("Lightning, FSDP2"), "FSDP1": fsdp1}
+    make = FullyShardedDataParallel.__init__
+
+    def make_on_cpu(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **{**kwargs, "device_id": torch.device("cpu")})
+
+    with (
+        mock.patch.object(strategies, "FSDPStrategy", OnCPU),
+        mock.patch.object(FullyShardedDataParallel, "__init__", make_on_cpu),
+    ):
+        return fitted("Lightning, FSDP1")
+
+
+def everything(rank: int, world: int) -> dict[str, Any]:
+    return {"FSDP2": fitted("Lightning, FSDP2"), "FSDP1": fitted_fsdp1()}

@@ -11,11 +11,16 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
+import apollo_dist
+
 from .hugging_face_fsdp_runs import everything
+from .llama import RANK, llama
 from .ranks import run_ranks
 
 TOLERANCE = 1e-5
@@ -57,4 +62,48 @@ def test_parameters_that_cannot_be_known_are_errors(results: list[dict[str, Any]
             message = result[f"sharded after {case}"]
             assert "none of the 21 parameters has a gradient or is sharded" in message, message
             assert "Build APOLLO after fully_shard, or as APOLLO(model)" in message
-        assert "is not one of Linear's, so it has no name" in result["attached"], result["attached"]
+
+
+# Without processes.
+
+
+def stepped(optimizer: apollo_dist.APOLLO, model: nn.Module) -> set[str]:
+    """Names of the low-rank matrices in the state, after a step."""
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return {name for name, slot in optimizer._slots.items() if "last_norm" in slot}
+
+
+def test_attached_parameters_are_those_of_the_model() -> None:
+    models = [llama(), llama()]
+    optimizers = [
+        apollo_dist.APOLLO(models[0], rank=RANK, exclude="self_attn"),
+        apollo_dist.APOLLO(models[1].parameters(), rank=RANK, exclude="self_attn"),
+    ]
+    optimizers[1].attach(models[1])
+    for _ in range(2):
+        chosen = [stepped(optimizer, model) for optimizer, model in zip(optimizers, models, strict=True)]
+    assert chosen[0] == chosen[1]
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_replaced_parameters_are_followed_by_name() -> None:
+    model = llama()
+    optimizer = apollo_dist.APOLLO(model, rank=RANK)
+    projection = model.model.layers[0].mlp.up_proj
+    old, projection.weight = projection.weight, nn.Parameter(projection.weight.detach().clone())
+    stepped(optimizer, model)
+    assert not torch.equal(projection.weight, old)
+
+    optimizer = apollo_dist.APOLLO(model, rank=RANK)
+    projection.weight = nn.Parameter(torch.ones(3, 16))
+    with pytest.raises(ValueError, match=r"up_proj.weight had shape \(24, 16\) .* one of shape \(3, 16\)"):
+        stepped(optimizer, model)
+
+
+def test_a_model_without_the_parameters_is_refused() -> None:
+    optimizer = apollo_dist.APOLLO(llama().parameters(), rank=RANK)
+    with pytest.raises(ValueError, match="is not one of Linear's, so it has no name"):
+        optimizer.attach(nn.Linear(3, 3))
