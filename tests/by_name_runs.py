@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 import apollo_dist
 
@@ -25,6 +25,7 @@ from .llama import (
     RATE,
     STAGES,
     STEPS,
+    WithTable,
     dense,
     errors,
     llama,
@@ -100,18 +101,6 @@ def log_line(stage: int) -> str:
         engine.backward(engine(input_ids=tokens(0, 0), labels=tokens(0, 0)).loss)
         engine.step()
     return "\n".join(lines)
-
-
-class WithTable(nn.Module):
-    """A block with a table whose name could be a matrix's: only its module, an embedding, says that it is none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(6, 8), "positions": nn.Embedding(5, 6)})])
-
-    def forward(self, index: Tensor) -> Tensor:
-        block = self.layers[0]
-        return block["up"](block["positions"](index)).square().sum()
 
 
 def choices(stage: int) -> tuple[list[str], list[str]]:

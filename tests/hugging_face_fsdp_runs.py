@@ -15,14 +15,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.utils.data import DataLoader
 
 import apollo_dist
 
 from .integrations import accelerate_on_cpu, dataset, run_documented, watched
-from .llama import GAP, RANK, RATE, STEPS, llama, tokens
+from .llama import GAP, RANK, RATE, STEPS, WithTable, llama, tokens
 
 OPTIONS = {"lr": RATE, "rank": RANK, "update_proj_gap": GAP}
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 4.0}
@@ -121,18 +121,6 @@ def accelerate_cases() -> dict[str, dict[str, float]]:
     }
 
 
-class WithTable(nn.Module):
-    """A block with a table whose name could be a matrix's: only its module, an embedding, says that it is none."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(6, 8), "positions": nn.Embedding(5, 6)})])
-
-    def forward(self, index: Tensor) -> Tensor:
-        block = self.layers[0]
-        return block["up"](block["positions"](index)).square().sum()
-
-
 def choices() -> list[str]:
     """The low-rank matrices of an optimizer from bare parameters, where names alone would say more."""
     with accelerate_on_cpu():
@@ -191,7 +179,22 @@ def trainer(fsdp: dict[str, Any] | None, kind: str, **options: Any) -> dict[str,
         assert type(watch.optimizer) is getattr(apollo_dist, kind)
         assert watch.rates == pytest.approx([RATE * part for part in LINEAR]), watch.rates
         known = {key: given[key] for key in ("scale", "scale_type") if key in given}
+        if fsdp is not None:
+            saved_and_loaded(running)
         return watch.errors(running.model, rank=given["rank"], betas=(0.9, 0.99), decay=trainers_decay, **known)
+
+
+def saved_and_loaded(running: Any) -> None:
+    """Lose a trained Trainer's weights, and take them from a checkpoint again."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    ours = running.optimizer.optimizer
+    apollo_dist.checkpoint.save(folder[0], running.model, ours, step=running.state.global_step)
+    with torch.no_grad():
+        for p in running.model.parameters():
+            p.mul_(0)
+    found = apollo_dist.checkpoint.load(folder[0], running.model, ours)
+    assert found.step == STEPS
 
 
 def trainers_decay(name: str) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,18 @@ def llama(seed: int = 0) -> nn.Module:
             max_position_embeddings=2 * LENGTH,
         )
     )  # fmt: skip
+
+
+class WithTable(nn.Module):
+    """A block with a table whose name could be a matrix's: only its module, an embedding, says that it is none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(6, 8), "positions": nn.Embedding(5, 6)})])
+
+    def forward(self, index: Tensor) -> Tensor:
+        block = self.layers[0]
+        return block["up"](block["positions"](index)).square().sum()
 
 
 def low_rank_names(names: Iterable[str]) -> list[str]:
@@ -129,3 +141,11 @@ def step_rates(optimizer: torch.optim.Optimizer) -> list[float]:
     rates: list[float] = []
     optimizer.register_step_pre_hook(lambda used, *_: rates.append(used.param_groups[0]["lr"]))
     return rates
+
+
+def assert_equal_to_one_process(cases: Mapping[str, dict[str, float] | str], tolerance: float = 1e-5) -> None:
+    """Check the weights' errors of each case; where a run ended with a message, it fails with that."""
+    for case, found in cases.items():
+        assert isinstance(found, dict), f"{case}: {found}"
+        worst = max(found, key=found.get)  # type: ignore[arg-type]
+        assert found[worst] < tolerance, f"{case}: {worst} is off by {found[worst]:.1e}"

@@ -20,10 +20,8 @@ pytest.importorskip("transformers")
 import apollo_dist
 
 from .hugging_face_fsdp_runs import everything
-from .llama import RANK, llama
+from .llama import RANK, assert_equal_to_one_process, llama
 from .ranks import run_ranks
-
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +34,7 @@ def test_every_case_equals_one_process(results: list[dict[str, Any]]) -> None:
     for result in results:
         cases = {f"{tool}, {case}": found for tool in ("accelerate", "trainer") for case, found in result[tool].items()}
         cases["fully_shard after APOLLO(model)"] = result["sharded after a model"]
-        for case, found in cases.items():
-            assert isinstance(found, dict), f"{case}: {found}"
-            worst = max(found, key=found.get)  # type: ignore[arg-type]
-            assert found[worst] < TOLERANCE, f"{case}: {worst} is off by {found[worst]:.1e}"
+        assert_equal_to_one_process(cases)
 
 
 @pytest.mark.slow

@@ -10,9 +10,8 @@ pytest.importorskip("lightning")
 pytest.importorskip("transformers")
 
 from .lightning_runs import everything
+from .llama import assert_equal_to_one_process
 from .ranks import run_ranks
-
-TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -23,6 +22,4 @@ def results() -> list[dict[str, Any]]:
 @pytest.mark.slow
 def test_documented_strategies_equal_one_process(results: list[dict[str, Any]]) -> None:
     for result in results:
-        for case, found in result.items():
-            worst = max(found, key=found.get)  # type: ignore[arg-type]
-            assert found[worst] < TOLERANCE, f"{case}: {worst} is off by {found[worst]:.1e}"
+        assert_equal_to_one_process(result)
