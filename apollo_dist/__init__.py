@@ -1,6 +1,6 @@
 """APOLLO for sharded training: exact under DeepSpeed ZeRO and PyTorch FSDP."""
 
-from . import checkpoint, projection
+from . import checkpoint, layerwise, projection
 from ._version import __version__
 from .deepspeed import register
 from .groups import param_groups
@@ -8,4 +8,4 @@ from .optimizer import APOLLO, APOLLOMini
 
 register(APOLLO, APOLLOMini)
 
-__all__ = ["APOLLO", "APOLLOMini", "__version__", "checkpoint", "param_groups", "projection"]
+__all__ = ["APOLLO", "APOLLOMini", "__version__", "checkpoint", "layerwise", "param_groups", "projection"]

@@ -29,6 +29,7 @@ PUBLIC = {
     "apollo_dist.agreement",
     "apollo_dist.checkpoint",
     "apollo_dist.groups",
+    "apollo_dist.layerwise",
     "apollo_dist.projection",
 }
 NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")
