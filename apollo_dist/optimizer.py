@@ -29,12 +29,15 @@ from .groups import (
 )
 from .layout import zero, zero_engine
 from .nonfinite import NonFiniteGuard
+from .present import PresentModel
 from .step import step_adam, step_unit
 from .unit import Slot
 
 logger = logging.getLogger("apollo_dist")
 
-_ARGUMENTS = ("seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "process_group")
+_ARGUMENTS = (
+    "seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "model", "process_group",
+)  # fmt: skip
 
 
 class APOLLO(Optimizer):
@@ -67,6 +70,9 @@ class APOLLO(Optimizer):
             them is infinite or NaN. Costs a pass over the gradients, an all-reduce of one number, and a wait for the
             device. Under ZeRO-1, 2 and 3 DeepSpeed's own check does this.
         max_skipped_steps: with ``skip_nonfinite``, a RuntimeError after more left out in a row; None for no limit.
+        model: the model that ``params`` belong to, where that is not the model itself. Parameters without names get
+            their names from it, FSDP1's their shapes and places, and parameters that ``fully_shard`` makes after the
+            optimizer was built are found in it. It is not kept alive.
         process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
             is built and at the first step, so every one of them must build it.
 
@@ -95,6 +101,7 @@ class APOLLO(Optimizer):
         cache_projection: bool | str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
+        model: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
         **unknown: Any,
     ) -> None:
@@ -105,6 +112,7 @@ class APOLLO(Optimizer):
         }  # fmt: skip
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
         self._process_group = process_group
+        self._model = PresentModel(params if model is None and isinstance(params, nn.Module) else model)
         self._guard = NonFiniteGuard(skip_nonfinite, max_skipped_steps, process_group)
         self._members: dict[int, Member] = {}
         # Keeps the given parameters alive, so that their ids stay theirs.
@@ -128,6 +136,7 @@ class APOLLO(Optimizer):
             raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
         name_pattern(self.exclude)
         given_model = isinstance(params, nn.Module)
+        self._model.check(params)
         groups = param_groups(params, exclude=self.exclude, **options) if given_model else _as_groups(params)
         self._choose = all(group.get("rank") is None for group in groups)
         if self.exclude is not None and not given_model and not self._choose:
@@ -156,7 +165,7 @@ class APOLLO(Optimizer):
         """
         group = dict(param_group)
         check_known(group, [*OPTIONS, *FOREIGN], "parameter group key")
-        pairs = split_params(group["params"])
+        pairs = self._model.named(split_params(group["params"]))
         explicit = group.get("rank") is not None
         group["rank"] = group.get("rank", self.defaults["rank"] if self._choose else None)
         if self._choose and not explicit:
@@ -267,6 +276,9 @@ class APOLLO(Optimizer):
         engine = self._engine or zero.find(self)
         if engine.warming_up:
             return None
+        if engine.wrapper is None and self._model.follow(self.param_groups, self._members):
+            self._given = [p for group in self.param_groups for p in group["params"]]
+            return self._current()
         built = run_together(
             lambda: build(
                 self.param_groups,
