@@ -78,14 +78,14 @@ class LayerwiseAPOLLO(APOLLO):
 
     def __init__(self, model: nn.Module, params: Any = None, **options: Any) -> None:
         group = options.get("process_group")
-        self._model = model
+        self._module, self._hooked = model, list[Tensor]()
         self._handles: list[Any] = []
         self._fired: set[int] = set()
         self._waiting: _Part | None = None
         self._build: Build | None = None
         self._parts: dict[int, _Part] = {}
         run_together(lambda: _check_model(model, options), group)
-        super().__init__(model if params is None else params, **options)
+        super().__init__(model if params is None else params, model=model, **options)
         try:
             run_together(lambda: self._add_hooks(world_of(group)), group)
         except ValueError:
@@ -95,15 +95,17 @@ class LayerwiseAPOLLO(APOLLO):
     def _add_hooks(self, world: int) -> None:
         """The local part of attaching; may fail on one rank only."""
         held = [p for group in self.param_groups for p in group["params"]]
-        numbers = {id(p): i for i, together in enumerate(fsdp2.reduced_together(self._model)) for p in together}
+        numbers = {id(p): i for i, together in enumerate(fsdp2.reduced_together(self._module)) for p in together}
         for p in held:
             _check_parameter(self._members[id(p)].name, p, id(p) in numbers, world)
-        first = len(held)  # what FSDP2 does not reduce together is a part of its own
-        own = {id(p): first + i for i, p in enumerate(held)}
+        # What FSDP2 does not reduce together with others is a part of its own.
+        own = {id(p): i for i, p in enumerate(held, start=1 + max(numbers.values(), default=-1))}
         self._members = {key: replace(m, part=numbers.get(key, own[key])) for key, m in self._members.items()}
         hook = _Hook(self._ready)
-        self._handles = [p.register_post_accumulate_grad_hook(hook) for p in held if p.requires_grad]
-        self._handles.append(self._model.register_forward_pre_hook(self._before_forward))
+        self._hooked = [p for p in held if p.requires_grad]
+        for p in self._hooked:
+            self._handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        self._handles.append(self._module.register_forward_pre_hook(self._before_forward))
 
     def detach(self) -> None:
         """Remove the hooks: ``backward()`` updates nothing any more, and this optimizer is done with."""
@@ -115,7 +117,7 @@ class LayerwiseAPOLLO(APOLLO):
         """Refuse a forward pass whose gradients would not be those of a step, before it is made."""
         if not torch.is_grad_enabled():
             return
-        if not fsdp2.reduces_gradients(self._model):
+        if not fsdp2.reduces_gradients(self._module):
             raise ValueError(
                 "set_requires_gradient_sync(False) keeps the gradients of the whole model, and updates inside backward "
                 "are there to keep one layer's. Accumulate with APOLLO(model), or take larger micro-batches"
@@ -160,7 +162,7 @@ class LayerwiseAPOLLO(APOLLO):
         for tensor in built.adam:
             parts[numbers[tensor.holding.name]].adam.append(tensor)
         found = {}
-        for p in (p for group in self.param_groups for p in group["params"] if p.requires_grad):
+        for p in self._hooked:
             part = parts[self._members[id(p)].part]
             part.tensors.append(p)
             found[id(p)] = part
@@ -207,8 +209,8 @@ class LayerwiseAPOLLO(APOLLO):
         left = [self._members[id(p)].name for p in held if p.grad is not None]
         if self._fired and not left:
             return
-        current = {id(p) for p in self._model.parameters()}
-        if held and not any(id(p) in current for p in held):
+        current = {id(p) for p in self._module.parameters()}
+        if not any(id(p) in current for p in self._hooked):
             reason = "the model has other parameters than when it was attached; attach after it is sharded or moved"
         elif left:
             reason = f"{left[0]} and {len(left) - 1} others have gradients that no backward() of their own brought"
