@@ -23,6 +23,7 @@ ALLOWED = {
     "after_import": (),
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),
+    "hugging_face": ("after_import", "layout"),
 }
 PUBLIC = {
     "apollo_dist",
@@ -81,7 +82,8 @@ def test_pretrain_uses_public_names_only():
 
 def test_engines_are_not_imported():
     """``import apollo_dist`` needs neither DeepSpeed nor transformers."""
-    code = "import sys, apollo_dist; print([m for m in ('deepspeed', 'transformers', 'datasets') if m in sys.modules])"
+    engines = ("deepspeed", "transformers", "datasets", "accelerate", "lightning")
+    code = f"import sys, apollo_dist; print([m for m in {engines} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )
