@@ -91,9 +91,8 @@ class Exchange:
             self._places = [torch.tensor(self._second.terms, dtype=torch.int64, device=self.device)]
             return plan.ring_numbers
         self._second = Second(plan, rank, TERMS)
-        tensors = {
-            id(places): torch.tensor(places, dtype=torch.int64, device=self.device) for places in self._second.terms
-        }
+        lists = {id(places): places for places in self._second.terms}
+        tensors = {key: torch.tensor(places, dtype=torch.int64, device=self.device) for key, places in lists.items()}
         self._places = [tensors[id(places)] for places in self._second.terms]
         return sum(self._second.send_numbers) - self._second.send_numbers[rank]
 

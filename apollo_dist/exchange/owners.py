@@ -18,7 +18,7 @@ from .division import Division, Integers
 
 # Pools with common holders depend on each other: rounds of levelling one pool after the other, with the others as they
 # are, reduce the sum of squared loads each time. From a start in proportion to elements few are needed.
-_ROUNDS = 4
+_ROUNDS = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,8 @@ def deal(families: Sequence[Family], world: int) -> list[list[Shares]]:
         alone = (division.alone_stop - division.alone_start) * (family.weight * family.count)
         np.add.at(load, division.alone_owner, alone)
     pools = _pools(families)
-    quotas = [_proportional(pool, families, world) for pool in pools]
+    held = [family.count * family.division.elements(world) for family in families]
+    quotas = [_proportional(pool, held) for pool in pools]
     for pool, quota in zip(pools, quotas, strict=True):
         load[pool.holders] += quota
     cuts: list[list[Integers]] = [[] for _ in families]
@@ -94,11 +95,14 @@ def _pools(families: Sequence[Family]) -> list[_Pool]:
     return list(pools.values())
 
 
-def _proportional(pool: _Pool, families: Sequence[Family], world: int) -> Integers:
-    """A first division of a pool: in proportion to the elements that its holders have of its matrices."""
+def _proportional(pool: _Pool, held: Sequence[Integers]) -> Integers:
+    """A first division of a pool: in proportion to the elements that its holders have of its matrices.
+
+    ``held[f][k]`` are rank k's elements of family f.
+    """
     elements = np.zeros(len(pool.holders), dtype=np.int64)
     for f in {f for f, _ in pool.runs}:
-        elements += families[f].count * families[f].division.elements(world)[pool.holders]
+        elements += held[f][pool.holders]
     quota: Integers = (pool.total * (elements / elements.sum())).astype(np.int64)
     quota[0] += pool.total - quota.sum()
     return quota

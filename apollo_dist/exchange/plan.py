@@ -238,9 +238,16 @@ def sum_by_holder(
 ) -> tuple[Integers, Integers, Integers]:
     """Sum ``elements`` with equal share and rank; ordered by share, then by rank."""
     key = share * world_size + rank
-    distinct, inverse = np.unique(key, return_inverse=True)
-    total = np.zeros(len(distinct), dtype=np.int64)
-    np.add.at(total, inverse, elements)
+    if len(key) and int(key.max()) < 4 * len(
+        key
+    ):  # most pairs occur: quicker than sorting; floats are exact below 2^53
+        dense = np.bincount(key, elements)
+        distinct: Integers = np.nonzero(dense)[0]
+        total: Integers = dense[distinct].astype(np.int64)
+    else:
+        distinct, inverse = np.unique(key, return_inverse=True)
+        total = np.zeros(len(distinct), dtype=np.int64)
+        np.add.at(total, inverse, elements)
     return distinct // world_size, distinct % world_size, total
 
 

@@ -148,11 +148,12 @@ class FlatCover:
         Offsets count from the start of the rank's own range. Equal covers give the same object while it is known, so
         that the layers of a model share it.
         """
-        return _cover_tiles(self.ranges, index, m, n)
+        return cover_tiles(self.ranges, index, m, n)
 
 
 @lru_cache(maxsize=64)
-def _cover_tiles(ranges: tuple[Range, ...], index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
+def cover_tiles(ranges: tuple[Range, ...], index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
+    """``FlatCover(ranges).tiles(index, m, n)``; the last results are kept."""
     base = index * m * n
     result = []
     for start, stop in ranges:
