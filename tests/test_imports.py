@@ -17,7 +17,9 @@ ALLOWED = {
     "agreement": (),
     "layout.tiles": (),
     "layout": ("layout",),
-    "exchange.plan": ("layout.tiles",),
+    "exchange.division": ("layout.tiles",),
+    "exchange.owners": ("exchange.division", "layout.tiles"),
+    "exchange.plan": ("exchange.division", "exchange.owners", "layout.tiles"),
     "exchange": ("layout.holding", "layout.tiles"),
     "groups": ("layout",),
     "after_import": (),
@@ -33,7 +35,7 @@ PUBLIC = {
     "apollo_dist.layerwise",
     "apollo_dist.projection",
 }
-NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")
+NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "exchange.routes", "matrix", "unit")
 
 
 def imports(path: Path) -> set[str]:
