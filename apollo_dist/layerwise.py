@@ -82,7 +82,7 @@ class LayerwiseAPOLLO(APOLLO):
         self._handles: list[Any] = []
         self._fired: set[int] = set()
         self._waiting: _Part | None = None
-        self._build: Build | None = None
+        self._divided: Build | None = None
         self._parts: dict[int, _Part] = {}
         run_together(lambda: _check_model(model, options), group)
         super().__init__(model if params is None else params, model=model, **options)
@@ -146,11 +146,11 @@ class LayerwiseAPOLLO(APOLLO):
 
     def _part(self, tensor: Tensor) -> _Part:
         # The first gradient of a step looks whether layouts have changed; a new build is a collective.
-        if len(self._fired) == 1 or self._build is None:
+        if len(self._fired) == 1 or self._divided is None:
             built = self._current()
             assert built is not None
-            if built is not self._build:
-                self._build, self._parts = built, self._divide(built)
+            if built is not self._divided:
+                self._divided, self._parts = built, self._divide(built)
         return self._parts[id(tensor)]
 
     def _divide(self, built: Build) -> dict[int, _Part]:
