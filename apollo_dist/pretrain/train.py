@@ -66,6 +66,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     watchdog = watchdog or Watchdog(0.0, str(ranks.rank), settings.config.output_folder)
     config, json, plan = ranks.together(lambda: _decide(settings, ranks.world))
     watchdog.folder = config.output_folder
+    watchdog.meet(ranks)
     _agree({**config.computed(), "deepspeed JSON": None if json is None else json.values})
     cleared = ranks.on_first(lambda: clear(config.output_folder))
     if ranks.first:
