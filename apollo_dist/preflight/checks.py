@@ -56,7 +56,12 @@ def groups(values: Mapping[int, str], nodes: Mapping[int, str]) -> str:
 
 
 def ranks_row(
-    world: int, absent: Sequence[int], silent: Sequence[int], nodes: Mapping[int, str], limits: Limits
+    world: int,
+    absent: Sequence[int],
+    silent: Sequence[int],
+    problems: Mapping[int, str],
+    nodes: Mapping[int, str],
+    limits: Limits,
 ) -> Row:
     """Whether all ranks came, from as many machines as expected."""
     per_node = {name: list(nodes.values()).count(name) for name in dict.fromkeys(nodes.values())}
@@ -69,6 +74,8 @@ def ranks_row(
     if silent:
         remedy = "its GPU driver or its file systems do not answer: leave that machine out"
         return Row("ranks", FAILED, f"{found}; {who(silent, nodes)} came, but found nothing out in time", remedy)
+    if problems:
+        return Row("ranks", FAILED, f"{found}; {groups(problems, nodes)}", "leave that machine out, or mend it")
     if limits.nodes not in (None, len(per_node)):
         remedy = "compare the launcher's number of nodes with --nodes; was a machine started without its rendezvous?"
         return Row("ranks", FAILED, f"{found}; expected {limits.nodes} node(s)", remedy)

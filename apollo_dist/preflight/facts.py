@@ -37,6 +37,7 @@ class Facts:
     folder_problem: str = ""
     free_disk: int = 0  # bytes
     needed_disk: int = 0  # bytes, for the checkpoints that are kept and one more
+    problem: str = ""  # the error that kept this rank from finding out the rest
 
 
 def find_out(rank: int, arguments: Sequence[str], token: str) -> Facts:

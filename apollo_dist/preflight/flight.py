@@ -66,7 +66,10 @@ class _Flight:
         return self._began + share * self._seconds
 
     def _find_out(self, token: str) -> Facts:
-        facts = find_out(self._meeting.rank, self._arguments, token)
+        try:
+            facts = find_out(self._meeting.rank, self._arguments, token)
+        except Exception as error:  # a broken GPU driver, for one
+            facts = Facts(self._meeting.rank, node(), {}, problem=f"{type(error).__name__}: {error}")
         self._meeting.say("facts", dataclasses.asdict(facts))
         return facts
 
@@ -118,15 +121,19 @@ class _First(_Flight):
         silent = meeting.missing("facts", here, self._by(REPORT if not absent else COME) + 1.0)
         nodes = {rank: meeting.hear("arrived", rank) for rank in here}
         facts = [Facts(**meeting.hear("facts", rank)) for rank in here if rank not in silent]
-        rows = [checks.ranks_row(meeting.world, absent, silent, nodes, self._limits)]
-        if facts:
+        problems = {each.rank: each.problem for each in facts if each.problem}
+        rows = [checks.ranks_row(meeting.world, absent, silent, problems, nodes, self._limits)]
+        if facts and not problems:
             rows += [
                 checks.gpu_row(facts, nodes, self._limits),
                 checks.versions_row(facts, nodes),
                 checks.recipe_row(facts, nodes),
                 checks.disk_row(facts, _unseen(facts, token), nodes, self._limits),
             ]
-        rows += self._network(absent, silent, facts, nodes)
+        if absent or silent or problems:
+            rows.append(Row("network", NOTE, "not tried: ranks are missing"))
+        else:
+            rows += self._network(facts, nodes)
         code = int(any(row.state == FAILED for row in rows))
         print(f"preflight of {meeting.world} rank(s), {time.monotonic() - self._began:.1f} s\n{checks.table(rows)}")
         print("preflight: " + ("failed" if code else "all is well"), flush=True)
@@ -136,10 +143,8 @@ class _First(_Flight):
             meeting.missing("left", [r for r in here if r], time.monotonic() + FAREWELL_SECONDS)
         return code
 
-    def _network(self, absent: list[int], silent: list[int], facts: list[Facts], nodes: dict[int, str]) -> list[Row]:
+    def _network(self, facts: list[Facts], nodes: dict[int, str]) -> list[Row]:
         meeting = self._meeting
-        if absent or silent:
-            return [Row("network", NOTE, "not tried: ranks are missing")]
         if len({bool(each.gpu) for each in facts}) > 1 or any(each.gpus and not each.gpu for each in facts):
             return [Row("network", NOTE, "not tried: some ranks have a GPU and some have none")]
         ordered = [nodes[rank] for rank in range(meeting.world)]
