@@ -244,15 +244,14 @@ def test_a_validation_is_given_up_for_a_stop_and_made_up_for(
     folder: Path, at_step: AtStep, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = {"steps": 6, "eval_every": 6}
-    more = ("--micro_batch_size=1", "--final_eval_sequences=12")
-    assert main(arguments("valid", *more, **short)) == 0
+    assert main(arguments("valid", **short)) == 0
     at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
-    assert main(arguments("given_up", *more, **short)) == STOPPED
+    assert main(arguments("given_up", **short)) == STOPPED
     assert validations(folder / "given_up") == {}
     assert json.loads((folder / "given_up" / "stopped.json").read_text())["step"] == 6
     monkeypatch.undo()
     monkeypatch.chdir(folder)
-    assert main(arguments("given_up", *more, "--resume", **short)) == 0
+    assert main(arguments("given_up", "--resume", **short)) == 0
     assert curve(folder / "given_up") == curve(folder / "valid")
 
 

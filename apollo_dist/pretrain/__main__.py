@@ -13,15 +13,15 @@ from pathlib import Path
 
 from apollo_dist.pretrain.distributed import Ranks, SetupError, process_group
 from apollo_dist.pretrain.settings import Settings, help_text, load_settings
-from apollo_dist.pretrain.stop import listening
+from apollo_dist.pretrain.stop import Requests, listening
 from apollo_dist.pretrain.train import train
 from apollo_dist.pretrain.watchdog import SLOW, Watchdog
 
 LAST_WORDS_SECONDS = 30.0  # how long a rank that ends with an error waits for the others to say it too
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Train as the arguments say.
+def main(arguments: Sequence[str], heard: Requests | None = None) -> int:
+    """Train as the arguments say; ``heard`` takes signals already, else this listens to them until it returns.
 
     The exit code: 0 after a finished run, 2 after an error that all ranks agreed on, 85 after a run that stopped
     because it was asked to. (A rank that waits too long ends with 86, see ``watchdog``.)
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     watchdog = Watchdog(limit, os.environ.get("RANK", "0"), folder)
     try:
         with (
-            listening() as requests,
+            listening() if heard is None else contextlib.nullcontext(heard) as requests,
             watchdog,
             process_group(settings.config.timeout_minutes if settings else 10.0) as ranks,
         ):
@@ -84,10 +84,10 @@ def _configure_logging(ranks: Ranks) -> None:
     logging.getLogger("apollo_dist").setLevel(level)
 
 
-def _run() -> int:
+def _run(heard: Requests) -> int:
     """`main`, and what Python would do about its exceptions."""
     try:
-        return main(sys.argv[1:])
+        return main(sys.argv[1:], heard)
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else 1
     except KeyboardInterrupt:
@@ -100,8 +100,7 @@ def _run() -> int:
 if __name__ == "__main__":
     # To the end: a launcher sends the others SIGTERM when the first rank is gone, and they have their own exit code.
     signals = listening()
-    signals.__enter__()
-    code = _run()
+    code = _run(signals.__enter__())
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -58,7 +58,7 @@ def evaluate(
     rank makes the same number of forward passes, since those of FSDP and ZeRO-3 are collectives: where a rank has no
     window left it repeats its first batch, or window 0, with weight zero.
 
-    Every few passes ``go_on`` is asked, a collective; where it says no, the evaluation is given up and None returned.
+    Before the first pass and every few ones ``go_on`` is asked, a collective; where it says no, the evaluation is given up and None returned.
 
     Raises SetupError on every rank where one could not read its windows.
     """
@@ -69,7 +69,7 @@ def evaluate(
     problem: Exception | None = None
     engine.train(False)
     for number, start in enumerate(range(0, passes * micro, micro)):
-        if number % CHECK_EVERY == CHECK_EVERY - 1 and not go_on():
+        if number % CHECK_EVERY == 0 and not go_on():
             engine.train(True)
             return None
         batch = mine[start : start + micro]
