@@ -258,7 +258,7 @@ def test_a_validation_is_given_up_for_a_stop_and_made_up_for(
 @pytest.mark.usefixtures("inside")
 def test_a_request_after_the_last_step_finishes_the_run(folder: Path, at_step: AtStep) -> None:
     at_step(6, (folder / "last" / "STOP").touch)
-    assert main(arguments("last", steps=6, eval_every=0)) == 0
+    assert main(arguments("last", "--stop_after=6")) == 0
     assert not (folder / "last" / "STOP").exists()
     assert not (folder / "last" / "stopped.json").exists()
 

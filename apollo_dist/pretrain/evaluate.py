@@ -58,7 +58,8 @@ def evaluate(
     rank makes the same number of forward passes, since those of FSDP and ZeRO-3 are collectives: where a rank has no
     window left it repeats its first batch, or window 0, with weight zero.
 
-    Before the first pass and every few ones ``go_on`` is asked, a collective; where it says no, the evaluation is given up and None returned.
+    Before the first pass and every few ones ``go_on`` is asked, a collective; where it says no, the evaluation is given
+    up and None returned.
 
     Raises SetupError on every rank where one could not read its windows.
     """
