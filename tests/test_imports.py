@@ -26,6 +26,7 @@ ALLOWED = {
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),
     "hugging_face": ("after_import", "layout"),
+    "preflight": ("pretrain",),
 }
 PUBLIC = {
     "apollo_dist",
