@@ -29,6 +29,11 @@ from .refusals import unsupported
 
 Classes = tuple[type[torch.optim.Optimizer], ...]
 
+NOT_IN_BACKWARD = (
+    "DeepSpeed collects, reduces and clips gradients itself, and calls step() with what became of them; updates inside "
+    "backward would come before that. Use APOLLO; ZeRO-2 and 3 free gradients early as well"
+)
+
 
 def register(*classes: type[torch.optim.Optimizer]) -> None:
     """Make ``"optimizer": {"type": "APOLLO"}`` work in a DeepSpeed config, and instances pass as tested.
@@ -75,6 +80,8 @@ def _no_inexact(classes: Classes) -> Callable[..., None]:
 
     def check(engine: Any, basic_optimizer: Any = None, *_: Any, **__: Any) -> None:
         if isinstance(basic_optimizer, classes):
+            if getattr(basic_optimizer, "updates_in_backward", False):
+                raise ValueError(NOT_IN_BACKWARD)
             refuse(engine)
 
     return check

@@ -17,22 +17,26 @@ ALLOWED = {
     "agreement": (),
     "layout.tiles": (),
     "layout": ("layout",),
-    "exchange.plan": ("layout.tiles",),
+    "exchange.division": ("layout.tiles",),
+    "exchange.owners": ("exchange.division", "layout.tiles"),
+    "exchange.plan": ("exchange.division", "exchange.owners", "layout.tiles"),
     "exchange": ("layout.holding", "layout.tiles"),
     "groups": ("layout",),
     "after_import": (),
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),
     "hugging_face": ("after_import", "layout"),
+    "preflight": ("pretrain",),
 }
 PUBLIC = {
     "apollo_dist",
     "apollo_dist.agreement",
     "apollo_dist.checkpoint",
     "apollo_dist.groups",
+    "apollo_dist.layerwise",
     "apollo_dist.projection",
 }
-NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")
+NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "exchange.routes", "matrix", "unit")
 
 
 def imports(path: Path) -> set[str]:
