@@ -11,6 +11,7 @@ import tempfile
 import weakref
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -133,13 +134,23 @@ def choices() -> list[str]:
 
 
 def kept_alive() -> int:
-    """How many of the whole parameters are still in memory after ``prepare``."""
-    with accelerate_on_cpu():
-        model = llama()
-        whole = [weakref.ref(p) for p in model.parameters()]
-        _keep = prepared(lambda m: apollo_dist.APOLLO(m, **OPTIONS), model)
+    """How many of the whole parameters are still in memory when Accelerate has sharded the model."""
+    from accelerate import accelerator
+
+    model = llama()
+    whole = [weakref.ref(p) for p in model.parameters()]
+    alive: list[int] = []
+    shard = accelerator.fsdp2_prepare_model
+
+    def sharded(*args: Any) -> nn.Module:
+        made = shard(*args)
         gc.collect()
-        return sum(ref() is not None for ref in whole)
+        alive.append(sum(ref() is not None for ref in whole))
+        return made
+
+    with accelerate_on_cpu(), mock.patch.object(accelerator, "fsdp2_prepare_model", sharded):
+        prepared(lambda m: apollo_dist.APOLLO(m, **OPTIONS), model)
+    return alive[0]
 
 
 def foreign_names() -> str:
