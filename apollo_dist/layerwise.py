@@ -20,6 +20,7 @@ from .build import Build
 from .deepspeed import NOT_IN_BACKWARD
 from .layout import dtensor, fsdp2, zero_engine
 from .optimizer import APOLLO, APOLLOMini
+from .present import PresentModel
 from .step import step_adam, step_unit
 from .unit import AdamTensor, Unit
 
@@ -86,6 +87,9 @@ class LayerwiseAPOLLO(APOLLO):
         self._parts: dict[int, _Part] = {}
         run_together(lambda: _check_model(model, options), group)
         super().__init__(model if params is None else params, model=model, **options)
+        # Hooks are on the parameters of now: no others may take their place, least of all the unsharded copies that
+        # FSDP2 shows in the middle of a backward pass.
+        self._model = PresentModel(None)
         try:
             run_together(lambda: self._add_hooks(world_of(group)), group)
         except ValueError:
@@ -96,7 +100,12 @@ class LayerwiseAPOLLO(APOLLO):
         """The local part of attaching; may fail on one rank only."""
         held = [p for group in self.param_groups for p in group["params"]]
         numbers = {id(p): i for i, together in enumerate(fsdp2.reduced_together(self._module)) for p in together}
+        present = {id(p) for p in self._module.parameters()}
         for p in held:
+            if id(p) not in present:
+                raise ValueError(
+                    f"{self._members[id(p)].name} is not a parameter of the model; attach to the whole model"
+                )
             _check_parameter(self._members[id(p)].name, p, id(p) in numbers, world)
         # What FSDP2 does not reduce together with others is a part of its own.
         own = {id(p): i for i, p in enumerate(held, start=1 + max(numbers.values(), default=-1))}
@@ -207,11 +216,11 @@ class LayerwiseAPOLLO(APOLLO):
             raise ValueError("this optimizer was detached: attach a new one")
         held = [p for group in self.param_groups for p in group["params"]]
         left = [self._members[id(p)].name for p in held if p.grad is not None]
-        if self._fired and not left:
+        replaced = self._replaced()
+        if self._fired and not left and not replaced:
             return
-        current = {id(p) for p in self._module.parameters()}
-        if not any(id(p) in current for p in self._hooked):
-            reason = "the model has other parameters than when it was attached; attach after it is sharded or moved"
+        if replaced:
+            reason = f"{replaced} is another parameter than when it was attached; attach after it is sharded or moved"
         elif left:
             reason = f"{left[0]} and {len(left) - 1} others have gradients that no backward() of their own brought"
         else:
@@ -219,7 +228,17 @@ class LayerwiseAPOLLO(APOLLO):
                 "no gradient became ready since the last step(). Call backward() before; under FSDP2 not after "
                 "set_requires_gradient_sync(False)"
             )
-        raise ValueError(f"step() ends the step that backward() made, and there is none: {reason}")
+        raise ValueError(f"step() ends the step that backward() made, which was not whole: {reason}")
+
+    def _replaced(self) -> str | None:
+        """The name of a parameter that is no longer in the model, for which nothing is updated any more."""
+        for _ in range(2):
+            present = {id(p) for p in self._module.parameters()}
+            gone = [p for p in self._hooked if id(p) not in present]
+            if not gone:
+                return None
+            dtensor.reshard(self._module)  # unsharded copies may stand in their places
+        return self._members[id(gone[0])].name
 
     def attach(self, engine: Any) -> None:
         """Not for this optimizer.
