@@ -203,6 +203,8 @@ class LayerwiseAPOLLO(APOLLO):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._handles:
+            raise ValueError("this optimizer was detached: attach a new one")
         if hasattr(self, "found_inf"):
             raise ValueError(_fp16("GradScaler scales the loss"))
         if self._waiting is not None:
@@ -212,8 +214,6 @@ class LayerwiseAPOLLO(APOLLO):
         return loss
 
     def _check_finished(self) -> None:
-        if not self._handles:
-            raise ValueError("this optimizer was detached: attach a new one")
         held = [p for group in self.param_groups for p in group["params"]]
         left = [self._members[id(p)].name for p in held if p.grad is not None]
         replaced = self._replaced()
