@@ -51,7 +51,7 @@ def attach(model: nn.Module, params: Any = None, *, mini: bool = False, **option
     return kind(model, params, **options)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """Parameters that are updated together, and what of the build is theirs."""
 
@@ -147,7 +147,7 @@ class LayerwiseAPOLLO(APOLLO):
             )
         self._fired.add(id(tensor))
         part = self._part(tensor)
-        if self._waiting not in (None, part):  # of which some parameter is not used in this step
+        if self._waiting is not None and self._waiting is not part:  # some parameter of it is not used in this step
             self._update(self._waiting)
         self._waiting = part
         if all(id(p) in self._fired for p in part.tensors):
@@ -177,8 +177,7 @@ class LayerwiseAPOLLO(APOLLO):
             found[id(p)] = part
         return found
 
-    def _update(self, part: _Part | None) -> None:
-        assert part is not None
+    def _update(self, part: _Part) -> None:
         for unit in part.units:
             step_unit(unit, self.seed)
         step_adam(part.adam)
@@ -222,7 +221,10 @@ class LayerwiseAPOLLO(APOLLO):
         if replaced:
             reason = f"{replaced} is another parameter than when it was attached; attach after it is sharded or moved"
         elif left:
-            reason = f"{left[0]} and {len(left) - 1} others have gradients that no backward() of their own brought"
+            reason = (
+                f"{left[0]} and {len(left) - 1} others have gradients that came past the hooks: set by hand, or "
+                "requires_grad was switched on later"
+            )
         else:
             reason = (
                 "no gradient became ready since the last step(). Call backward() before; under FSDP2 not after "

@@ -180,32 +180,26 @@ def both_ways(rank: int, world: int, engine: str, reentrant: bool | None, mini: 
     return max(float((a - b).abs().max()) for a, b in zip(*weights, strict=True))
 
 
-def alive(model: nn.Module) -> int:
-    """Elements of all gradients that exist on this rank, sharded or not yet."""
-    held = [p.grad for p in model.parameters() if p.grad is not None]
-    total = sum((g.to_local() if hasattr(g, "to_local") else g).numel() for g in held)
-    for module in model.modules():
-        for group in module._get_fsdp_state()._fsdp_param_groups if hasattr(module, "_get_fsdp_state") else ():
-            for one in group.fsdp_params:
-                whole_one = getattr(one, "_unsharded_param", None)
-                if whole_one is not None and whole_one.grad is not None:
-                    total += whole_one.grad.numel()
-    return total
+def alive(parameters: list[nn.Parameter]) -> int:
+    """Elements of the gradients that exist on this rank; those that FSDP2 has still to reduce are not counted."""
+    held = [p.grad for p in parameters if p.grad is not None]
+    return sum((g.to_local() if hasattr(g, "to_local") else g).numel() for g in held)
 
 
 def peak(rank: int, world: int, engine: str, inside: bool) -> tuple[int, int]:
     """The most gradient elements alive whenever one becomes ready; and those of the largest part of the model."""
     model = sharded(Network().double(), 0 if engine == "plain" else world)
     seen: list[int] = []
-    for p in model.parameters():  # before the optimizer's own hooks
-        p.register_post_accumulate_grad_hook(lambda _: seen.append(alive(model)))
+    parameters = list(model.parameters())  # in the middle of a backward pass FSDP2 shows others
+    for p in parameters:  # before the optimizer's own hooks
+        p.register_post_accumulate_grad_hook(lambda _: seen.append(alive(parameters)))
     optimizer = layerwise.attach(model, rank=3) if inside else APOLLO(model, rank=3)
     local = [(p.to_local() if hasattr(p, "to_local") else p).numel() for p in model.layers[0].parameters()]
     for step in range(2):
         model(inputs(step, rank)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    assert len(seen) == 2 * len(list(model.parameters()))
+    assert len(seen) == 2 * len(parameters)
     return max(seen), sum(local) if engine == "fsdp2" else max(local)
 
 
