@@ -20,6 +20,7 @@ from .build import Build
 from .deepspeed import NOT_IN_BACKWARD
 from .layout import dtensor, fsdp2, zero_engine
 from .optimizer import APOLLO, APOLLOMini
+from .present import PresentModel
 from .step import step_adam, step_unit
 from .unit import AdamTensor, Unit
 
@@ -50,7 +51,7 @@ def attach(model: nn.Module, params: Any = None, *, mini: bool = False, **option
     return kind(model, params, **options)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Part:
     """Parameters that are updated together, and what of the build is theirs."""
 
@@ -86,6 +87,9 @@ class LayerwiseAPOLLO(APOLLO):
         self._parts: dict[int, _Part] = {}
         run_together(lambda: _check_model(model, options), group)
         super().__init__(model if params is None else params, model=model, **options)
+        # Hooks are on the parameters of now: no others may take their place, least of all the unsharded copies that
+        # FSDP2 shows in the middle of a backward pass.
+        self._model = PresentModel(None)
         try:
             run_together(lambda: self._add_hooks(world_of(group)), group)
         except ValueError:
@@ -96,7 +100,12 @@ class LayerwiseAPOLLO(APOLLO):
         """The local part of attaching; may fail on one rank only."""
         held = [p for group in self.param_groups for p in group["params"]]
         numbers = {id(p): i for i, together in enumerate(fsdp2.reduced_together(self._module)) for p in together}
+        present = {id(p) for p in self._module.parameters()}
         for p in held:
+            if id(p) not in present:
+                raise ValueError(
+                    f"{self._members[id(p)].name} is not a parameter of the model; attach to the whole model"
+                )
             _check_parameter(self._members[id(p)].name, p, id(p) in numbers, world)
         # What FSDP2 does not reduce together with others is a part of its own.
         own = {id(p): i for i, p in enumerate(held, start=1 + max(numbers.values(), default=-1))}
@@ -138,7 +147,7 @@ class LayerwiseAPOLLO(APOLLO):
             )
         self._fired.add(id(tensor))
         part = self._part(tensor)
-        if self._waiting not in (None, part):  # of which some parameter is not used in this step
+        if self._waiting is not None and self._waiting is not part:  # some parameter of it is not used in this step
             self._update(self._waiting)
         self._waiting = part
         if all(id(p) in self._fired for p in part.tensors):
@@ -168,8 +177,7 @@ class LayerwiseAPOLLO(APOLLO):
             found[id(p)] = part
         return found
 
-    def _update(self, part: _Part | None) -> None:
-        assert part is not None
+    def _update(self, part: _Part) -> None:
         for unit in part.units:
             step_unit(unit, self.seed)
         step_adam(part.adam)
@@ -194,6 +202,8 @@ class LayerwiseAPOLLO(APOLLO):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self._handles:
+            raise ValueError("this optimizer was detached: attach a new one")
         if hasattr(self, "found_inf"):
             raise ValueError(_fp16("GradScaler scales the loss"))
         if self._waiting is not None:
@@ -203,23 +213,34 @@ class LayerwiseAPOLLO(APOLLO):
         return loss
 
     def _check_finished(self) -> None:
-        if not self._handles:
-            raise ValueError("this optimizer was detached: attach a new one")
         held = [p for group in self.param_groups for p in group["params"]]
         left = [self._members[id(p)].name for p in held if p.grad is not None]
-        if self._fired and not left:
+        replaced = self._replaced()
+        if self._fired and not left and not replaced:
             return
-        current = {id(p) for p in self._module.parameters()}
-        if not any(id(p) in current for p in self._hooked):
-            reason = "the model has other parameters than when it was attached; attach after it is sharded or moved"
+        if replaced:
+            reason = f"{replaced} is another parameter than when it was attached; attach after it is sharded or moved"
         elif left:
-            reason = f"{left[0]} and {len(left) - 1} others have gradients that no backward() of their own brought"
+            reason = (
+                f"{left[0]} and {len(left) - 1} others have gradients that came past the hooks: set by hand, or "
+                "requires_grad was switched on later"
+            )
         else:
             reason = (
                 "no gradient became ready since the last step(). Call backward() before; under FSDP2 not after "
                 "set_requires_gradient_sync(False)"
             )
-        raise ValueError(f"step() ends the step that backward() made, and there is none: {reason}")
+        raise ValueError(f"step() ends the step that backward() made, which was not whole: {reason}")
+
+    def _replaced(self) -> str | None:
+        """The name of a parameter that is no longer in the model, for which nothing is updated any more."""
+        for _ in range(2):
+            present = {id(p) for p in self._module.parameters()}
+            gone = [p for p in self._hooked if id(p) not in present]
+            if not gone:
+                return None
+            dtensor.reshard(self._module)  # unsharded copies may stand in their places
+        return self._members[id(gone[0])].name
 
     def attach(self, engine: Any) -> None:
         """Not for this optimizer.
