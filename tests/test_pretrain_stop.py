@@ -55,7 +55,7 @@ def started(launcher: str, ranks: int, given: list[str], folder: Path) -> Iterat
 
 
 def wait_for(condition: Callable[[], object], job: subprocess.Popen[str], log: Path) -> None:
-    deadline = time.monotonic() + 90
+    deadline = time.monotonic() + 180
     while not condition():
         assert job.poll() is None, f"the run ended by itself\n{log.read_text()[-4000:]}"
         assert time.monotonic() < deadline, f"nothing happened\n{log.read_text()[-4000:]}"
