@@ -4,9 +4,9 @@
     python benchmarks/scaling.py --models 13B --worlds 8 64 --layouts fsdp2
     python benchmarks/scaling.py --real 13B 64                        # real fully_shard on meta weights plans the same
 
-Each row makes the plan and one rank's exchange as a run does; bytes and state are the largest over all ranks. Times are
-those of this machine; memory is what Python and NumPy hold for plan and exchange afterwards (tracemalloc, in a second
-pass).
+Each row makes the plan and one rank's exchange as a run does; bytes, messages and state are the largest over all ranks.
+Times are CPU seconds of this machine; memory is what Python and NumPy hold for plan and exchange afterwards
+(tracemalloc, in a second pass).
 
 Exit status 1 if ``--real`` finds another plan.
 """
@@ -131,16 +131,16 @@ class Row:
     peers_second: int | None
     balance: float
     seconds: float
-    memory: int
+    memory: int | None
 
 
 def measure(model: str, layout: str, optimizer: str, world: int, memory: bool = True) -> Row:
     """Plan one run."""
     gc.collect()
-    start = time.perf_counter()
+    start = time.process_time()
     plan, exchange = prepare(model, layout, optimizer, world)
-    seconds = time.perf_counter() - start
-    held = 0
+    seconds = time.process_time() - start
+    held = None
     if memory:
         del plan, exchange
         gc.collect()
@@ -195,7 +195,7 @@ def line(layout: str, world: int, row: Row) -> str:
     second = "all-reduce" if row.peers_second is None else str(row.peers_second)
     cells = [
         *(layout, str(world), _size(row.first), _size(row.second), f"{100 * row.share:.3g} %", str(row.peers_first)),
-        *(second, f"{row.balance:.3f}", f"{row.seconds:.2f} s", _size(row.memory)),
+        *(second, f"{row.balance:.3f}", f"{row.seconds:.2f} s", "-" if row.memory is None else _size(row.memory)),
     ]
     return "| " + " | ".join(cells) + " |"
 
@@ -261,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=list(OPTIMIZERS))
     parser.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS))
+    parser.add_argument("--no-memory", action="store_true", help="leave out plan memory, which takes most of the time")
     parser.add_argument("--real", nargs=2, metavar=("MODEL", "RANKS"), help="compare with fully_shard on meta weights")
     args = parser.parse_args(arguments)
     if args.real:
@@ -272,7 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(f"\n**LLaMA-{model}, {optimizer}**, {parameters(model) / 1e9:.1f} B parameters\n\n{HEADER}")
             for layout in args.layouts:
                 for world in args.worlds:
-                    print(line(layout, world, measure(model, layout, optimizer, world)), flush=True)
+                    print(line(layout, world, measure(model, layout, optimizer, world, not args.no_memory)), flush=True)
     return 0
 
 

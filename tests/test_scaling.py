@@ -53,10 +53,10 @@ def test_bytes_of_mini_are_bounded(layout):
 @pytest.mark.parametrize("layout", scaling.LAYOUTS)
 @pytest.mark.parametrize("model", ["13B", "70B"])
 def test_1024_ranks_are_planned_in_seconds(model, layout):
-    """A limit of the design: planning that is quadratic in the ranks takes minutes here."""
-    start = time.perf_counter()
+    """A limit of the design, in CPU time: planning that is quadratic in the ranks takes minutes here."""
+    start = time.process_time()
     scaling.prepare(model, layout, "APOLLO", 1024)
-    assert time.perf_counter() - start < PLANNING_SECONDS
+    assert time.process_time() - start < PLANNING_SECONDS
 
 
 @pytest.mark.slow
