@@ -83,7 +83,7 @@ class LayerwiseAPOLLO(APOLLO):
         self._handles: list[Any] = []
         self._fired: set[int] = set()
         self._waiting: _Part | None = None
-        self._build: Build | None = None
+        self._divided: Build | None = None
         self._parts: dict[int, _Part] = {}
         run_together(lambda: _check_model(model, options), group)
         super().__init__(model if params is None else params, model=model, **options)
@@ -155,11 +155,11 @@ class LayerwiseAPOLLO(APOLLO):
 
     def _part(self, tensor: Tensor) -> _Part:
         # The first gradient of a step looks whether layouts have changed; a new build is a collective.
-        if len(self._fired) == 1 or self._build is None:
+        if len(self._fired) == 1 or self._divided is None:
             built = self._current()
             assert built is not None
-            if built is not self._build:
-                self._build, self._parts = built, self._divide(built)
+            if built is not self._divided:
+                self._divided, self._parts = built, self._divide(built)
         return self._parts[id(tensor)]
 
     def _divide(self, built: Build) -> dict[int, _Part]:
@@ -243,12 +243,25 @@ class LayerwiseAPOLLO(APOLLO):
         return self._members[id(gone[0])].name
 
     def attach(self, engine: Any) -> None:
-        """Not for this optimizer.
+        """Only a question: whether a model still has the parameters that the hooks are on.
 
         Raises:
-            ValueError: always.
+            ValueError: if it has not, or for a DeepSpeed engine.
         """
-        raise ValueError(NOT_IN_BACKWARD)
+        if zero_engine.is_engine(engine):
+            raise ValueError(NOT_IN_BACKWARD)
+        self._attach_model(engine, strict=True)
+
+    def _attach_model(self, model: nn.Module, strict: bool) -> None:
+        present = {id(p) for p in model.parameters()}
+        if any(id(p) not in present for p in self._hooked):
+            self._let_go()
+
+    def _let_go(self) -> None:
+        raise ValueError(
+            "the model's parameters are replaced by others, and updates inside backward stay with those that they were "
+            "attached to: call layerwise.attach once the model is wrapped (with Accelerate on what prepare() returned)"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Part of construction; afterwards an error, for the parameters would have no hooks.

@@ -19,8 +19,8 @@ TOKEN_DTYPES = ("uint8", "uint16", "uint32")
 # Keys that may differ between a run and its resumption: they say where and how often to write, never what to compute.
 RUN_KEYS = frozenset({
     "background_checkpoints", "checkpoint_every", "deepspeed_config", "eval_every", "eval_sequences",
-    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "resume", "stop_after", "tensorboard",
-    "timeout_minutes", "wandb",
+    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "resume", "step_timeout", "stop_after",
+    "tensorboard", "timeout_minutes", "wandb",
 })  # fmt: skip
 # Keys that say where and in which pieces to compute: a resumed run may change them, and changes rounding with them.
 PLACE_KEYS = frozenset({"engine", "fsdp1_strategy", "layerwise", "micro_batch_size"})
@@ -192,6 +192,7 @@ class Config:
     resume: bool = option("continue from the newest checkpoint in the output folder", False)
     stop_after: int | None = option("stop, with a checkpoint, after this step of the schedule", None)
     timeout_minutes: float = option("a collective that takes longer ends the job", 10.0)
+    step_timeout: float = option("seconds for a step before every rank ends with its stacks; 0: no watchdog", 0.0)
     tensorboard: bool = option("write TensorBoard events too (needs tensorboard)", False)
     wandb: str | None = option("log to this Weights & Biases project too (needs wandb)", None)
 
@@ -217,6 +218,7 @@ class Config:
             max_skipped_steps=self.max_skipped_steps,
             eval_every=self.eval_every,
             checkpoint_every=self.checkpoint_every,
+            step_timeout=self.step_timeout,
         )
         _require(
             0 <= self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, f"in [0, steps), steps {self.steps}"
