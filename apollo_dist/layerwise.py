@@ -243,12 +243,25 @@ class LayerwiseAPOLLO(APOLLO):
         return self._members[id(gone[0])].name
 
     def attach(self, engine: Any) -> None:
-        """Not for this optimizer.
+        """Only a question: whether a model still has the parameters that the hooks are on.
 
         Raises:
-            ValueError: always.
+            ValueError: if it has not, or for a DeepSpeed engine.
         """
-        raise ValueError(NOT_IN_BACKWARD)
+        if zero_engine.is_engine(engine):
+            raise ValueError(NOT_IN_BACKWARD)
+        self._attach_model(engine, strict=True)
+
+    def _attach_model(self, model: nn.Module, strict: bool) -> None:
+        present = {id(p) for p in model.parameters()}
+        if any(id(p) not in present for p in self._hooked):
+            self._let_go()
+
+    def _let_go(self) -> None:
+        raise ValueError(
+            "the model's parameters are replaced by others, and updates inside backward stay with those that they were "
+            "attached to: call layerwise.attach once the model is wrapped (with Accelerate on what prepare() returned)"
+        )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Part of construction; afterwards an error, for the parameters would have no hooks.

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_dist.pretrain import train
+from apollo_dist.pretrain import step, train
 from apollo_dist.pretrain.__main__ import main
 from apollo_dist.pretrain.distributed import Ranks, SetupError
+from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import load_settings
 
 from .pretrain_runs import SMALL, SMALL_APOLLO, ZERO2, losses, write_text
@@ -30,17 +31,16 @@ OTHER_STRATEGIES = ("hybrid", "none")
 CLIP = "--gradient_clipping=0.5"
 
 
-def begun(rank: int, world: int, folder: Path, output: str, *more: str) -> train.Run:
+def begun(rank: int, world: int, folder: Path, output: str, *more: str) -> Run:
     arguments = [*SMALL, *SMALL_APOLLO, f"--data={folder / 'text'}", f"--output={folder / output}", *more]
     return train.set_up(load_settings(arguments), Ranks(rank, world, torch.device("cpu")))
 
 
-def advance(run: train.Run, steps: int, *, save: bool = False) -> None:
+def advance(run: Run, steps: int, *, save: bool = False) -> None:
     for _ in range(steps):
-        train.train_step(run)
+        step.train_step(run)
     if save:
-        run.metrics.sync()
-        run.checkpoints.save(run.step, run.engine, run.data)
+        run.save()
     run.metrics.close()
 
 
@@ -75,21 +75,21 @@ def moving(rank: int, world: int, folder: Path) -> dict[str, object]:
     return found
 
 
-def not_finite(run: train.Run, here: bool, what: str) -> dict[str, object]:
+def not_finite(run: Run, here: bool, what: str) -> dict[str, object]:
     """Two steps, of which the first has a loss, or gradients alone, that are not finite on one rank."""
-    original = train.token_losses
+    original = step.token_losses
     bad = spoil if what == "loss" else spoil_gradient
-    train.token_losses = bad(original, lambda: here and run.step == 0)
+    step.token_losses = bad(original, lambda: here and run.step == 0)
     found: dict[str, object] = {"moved": [], "error": "none"}
     try:
         for _ in range(2):
             before = weights(run)
-            train.train_step(run)
+            step.train_step(run)
             found["moved"].append(not torch.equal(before, weights(run)))
     except SetupError as error:
         found["error"] = str(error)
     finally:
-        train.token_losses = original
+        step.token_losses = original
     return found
 
 
