@@ -1,0 +1,408 @@
+"""State by parameter, as ``torch.optim`` and ``torch.distributed.checkpoint`` know it, from state by owned channel.
+
+For a low-rank parameter of E matrices (1, but for experts) with C channels each::
+
+    step                    steps taken, an int
+    exp_avg, exp_avg_sq     (E * C, r): the channels of all matrices, one after the other
+    last_norm               the limiter's, () for a matrix and (E,) for experts
+
+and for another one ``step`` and the two moments in the parameter's shape. Of a DTensor parameter the moments are
+DTensors on its mesh: those of AdamW are divided as the parameter is, low-rank ones by channel in even chunks
+(``Shard(0)``), which any number of ranks can read. Owners hold channels otherwise, so these are moved, in one
+all-to-all for each moment and shard group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import Placement
+
+from .agreement import run_together
+from .build import Build
+from .exchange.collectives import device_for
+from .layout.dtensor import is_dtensor
+from .layout.holding import Holding, ShardGroup
+from .layout.tiles import Range
+from .matrix import Matrix
+from .unit import AdamTensor, Unit
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
+LAYOUTS = ("whole", "dtensor")
+
+State = dict[str, Any]
+
+
+@dataclass
+class _Low:
+    """A low-rank parameter: its matrices, in order, and which of their channels each rank has in the even division."""
+
+    tensor: Tensor
+    holding: Holding
+    numbers: list[int]  # of the matrices in the unit
+    matrices: list[Matrix]
+    shares: list[Range]
+
+    @property
+    def channels(self) -> int:
+        """C: of one matrix."""
+        spec = self.matrices[0].spec
+        return max(spec.m, spec.n)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the moments."""
+        return self.channels * len(self.matrices), self.matrices[0].spec.rank
+
+    @property
+    def placements(self) -> list[Placement]:
+        """Of the moments, on a DTensor parameter's mesh."""
+        if not isinstance(self.tensor, DTensor):
+            return []
+        return [p if isinstance(p, Replicate) else Shard(0) for p in self.tensor.placements]
+
+
+def by_parameter(build: Build) -> bool:
+    """Whether the parameters themselves are what the optimizer was given in this step, so that state can go by them."""
+    return all(holding.layout in LAYOUTS for holding, _ in build.holdings)
+
+
+def collect(build: Build) -> list[tuple[Tensor, State]]:
+    """The state of every parameter, in order. A collective over each group of ranks that divide parameters.
+
+    Tensors of plain parameters are the live ones, but for experts; DTensors are copies.
+    """
+    low, adam = _parameters(build)
+    counts = _agreed(build, low, adam)
+    found: dict[int, State] = {}
+    for unit, parameters in low:
+        steps, norms = counts[id(unit.exchange.group.process_group)]
+        for p in parameters:
+            last = torch.stack([norms[m.spec.name].to(p.holding.compute_dtype) for m in p.matrices])
+            last = last.to(p.holding.device)
+            found[id(p.tensor)] = {"step": steps[p.holding.name], "last_norm": last if len(last) > 1 else last[0]}
+        division = _Division(unit, parameters)
+        for key in MOMENTS:
+            for p, chunk in zip(parameters, division.to_chunks(key), strict=True):
+                found[id(p.tensor)][key] = _like(p.tensor, chunk, p.shape, p.placements)
+    for tensor, holding, part in adam:
+        steps, _ = counts[id(holding.group.process_group)]
+        state: State = {"step": steps[holding.name]}
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        for key in MOMENTS:
+            flat = (
+                torch.empty(0, dtype=holding.compute_dtype, device=holding.device) if part is None else part.state[key]
+            )
+            placements = tensor.placements if isinstance(tensor, DTensor) else ()
+            state[key] = _like(tensor, flat.view(local.shape), holding.shape, placements)
+        found[id(tensor)] = state
+    return [(tensor, found[id(tensor)]) for tensor in build.tensors]
+
+
+def show(build: Build) -> list[tuple[Tensor, State, State | None]]:
+    """What this rank owns of the state of every parameter, live, under the keys of ``collect``.
+
+    Of experts the values are lists, and the third entry is the state whose ``step`` is theirs.
+    """
+    low, adam = _parameters(build)
+    found: list[tuple[Tensor, State, State | None]] = []
+    for p in (p for _, parameters in low for p in parameters):
+        first = p.matrices[0].state
+        if len(p.matrices) == 1:
+            found.append((p.tensor, first, None))
+        else:
+            keys = ("last_norm", *MOMENTS)
+            stack = {key: [m.state[key] for m in p.matrices] for key in keys}
+            found.append((p.tensor, {"step": first["step"], **stack}, first))
+    for tensor, holding, part in adam:
+        nothing = torch.empty(0, dtype=holding.compute_dtype, device=holding.device)
+        found.append((tensor, part.state if part else {"step": 0, **dict.fromkeys(MOMENTS, nothing)}, None))
+    return found
+
+
+def restore(
+    build: Build, states: Mapping[int, Mapping[str, Any]], required: Set[int], group: dist.ProcessGroup | None
+) -> None:
+    """Take over what ``collect`` gave, also at another number of ranks. A collective, as it is.
+
+    Args:
+        build: whose state is replaced, in place.
+        states: by ``id`` of the parameter. Moments may be DTensors, or whole plain tensors.
+        required: ids of parameters that must have a state.
+        group: the ranks that raise together.
+
+    Raises:
+        ValueError: on all ranks alike, if a state is missing or of another shape.
+    """
+    low, adam = _parameters(build)
+    # Those on another mesh or with other placements become whole first: a collective, so before anything can fail.
+    wanted = {id(p.tensor): p.placements for _, ps in low for p in ps if is_dtensor(p.tensor)}
+    wanted |= {id(tensor): list(tensor.placements) for tensor, _, _ in adam if isinstance(tensor, DTensor)}
+    states = {
+        id(tensor): {key: _fitting(value, tensor, wanted.get(id(tensor))) for key, value in states[id(tensor)].items()}
+        for tensor in build.tensors
+        if id(tensor) in states
+    }
+
+    def local_part() -> list[list[list[Tensor]]]:
+        for tensor, holding, part in adam:
+            _restore_adam(tensor, holding, part, _state_of(tensor, holding.name, states, required))
+        for p in (p for _, parameters in low for p in parameters):
+            _restore_numbers(p, _state_of(p.tensor, p.holding.name, states, required, "last_norm"))
+        return [[[_chunk(p, states, key) for p in parameters] for key in MOMENTS] for _, parameters in low]
+
+    chunks = run_together(local_part, group)
+    for (unit, parameters), (first, second) in zip(low, chunks, strict=True):
+        division = _Division(unit, parameters)
+        for key, values in zip(MOMENTS, (first, second), strict=True):
+            division.to_owners(key, values)
+
+
+def _parameters(build: Build) -> tuple[list[tuple[Unit, list[_Low]]], list[tuple[Tensor, Holding, AdamTensor | None]]]:
+    """The low-rank parameters of each unit, and the others with what this rank holds of them, all in order."""
+    tensors = {id(h): t for t, (h, _) in zip(build.tensors, build.holdings, strict=True)}
+    low: list[tuple[Unit, list[_Low]]] = []
+    seen: set[int] = set()
+    for unit in build.units:
+        parameters: list[_Low] = []
+        for number, matrix in enumerate(unit.matrices):
+            holding = matrix.holding
+            if id(holding) not in seen:
+                seen.add(id(holding))
+                parameters.append(_Low(tensors[id(holding)], holding, [], [], []))
+            parameters[-1].numbers.append(number)
+            parameters[-1].matrices.append(matrix)
+        for p in parameters:
+            p.shares = _shares(p)
+        low.append((unit, parameters))
+    held = {id(a.holding): a for a in build.adam}
+    adam = [(tensors[id(h)], h, held.get(id(h))) for h, _ in build.holdings if id(h) not in seen]
+    return low, adam
+
+
+def _shares(p: _Low) -> list[Range]:
+    """The channels of each rank of the shard group in the even division: torch.chunk's, mesh axis by mesh axis."""
+    rows, group = p.shape[0], p.holding.group
+    if group.process_group is None:
+        return [(0, rows)]
+    assert isinstance(p.tensor, DTensor)
+    mesh = p.tensor.device_mesh
+    axes = [axis for axis, placement in enumerate(p.placements) if isinstance(placement, Shard)]
+    places = {
+        int(rank): place for place, rank in zip(torch.ones_like(mesh.mesh).nonzero(), mesh.mesh.ravel(), strict=True)
+    }
+    shares = []
+    for rank in dist.get_process_group_ranks(group.process_group):
+        start, stop = 0, rows
+        for axis in axes:
+            chunk, at = -(-(stop - start) // mesh.size(axis)), int(places[rank][axis])
+            start, stop = min(start + at * chunk, stop), min(start + (at + 1) * chunk, stop)
+        shares.append((start, stop))
+    return shares
+
+
+class _Division:
+    """Moves state between the owners of a unit's channels and their even division, over the unit's shard group.
+
+    A piece is some rows of a local tensor. Both ends of a message list its pieces by parameter, matrix and channel.
+    """
+
+    def __init__(self, unit: Unit, parameters: Sequence[_Low]) -> None:
+        self.parameters, self.dtype, self.device = parameters, unit.dtype, unit.device
+        self.group: ShardGroup = unit.exchange.group
+        # By the rank at the other end: pieces of what this rank owns (matrix, start, count), of its chunks.
+        self._owned: list[list[tuple[Matrix, int, int]]] = [[] for _ in range(self.group.size)]
+        self._chunked: list[list[tuple[int, int, int]]] = [[] for _ in range(self.group.size)]
+        for i, p in enumerate(parameters):
+            for e, (number, matrix) in enumerate(zip(p.numbers, p.matrices, strict=True)):
+                base = e * p.channels
+                for start, stop in sorted(matrix.channels.owned.ranges):
+                    for rank, (low, high) in enumerate(p.shares):
+                        for _, _, position, count in _overlap(matrix, start, stop, low - base, high - base):
+                            self._owned[rank].append((matrix, position, count))
+                mine = p.shares[self.group.rank]
+                for s in unit.plan.matrices[number].segments:
+                    low, high = max(s.start + base, mine[0]), min(s.stop + base, mine[1])
+                    if low < high:
+                        self._chunked[s.owner].append((i, low - mine[0], high - low))
+
+    def to_chunks(self, key: str) -> list[Tensor]:
+        """This rank's chunk of a moment of every parameter, (channels, r)."""
+        chunks = []
+        for p in self.parameters:
+            start, stop = p.shares[self.group.rank]
+            chunks.append(
+                torch.empty((stop - start, p.shape[1]), dtype=p.holding.compute_dtype, device=p.holding.device)
+            )
+        self._move(
+            [[m.state[key][at : at + count] for m, at, count in pieces] for pieces in self._owned],
+            [[chunks[i][at : at + count] for i, at, count in pieces] for pieces in self._chunked],
+        )
+        return chunks
+
+    def to_owners(self, key: str, chunks: Sequence[Tensor]) -> None:
+        """The reverse of ``to_chunks``: write a moment of every parameter into the owners' state."""
+        self._move(
+            [[chunks[i][at : at + count] for i, at, count in pieces] for pieces in self._chunked],
+            [[m.state[key][at : at + count] for m, at, count in pieces] for pieces in self._owned],
+        )
+
+    def _move(self, sent: list[list[Tensor]], targets: list[list[Tensor]]) -> None:
+        if self.group.process_group is None:
+            for source, target in zip(sent[0], targets[0], strict=True):
+                target.copy_(source)
+            return
+        where = device_for(self.group.process_group, self.device)
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": where}
+        flat = [piece.reshape(-1).to(**kind) for pieces in sent for piece in pieces]
+        send = [sum(piece.numel() for piece in pieces) for pieces in sent]
+        receive = [sum(piece.numel() for piece in pieces) for pieces in targets]
+        received = torch.empty(sum(receive), **kind)
+        out = torch.cat(flat) if flat else torch.empty(0, **kind)
+        dist.all_to_all_single(received, out, receive, send, group=self.group.process_group)
+        at = 0
+        for target in (piece for pieces in targets for piece in pieces):
+            target.copy_(received[at : at + target.numel()].view(target.shape))
+            at += target.numel()
+
+
+def _overlap(matrix: Matrix, start: int, stop: int, low: int, high: int) -> list[tuple[int, int, int, int]]:
+    """Where those of channels start .. stop in low .. high lie in the owned state: (start, stop, position, count)."""
+    low, high = max(start, low), min(stop, high)
+    if low >= high:
+        return []
+    return [(a, b, position, b - a) for a, b, position in matrix.channels.owned.positions(low, high)]
+
+
+def _agreed(
+    build: Build, low: list[tuple[Unit, list[_Low]]], adam: list[tuple[Tensor, Holding, AdamTensor | None]]
+) -> dict[int, tuple[dict[str, int], dict[str, Tensor]]]:
+    """Steps by parameter and limiter norms by matrix, for each process group, the same on all of its ranks.
+
+    A rank that holds nothing of a parameter does not know them.
+    """
+    groups = {id(h.group.process_group): h.group for h, _ in build.holdings}
+    found = {}
+    for key, group in groups.items():
+        steps = {p.holding.name: p.matrices[0].state["step"] for _, ps in low for p in ps if _is_in(p.holding, key)}
+        steps |= {h.name: 0 if part is None else part.state["step"] for _, h, part in adam if _is_in(h, key)}
+        norms: dict[str, Tensor] = {}
+        for unit, parameters in low:
+            for p in (p for p in parameters if _is_in(p.holding, key)):
+                for number, m in zip(p.numbers, p.matrices, strict=True):
+                    taking_part = group.rank in unit.plan.matrices[number].participants
+                    norms[m.spec.name] = m.state["last_norm"] if taking_part else torch.zeros_like(m.state["last_norm"])
+        if group.process_group is not None:
+            where = device_for(group.process_group, next(h.device for h, _ in build.holdings if _is_in(h, key)))
+            numbers = [torch.tensor(list(steps.values()), dtype=torch.float64, device=where)]
+            numbers += [norm.to(where, torch.float64).view(1) for norm in norms.values()]
+            total = torch.cat(numbers)
+            dist.all_reduce(total, op=dist.ReduceOp.MAX, group=group.process_group)
+            counted = total[: len(steps)].tolist()
+            steps = {name: int(count) for name, count in zip(steps, counted, strict=True)}
+            norms = dict(zip(norms, total[len(steps) :].unbind(), strict=True))
+        found[key] = steps, norms
+    return found
+
+
+def _is_in(holding: Holding, key: int) -> bool:
+    return id(holding.group.process_group) == key
+
+
+def _like(parameter: Tensor, local: Tensor, shape: Sequence[int], placements: Sequence[Placement]) -> Tensor:
+    """A local tensor as a DTensor of that shape, on a DTensor parameter's mesh; as it is for a plain parameter."""
+    if not isinstance(parameter, DTensor):
+        return local
+    size = torch.Size(shape)
+    stride = torch.empty(size, device="meta").stride()
+    return DTensor.from_local(
+        local.contiguous(), parameter.device_mesh, list(placements), run_check=False, shape=size, stride=stride
+    )
+
+
+def _fitting(value: Any, parameter: Tensor, placements: Sequence[Placement] | None) -> Any:
+    """A DTensor divided as wanted as it is, any other one made whole."""
+    if not isinstance(value, DTensor):
+        return value
+    if (
+        placements is not None
+        and isinstance(parameter, DTensor)
+        and value.device_mesh == parameter.device_mesh
+        and list(value.placements) == list(placements)
+    ):
+        return value
+    return value.full_tensor()
+
+
+def _state_of(
+    tensor: Tensor, name: str, states: Mapping[int, Mapping[str, Any]], required: Set[int], *keys: str
+) -> Mapping[str, Any] | None:
+    """The loaded state of a parameter; None where there is none and need not be."""
+    state = states.get(id(tensor))
+    if state is None and id(tensor) not in required:
+        return None
+    missing = [key for key in ("step", *keys, *MOMENTS) if key not in (state or {})]
+    if missing:
+        raise ValueError(
+            f"the loaded state has no {', '.join(missing)} for {name}: it is of another model, of other groups, or of "
+            "another optimizer"
+        )
+    return state
+
+
+def _check_shape(name: str, key: str, value: Any, shape: Sequence[int]) -> None:
+    if not isinstance(value, Tensor) or tuple(value.shape) != tuple(shape):
+        got = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(
+            f"the loaded state has {key} of shape {got} for {name}, and here it is {tuple(shape)}: the rank, the "
+            "choice of low-rank matrices or the model differ"
+        )
+
+
+def _restore_adam(tensor: Tensor, holding: Holding, part: AdamTensor | None, state: Mapping[str, Any] | None) -> None:
+    for key in MOMENTS:
+        if state is None:
+            return
+        value = state[key]
+        _check_shape(holding.name, key, value, holding.shape)
+        if part is None:
+            continue
+        if isinstance(value, DTensor):
+            part.state[key].copy_(value.to_local().reshape(-1))
+            continue
+        for box in holding.cover.boxes(holding.group.rank, holding.shape):
+            window = tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))
+            part.state[key][box.offset : box.offset + box.numel].copy_(value[window].reshape(-1))
+    if part is not None and state is not None:
+        part.state["step"] = int(state["step"])
+
+
+def _restore_numbers(p: _Low, state: Mapping[str, Any] | None) -> None:
+    if state is None:
+        return
+    norms = torch.as_tensor(state["last_norm"]).reshape(-1)
+    _check_shape(p.holding.name, "last_norm", norms, (len(p.matrices),))
+    for matrix, norm in zip(p.matrices, norms.unbind(), strict=True):
+        matrix.state["step"] = int(state["step"])
+        matrix.state["last_norm"].copy_(norm)
+
+
+def _chunk(p: _Low, states: Mapping[int, Mapping[str, Any]], key: str) -> Tensor:
+    """This rank's chunk of a loaded moment, (channels, r); zeros where nothing was loaded."""
+    start, stop = p.shares[p.holding.group.rank]
+    state = states.get(id(p.tensor))
+    if state is None:
+        return torch.zeros((stop - start, p.shape[1]), dtype=p.holding.compute_dtype, device=p.holding.device)
+    value = state[key]
+    _check_shape(p.holding.name, key, value, p.shape)
+    local: Tensor = value.to_local() if isinstance(value, DTensor) else value[start:stop]
+    if local.shape[0] != stop - start:
+        raise ValueError(f"the loaded {key} of {p.holding.name} has {local.shape[0]} channels, expected {stop - start}")
+    return local
