@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from .layout import detect, fsdp1
 from .layout.holding import canonical_name, matrices
 
 # Options of a parameter group that only low-rank matrices read. A group whose ``rank`` is None takes AdamW.
@@ -53,12 +54,6 @@ class Member:
     named: bool
 
 
-def refuse_fsdp1(name: str, tensor: torch.Tensor) -> None:
-    """Raise ValueError for a parameter that FSDP1 flattened: its shape is gone, and it would pass for a vector."""
-    if getattr(tensor, "_fsdp_flattened", False):
-        raise ValueError(f"{name} is an FSDP1 parameter, which is not supported yet; use FSDP2 (fully_shard)")
-
-
 def member(index: int, name: str | None, tensor: torch.Tensor) -> Member:
     """The member that a parameter becomes.
 
@@ -68,15 +63,14 @@ def member(index: int, name: str | None, tensor: torch.Tensor) -> Member:
         tensor: the parameter.
 
     Raises:
-        ValueError: for complex or integer parameters, and for FSDP1's, which this version cannot read.
+        ValueError: for complex or integer parameters, and for those of FSDP1 whose model was never seen.
     """
     named = name is not None
     name = canonical_name(name) if name is not None else f"param_{index}"
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}; APOLLO optimizes real floating-point parameters only")
-    refuse_fsdp1(name, tensor)
-    # ZeRO-3 keeps the logical shape aside.
-    return Member(name, tuple(getattr(tensor, "ds_shape", tensor.shape)), tensor.dtype, named)
+    fsdp1.check(name, tensor)
+    return Member(name, detect.logical_shape(tensor), tensor.dtype, named)
 
 
 def choose(members: Iterable[Member], model: nn.Module | None = None, exclude: str | None = None) -> set[str]:
@@ -241,15 +235,15 @@ def low_rank_names(model: nn.Module, exclude: str | None = None) -> set[str]:
         model: the model, wrapped or not.
         exclude: a regular expression; parameters whose canonical name it matches anywhere are left to AdamW.
     """
+    fsdp1.register(model)
     skip = name_pattern(exclude)
     chosen = set()
     for prefix, module in model.named_modules():
         linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         for leaf, parameter in module.named_parameters(recurse=False):
             name = canonical_name(f"{prefix}.{leaf}" if prefix else leaf)
-            refuse_fsdp1(name, parameter)
-            # ZeRO-3 keeps the logical shape aside.
-            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            fsdp1.check(name, parameter)
+            shape = detect.logical_shape(parameter)
             experts = len(shape) == 3 and not isinstance(module, nn.modules.conv._ConvNd)
             if (linear or experts) and is_low_rank_name(name, shape) and not (skip and skip.search(name)):
                 chosen.add(name)

@@ -29,12 +29,15 @@ from .groups import (
 )
 from .layout import zero, zero_engine
 from .nonfinite import NonFiniteGuard
+from .present import PresentModel
 from .stateful import StatefulOptimizer, called_to_make_state, given_twice
 from .step import step_adam, step_unit
 
 logger = logging.getLogger("apollo_dist")
 
-_ARGUMENTS = ("seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "process_group")
+_ARGUMENTS = (
+    "seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "model", "process_group",
+)  # fmt: skip
 
 
 class APOLLO(StatefulOptimizer):
@@ -68,6 +71,9 @@ class APOLLO(StatefulOptimizer):
             them is infinite or NaN. Costs a pass over the gradients, an all-reduce of one number, and a wait for the
             device. Under ZeRO-1, 2 and 3 DeepSpeed's own check does this.
         max_skipped_steps: with ``skip_nonfinite``, a RuntimeError after more left out in a row; None for no limit.
+        model: the model that ``params`` belong to, where that is not the model itself. Parameters without names get
+            their names from it, FSDP1's their shapes and places, and parameters that ``fully_shard`` makes after the
+            optimizer was built are found in it. It is not kept alive.
         process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
             is built and at the first step, so every one of them must build it.
         unknown: keywords of torch's optimizers (foreach, fused, capturable, differentiable, amsgrad) where they ask
@@ -99,6 +105,7 @@ class APOLLO(StatefulOptimizer):
         cache_projection: bool | str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
+        model: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
         **unknown: Any,
     ) -> None:
@@ -109,6 +116,7 @@ class APOLLO(StatefulOptimizer):
         }  # fmt: skip
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
         self._process_group = process_group
+        self._model = PresentModel(params if model is None and isinstance(params, nn.Module) else model)
         self._guard = NonFiniteGuard(skip_nonfinite, max_skipped_steps, process_group)
         self._members: dict[int, Member] = {}
         # Keeps the given parameters alive, so that their ids stay theirs.
@@ -133,6 +141,7 @@ class APOLLO(StatefulOptimizer):
             raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
         name_pattern(self.exclude)
         given_model = isinstance(params, nn.Module)
+        self._model.check(params)
         groups = param_groups(params, exclude=self.exclude, **options) if given_model else _as_groups(params)
         self._choose = all(group.get("rank") is None for group in groups)
         if self.exclude is not None and not given_model and not self._choose:
@@ -178,16 +187,16 @@ class APOLLO(StatefulOptimizer):
         number = len(self.param_groups)
         drop_torch_keywords(group, f"parameter group {number}")
         check_known(group, [*OPTIONS, *FOREIGN], "parameter group key")
-        pairs = split_params(group["params"])
+        pairs = self._model.named(split_params(group["params"]))
         explicit = group.get("rank") is not None
         group["rank"] = group.get("rank", self.defaults["rank"] if self._choose else None)
         if self._choose and not explicit:
             group[CHOOSE] = True
         validate_options({**self.defaults, **group}, f"parameter group {number}")
-        added = {}
-        for i, (name, tensor) in enumerate(pairs):
-            added[id(tensor)] = member(len(self._given) + i, name, tensor)
-        given_twice([(added[id(tensor)].name, tensor) for _, tensor in pairs], self._members)
+        found = [member(len(self._given) + i, name, tensor) for i, (name, tensor) in enumerate(pairs)]
+        tensors = [tensor for _, tensor in pairs]
+        given_twice(zip((m.name for m in found), tensors, strict=True), self._members)
+        added = dict(zip(map(id, tensors), found, strict=True))
         check_unique(m.name for m in [*self._members.values(), *added.values()])
         if explicit:
             if not pairs:
@@ -195,10 +204,10 @@ class APOLLO(StatefulOptimizer):
             for m in added.values():
                 check_matrix(m.name, m.shape, group["rank"])
         group.pop("param_names", None)
-        group["params"] = [tensor for _, tensor in pairs]
+        group["params"] = tensors
         super().add_param_group(group)
         self._members.update(added)
-        self._given += group["params"]
+        self._given += tensors
 
     def _members_of_groups(self) -> list[list[Member]]:
         return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]
@@ -291,6 +300,9 @@ class APOLLO(StatefulOptimizer):
         engine = self._engine or zero.find(self)
         if engine.warming_up:
             return None
+        if engine.wrapper is None and self._model.follow(self.param_groups, self._members):
+            self._given = [p for group in self.param_groups for p in group["params"]]
+            return self._current()
         built = run_together(
             lambda: build(
                 self.param_groups,
@@ -309,6 +321,7 @@ class APOLLO(StatefulOptimizer):
         self._builds = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
         self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
         self._builds[key] = built
+        self._show()
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.info("%s: %s", type(self).__name__, built.summary())
         return built
@@ -316,6 +329,8 @@ class APOLLO(StatefulOptimizer):
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:
     """Parameters, named parameters or groups as a list of groups."""
+    if isinstance(params, (set, frozenset)):
+        split_params(params)  # which refuses it
     items = [params] if isinstance(params, Tensor) else list(params)
     if not items:
         raise ValueError("APOLLO got an empty parameter list")

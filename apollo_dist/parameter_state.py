@@ -27,7 +27,8 @@ from torch.distributed.tensor.placement_types import Placement
 from .agreement import run_together
 from .build import Build
 from .exchange.collectives import device_for
-from .layout.dtensor import is_dtensor
+from .layout.dtensor import places
+from .layout.grid import Runs, chunk
 from .layout.holding import Holding, ShardGroup
 from .layout.tiles import Range
 from .matrix import Matrix
@@ -74,24 +75,24 @@ def by_parameter(build: Build) -> bool:
     return all(holding.layout in LAYOUTS for holding, _ in build.holdings)
 
 
-def collect(build: Build) -> list[tuple[Tensor, State]]:
-    """The state of every parameter, in order. A collective over each group of ranks that divide parameters.
+def collect(build: Build) -> dict[str, State]:
+    """The state of every parameter, by name. A collective over each group of ranks that divide parameters.
 
     Tensors of plain parameters are the live ones, but for experts; DTensors are copies.
     """
     low, adam = _parameters(build)
     counts = _agreed(build, low, adam)
-    found: dict[int, State] = {}
+    found: dict[str, State] = {}
     for unit, parameters in low:
         steps, norms = counts[id(unit.exchange.group.process_group)]
         for p in parameters:
             last = torch.stack([norms[m.spec.name].to(p.holding.compute_dtype) for m in p.matrices])
             last = last.to(p.holding.device)
-            found[id(p.tensor)] = {"step": steps[p.holding.name], "last_norm": last if len(last) > 1 else last[0]}
+            found[p.holding.name] = {"step": steps[p.holding.name], "last_norm": last if len(last) > 1 else last[0]}
         division = _Division(unit, parameters)
         for key in MOMENTS:
-            for p, chunk in zip(parameters, division.to_chunks(key), strict=True):
-                found[id(p.tensor)][key] = _like(p.tensor, chunk, p.shape, p.placements)
+            for p, mine in zip(parameters, division.to_chunks(key), strict=True):
+                found[p.holding.name][key] = _like(p.tensor, mine, p.shape, p.placements)
     for tensor, holding, part in adam:
         steps, _ = counts[id(holding.group.process_group)]
         state: State = {"step": steps[holding.name]}
@@ -102,8 +103,8 @@ def collect(build: Build) -> list[tuple[Tensor, State]]:
             )
             placements = tensor.placements if isinstance(tensor, DTensor) else ()
             state[key] = _like(tensor, flat.view(local.shape), holding.shape, placements)
-        found[id(tensor)] = state
-    return [(tensor, found[id(tensor)]) for tensor in build.tensors]
+        found[holding.name] = state
+    return found
 
 
 def show(build: Build) -> list[tuple[Tensor, State, State | None]]:
@@ -128,14 +129,14 @@ def show(build: Build) -> list[tuple[Tensor, State, State | None]]:
 
 
 def restore(
-    build: Build, states: Mapping[int, Mapping[str, Any]], required: Set[int], group: dist.ProcessGroup | None
+    build: Build, states: Mapping[str, Mapping[str, Any]], required: Set[str], group: dist.ProcessGroup | None
 ) -> None:
     """Take over what ``collect`` gave, also at another number of ranks. A collective, as it is.
 
     Args:
         build: whose state is replaced, in place.
-        states: by ``id`` of the parameter. Moments may be DTensors, or whole plain tensors.
-        required: ids of parameters that must have a state.
+        states: by name. Moments may be DTensors, or whole plain tensors.
+        required: names of parameters that must have a state.
         group: the ranks that raise together.
 
     Raises:
@@ -143,20 +144,23 @@ def restore(
     """
     low, adam = _parameters(build)
     # Those on another mesh or with other placements become whole first: a collective, so before anything can fail.
-    wanted = {id(p.tensor): p.placements for _, ps in low for p in ps if is_dtensor(p.tensor)}
-    wanted |= {id(tensor): list(tensor.placements) for tensor, _, _ in adam if isinstance(tensor, DTensor)}
-    states = {
-        id(tensor): {key: _fitting(value, tensor, wanted.get(id(tensor))) for key, value in states[id(tensor)].items()}
-        for tensor in build.tensors
-        if id(tensor) in states
-    }
+    fitting: dict[str, Mapping[str, Any]] = {}
+    for name, tensor, placements in [
+        *((p.holding.name, p.tensor, p.placements) for _, parameters in low for p in parameters),
+        *((holding.name, tensor, list(getattr(tensor, "placements", ()))) for tensor, holding, _ in adam),
+    ]:
+        if name in states:
+            fitting[name] = {key: _fitting(value, tensor, placements) for key, value in states[name].items()}
 
     def local_part() -> list[list[list[Tensor]]]:
-        for tensor, holding, part in adam:
-            _restore_adam(tensor, holding, part, _state_of(tensor, holding.name, states, required))
+        for _, holding, part in adam:
+            _restore_adam(holding, part, _state_of(holding.name, fitting, required))
         for p in (p for _, parameters in low for p in parameters):
-            _restore_numbers(p, _state_of(p.tensor, p.holding.name, states, required, "last_norm"))
-        return [[[_chunk(p, states, key) for p in parameters] for key in MOMENTS] for _, parameters in low]
+            _restore_numbers(p, _state_of(p.holding.name, fitting, required, "last_norm"))
+        return [
+            [[_chunk(p, fitting.get(p.holding.name), key) for p in parameters] for key in MOMENTS]
+            for _, parameters in low
+        ]
 
     chunks = run_together(local_part, group)
     for (unit, parameters), (first, second) in zip(low, chunks, strict=True):
@@ -194,17 +198,14 @@ def _shares(p: _Low) -> list[Range]:
         return [(0, rows)]
     assert isinstance(p.tensor, DTensor)
     mesh = p.tensor.device_mesh
-    axes = [axis for axis, placement in enumerate(p.placements) if isinstance(placement, Shard)]
-    places = {
-        int(rank): place for place, rank in zip(torch.ones_like(mesh.mesh).nonzero(), mesh.mesh.ravel(), strict=True)
-    }
+    axes = [axis for axis, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
+    stands = places(mesh)
     shares = []
     for rank in dist.get_process_group_ranks(group.process_group):
-        start, stop = 0, rows
+        runs: Runs = ((0, rows),)
         for axis in axes:
-            chunk, at = -(-(stop - start) // mesh.size(axis)), int(places[rank][axis])
-            start, stop = min(start + at * chunk, stop), min(start + (at + 1) * chunk, stop)
-        shares.append((start, stop))
+            runs = chunk(runs, mesh.size(axis), stands[rank][axis])
+        shares.append(runs[0] if runs else (0, 0))
     return shares
 
 
@@ -327,26 +328,20 @@ def _like(parameter: Tensor, local: Tensor, shape: Sequence[int], placements: Se
     )
 
 
-def _fitting(value: Any, parameter: Tensor, placements: Sequence[Placement] | None) -> Any:
-    """A DTensor divided as wanted as it is, any other one made whole."""
+def _fitting(value: Any, parameter: Tensor, placements: Sequence[Placement]) -> Any:
+    """A DTensor on the parameter's mesh with these placements as it is, any other one made whole."""
     if not isinstance(value, DTensor):
         return value
-    if (
-        placements is not None
-        and isinstance(parameter, DTensor)
-        and value.device_mesh == parameter.device_mesh
-        and list(value.placements) == list(placements)
-    ):
-        return value
-    return value.full_tensor()
+    fits = isinstance(parameter, DTensor) and value.device_mesh == parameter.device_mesh
+    return value if fits and list(value.placements) == list(placements) else value.full_tensor()
 
 
 def _state_of(
-    tensor: Tensor, name: str, states: Mapping[int, Mapping[str, Any]], required: Set[int], *keys: str
+    name: str, states: Mapping[str, Mapping[str, Any]], required: Set[str], *keys: str
 ) -> Mapping[str, Any] | None:
     """The loaded state of a parameter; None where there is none and need not be."""
-    state = states.get(id(tensor))
-    if state is None and id(tensor) not in required:
+    state = states.get(name)
+    if state is None and name not in required:
         return None
     missing = [key for key in ("step", *keys, *MOMENTS) if key not in (state or {})]
     if missing:
@@ -366,7 +361,7 @@ def _check_shape(name: str, key: str, value: Any, shape: Sequence[int]) -> None:
         )
 
 
-def _restore_adam(tensor: Tensor, holding: Holding, part: AdamTensor | None, state: Mapping[str, Any] | None) -> None:
+def _restore_adam(holding: Holding, part: AdamTensor | None, state: Mapping[str, Any] | None) -> None:
     for key in MOMENTS:
         if state is None:
             return
@@ -394,10 +389,9 @@ def _restore_numbers(p: _Low, state: Mapping[str, Any] | None) -> None:
         matrix.state["last_norm"].copy_(norm)
 
 
-def _chunk(p: _Low, states: Mapping[int, Mapping[str, Any]], key: str) -> Tensor:
+def _chunk(p: _Low, state: Mapping[str, Any] | None, key: str) -> Tensor:
     """This rank's chunk of a loaded moment, (channels, r); zeros where nothing was loaded."""
     start, stop = p.shares[p.holding.group.rank]
-    state = states.get(id(p.tensor))
     if state is None:
         return torch.zeros((stop - start, p.shape[1]), dtype=p.holding.compute_dtype, device=p.holding.device)
     value = state[key]

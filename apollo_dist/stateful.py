@@ -17,7 +17,9 @@ from . import parameter_state
 from .agreement import run_together
 from .build import Build
 from .groups import Member, validate_options
+from .layout import fsdp1
 from .nonfinite import NonFiniteGuard
+from .present import PresentModel
 from .unit import Slot
 
 # What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
@@ -41,10 +43,11 @@ class StatefulOptimizer(Optimizer):
     _members: dict[int, Member]
     _given: list[Tensor]
     _slots: dict[str, Slot]
-    # State by parameter that was loaded, by the id of the parameter, until a build takes it over.
-    _pending: dict[int, dict[str, Any]]
-    # Ids of the parameters that a load had to bring state for; None where nothing was loaded.
-    _restored: list[Tensor] | None
+    _model: PresentModel
+    # State of whole parameters that was loaded, by name, until a build takes it over.
+    _pending: dict[str, dict[str, Any]]
+    # Names of the parameters that a load had to bring state for; None where nothing was loaded.
+    _restored: frozenset[str] | None
     _builds: dict[tuple[Any, ...], Build]
     _by_parameter: bool
     _engine: Any
@@ -79,7 +82,7 @@ class StatefulOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        if (self._slots or self._pending) and any(getattr(p, "_fsdp_flattened", False) for p in self._given):
+        if (self._slots or self._pending) and any(map(fsdp1.is_flattened, self._given)):
             raise ValueError(
                 "FSDP1's optimizer state dict holds tensors in the shapes of parameters only, and would lose APOLLO's "
                 "low-rank state: save with apollo_dist.checkpoint.save(folder, model, optimizer), load with "
@@ -97,8 +100,9 @@ class StatefulOptimizer(Optimizer):
         if self._by_parameter or self._pending:
             found = dict(self._pending)
             for build in self._builds.values():
-                found |= {id(tensor): one for tensor, one in parameter_state.collect(build)}
-            state.update((index, dict(found[key])) for key, index in indices.items() if key in found)
+                found |= parameter_state.collect(build)
+            names = {index: self._members[key].name for key, index in indices.items()}
+            state.update((index, dict(found[name])) for index, name in names.items() if name in found)
         else:
             state.update(self.named_state())
         result: dict[str, Any] = {"state": state, "param_groups": groups}
@@ -144,15 +148,15 @@ class StatefulOptimizer(Optimizer):
         self._init_state()
         for key, value in state_dict["state"].items():
             if key in by_key:
-                self._pending[id(by_key[key])] = _copy(value)
+                self._pending[self._members[id(by_key[key])].name] = _copy(value)
             else:
                 self._slots[key] = _copy(value)
         if self._pending and self._slots:
             raise ValueError(f"the loaded state has {next(iter(self._slots))!r}, which is in no parameter group")
         if state_dict["state"]:
-            self._restored = list(self._given)
+            self._restored = frozenset(m.name for m in self._members.values())
         self.param_groups = saved
-        self.state = defaultdict(dict, {t: self._pending[id(t)] for t in tensors if id(t) in self._pending})
+        self._show()
 
     def _slot(self, name: str) -> Slot:
         """The state of a matrix or tensor, for a build; empty if it is new."""
@@ -162,32 +166,46 @@ class StatefulOptimizer(Optimizer):
 
     def _is_new(self, name: str) -> bool:
         """Whether a matrix came after the state was loaded, with ``add_param_group``."""
-        known = {id(p) for p in self._restored or ()}
-        new = [m.name for key, m in self._members.items() if key not in known]
+        new = {m.name for m in self._members.values()} - (self._restored or frozenset())
         return any(name == one or name.startswith(f"{one}[") for one in new)
 
     def _adopt(self, build: Build, by_parameter: bool) -> None:
-        """Take over a new build: give it the state that was loaded, and show its state. A collective."""
+        """Give a new build the state that was loaded, if there is one. A collective.
+
+        Args:
+            build: not yet one of ``_builds``.
+            by_parameter: whether ``param_groups`` holds the parameters, and not what DeepSpeed puts in their place.
+
+        Raises:
+            ValueError: on all ranks alike, if the state does not fit.
+        """
         self._by_parameter = by_parameter and parameter_state.by_parameter(build)
-        if not self._by_parameter:
-            if self._pending:
-                raise ValueError(
-                    "the loaded state is that of whole or DTensor parameters, which this layout cannot take over; use "
-                    "apollo_dist.checkpoint to continue under another engine"
-                )
+        if not self._pending:
             return
-        if self._pending:
-            required = {id(p) for p in self._restored or () if p.requires_grad}
-            parameter_state.restore(build, self._pending, required, self._process_group)
-            for tensor in build.tensors:
-                self._pending.pop(id(tensor), None)
-        self.state = defaultdict(dict, {t: s for t, s in self.state.items() if id(t) in self._pending})
+        if not self._by_parameter:
+            raise ValueError(
+                "the loaded state is that of whole or DTensor parameters, which this layout cannot take over; use "
+                "apollo_dist.checkpoint to continue under another engine"
+            )
+        required = {name for name in self._restored or () if not self._is_frozen(name)}
+        parameter_state.restore(build, self._pending, required, self._process_group)
+        for holding, _ in build.holdings:
+            self._pending.pop(holding.name, None)
+
+    def _is_frozen(self, name: str) -> bool:
+        return any(m.name == name and not p.requires_grad for p in self._given if (m := self._members[id(p)]))
+
+    def _show(self) -> None:
+        """Fill ``state`` for other tools to look at."""
+        tensors = [p for group in self.param_groups for p in group["params"]] if self._pending else []
+        shown = {p: self._pending.get(self._members[id(p)].name) for p in tensors}
+        self.state = defaultdict(dict, {p: state for p, state in shown.items() if state is not None})
         self._stacks = []
-        for one in (*self._builds.values(), build):
-            for tensor, shown, counter in parameter_state.show(one):
-                self.state[tensor] = shown
+        for build in self._builds.values() if self._by_parameter else ():
+            for tensor, state, counter in parameter_state.show(build):
+                self.state[tensor] = state
                 if counter is not None:
-                    self._stacks.append((shown, counter))
+                    self._stacks.append((state, counter))
 
     def _count_stacks(self) -> None:
         for shown, counter in self._stacks:
@@ -199,22 +217,21 @@ class StatefulOptimizer(Optimizer):
         kept = {key: self.__dict__[key] for key in _KEPT}
         kept["slots"] = {name: _copy(slot) for name, slot in self._slots.items()}
         kept["members"] = [self._members[id(p)] for p in self._given]
-        kept["pending"] = [self._pending.get(id(p)) for p in self._given]
-        return kept
+        return {**kept, "pending": self._pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         slots, members, pending = (state.pop(key) for key in ("slots", "members", "pending"))
-        self._process_group = None
+        self._process_group, self._engine, self._constructed = None, None, True
+        self._model = PresentModel(None)
         self._init_state()
-        self._engine, self._constructed = None, True
         super().__setstate__({**state, "state": defaultdict(dict)})
         self.defaults.pop("differentiable", None)  # which torch adds
-        self._slots = slots
         self._members = {id(p): m for p, m in zip(self._given, members, strict=True)}
-        self._pending = {id(p): one for p, one in zip(self._given, pending, strict=True) if one is not None}
-        if slots or self._pending:
-            self._restored = list(self._given)
+        self._slots, self._pending = slots, pending
+        if slots:
+            self._restored = frozenset(m.name for m in members)
+        self._show()
 
 
 def _copy(value: Any) -> Any:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from apollo_dist import APOLLO, checkpoint
@@ -14,6 +13,7 @@ from apollo_dist import APOLLO, checkpoint
 from .engines import full_weights, initialize, prepare, zero_config
 from .models import Bag, gradients, groups_of, low_rank, mean_gradients, shapes_of
 from .reference import Reference
+from .sharded import fsdp1, tp, whole
 from .zero_runs import BF16, OFFLOAD, OFFLOAD_BOTH
 
 GAP, FROZEN = 4, "layers.2."
@@ -59,15 +59,20 @@ def build(engine: str, world: int, *, seed: int, dtype: torch.dtype):
         optimizer = APOLLO(groups_of(model, ranks), update_proj_gap=GAP, seed=5, weight_decay=0.1)
         return model, initialize(model, ZERO[engine], optimizer=optimizer), optimizer
     wrapped = wrap(model, engine, world)
-    return model, wrapped, APOLLO(groups_of(wrapped, ranks), update_proj_gap=GAP, seed=5, weight_decay=0.1)
+    groups = groups_of(wrapped, ranks)
+    return model, wrapped, APOLLO(groups, model=wrapped, update_proj_gap=GAP, seed=5, weight_decay=0.1)
 
 
 def wrap(model: nn.Module, engine: str, world: int) -> nn.Module:
-    """The model under plain, ddp, fsdp2 or hsdp."""
+    """The model under plain, ddp, fsdp1, fsdp2, hsdp or tp (tensor parallelism in pairs, inside FSDP2)."""
     if engine == "plain":
         return model
     if engine == "ddp":
         return DistributedDataParallel(model)
+    if engine == "fsdp1":
+        return fsdp1(model, "full", world)
+    if engine == "tp":
+        return tp(model, "alternating", world)
     shape, names = ((2, world // 2), ("replicate", "shard")) if engine == "hsdp" else ((world,), ("shard",))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     for block in model.layers:
@@ -106,13 +111,13 @@ def leg(rank: int, world: int, engine: str, root: str, steps: range, dtype: torc
         assert model.count.tolist() == [1.0, 2.0, 3.0]
     assert int(model.batches) == 7
     assert model.scratch.tolist() == [0.0, 0.0]
-    advance(trained, optimizer, shapes, steps, rank, dtype)
+    advance(trained, optimizer, shapes, steps, rank // 2 if engine == "tp" else rank, dtype)
     extra = {"scheduler": {"last_epoch": steps.stop}, "samples": steps.stop * 7}
     path = checkpoint.save(root, trained, optimizer, extra if rank == 0 else None)
     assert path.name == f"step_{steps.stop:08d}", path
     if engine in ZERO:
         return full_weights(trained, model)
-    return {name: whole(p).clone() for name, p in model.named_parameters()}
+    return whole(trained)
 
 
 def expected(legs: list[tuple[str, int, range]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -122,16 +127,11 @@ def expected(legs: list[tuple[str, int, range]], dtype: torch.dtype) -> dict[str
     ranks = {name: r for name, r in low_rank(model, 3).items() if name in shapes}
     draw = torch.float64 if dtype == torch.float64 else torch.float32
     reference = Reference(weights, ranks, lr=LR, update_proj_gap=GAP, seed=5, weight_decay=0.1, draw_dtype=draw)
-    for _, world, steps in legs:
+    for engine, world, steps in legs:
         for step in steps:
-            reference.step(mean_gradients(shapes, step, world, dtype))
+            reference.step(mean_gradients(shapes, step, world // 2 if engine == "tp" else world, dtype))
     frozen = {name: p.detach().double() for name, p in model.named_parameters() if name not in shapes}
     return {**reference.weights, **frozen}
-
-
-def whole(p: Tensor) -> Tensor:
-    """A parameter's logical tensor."""
-    return (p.full_tensor() if isinstance(p, DTensor) else p).detach()
 
 
 def _shapes(dtype: torch.dtype) -> dict[str, torch.Size]:

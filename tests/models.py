@@ -6,8 +6,11 @@ done by the engine, and the reference gets what one process would have seen.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # (rows, columns): tall, wide, square, one row, fewer rows than ranks, odd sizes, one whose rows flat cuts cross, and
 # one with fewer elements than ranks.
@@ -19,8 +22,16 @@ SHAPES = {
 
 def product(module: nn.Module, wanted: dict[str, Tensor]) -> Tensor:
     """The loss whose gradients were asked for, over the parameters that the module itself holds."""
-    own = [(name, p) for name, p in module.named_parameters(recurse=False) if p.requires_grad]
-    return sum(((p * wanted[name].to(p.dtype)).sum() for name, p in own), torch.zeros(()))
+    # By name: under FSDP1 what a module holds in its forward pass is no parameter.
+    own = [(getattr(module, name), grad) for name, grad in wanted.items() if "." not in name]
+    return sum((_inner(p, grad.to(p.dtype)) for p, grad in own), torch.zeros(()))
+
+
+def _inner(p: Tensor, wanted: Tensor) -> Tensor:
+    if isinstance(p, DTensor):  # divided by tensor parallelism
+        wanted = distribute_tensor(wanted, p.device_mesh, p.placements, src_data_rank=None)
+        return (p * wanted).sum().full_tensor()
+    return (p * wanted).sum()
 
 
 class Layer(nn.Linear):
@@ -46,11 +57,13 @@ class Block(nn.Module):
 class Bag(nn.Module):
     """Blocks of every shape, an embedding, and a stack of experts."""
 
-    def __init__(self, seed: int = 0, experts: bool = True) -> None:
+    def __init__(
+        self, seed: int = 0, experts: bool = True, shapes: Iterable[tuple[int, int]] = SHAPES.values()
+    ) -> None:
         super().__init__()
         torch.manual_seed(seed)
         self.embed = Block(17, 4)
-        self.layers = nn.ModuleList([Block(m, n) for m, n in SHAPES.values()])
+        self.layers = nn.ModuleList([Block(m, n) for m, n in shapes])
         if experts:
             self.layers.append(Experts())
 
@@ -88,7 +101,7 @@ def groups_of(model: nn.Module, ranks: dict[str, int]) -> list[dict]:
     groups: dict[int | None, list] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            plain = name.removeprefix("module.")
+            plain = name.removeprefix("module.").replace("_fsdp_wrapped_module.", "")
             groups.setdefault(ranks.get(plain), []).append((name, p))
     return [{"params": params, "rank": rank} for rank, params in groups.items()]
 

@@ -16,9 +16,10 @@ from apollo_dist import APOLLO, checkpoint
 from apollo_dist.checkpoint.shards import Piece, Shards, read, write
 from apollo_dist.layout.tiles import flat_boxes
 
-from .checkpoint_runs import advance, build, whole
+from .checkpoint_runs import advance, build
 from .models import Bag, shapes_of
 from .ranks import run_ranks
+from .sharded import whole
 from .test_checkpoint_faults import flip
 
 SHAPES = shapes_of(Bag())
@@ -73,15 +74,15 @@ def together(rank: int, world: int, root: str) -> dict[str, object]:
 
 def background(rank: int, world: int, root: str) -> list[str]:
     """Names of weights that a save in the background got wrong, while collectives of training went on."""
-    model, trained, optimizer = build("fsdp2", world, seed=0, dtype=torch.float32)
+    _, trained, optimizer = build("fsdp2", world, seed=0, dtype=torch.float32)
     advance(trained, optimizer, SHAPES, range(2), rank, torch.float32)
-    before = {name: whole(p).clone() for name, p in model.named_parameters()}
+    before = {name: p.clone() for name, p in whole(trained).items()}
     pending = checkpoint.save(root, trained, optimizer, background=True)
     advance(trained, optimizer, SHAPES, range(2, 12), rank, torch.float32)
     path = pending.wait()
-    model, trained, optimizer = build("fsdp2", world, seed=9, dtype=torch.float32)
+    _, trained, optimizer = build("fsdp2", world, seed=9, dtype=torch.float32)
     checkpoint.load(path, trained, optimizer)
-    return [name for name, p in model.named_parameters() if not torch.equal(whole(p), before[name])]
+    return [name for name, p in whole(trained).items() if not torch.equal(p, before[name])]
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ from .ranks import run_ranks
 # (engine, number of ranks) one after the other. Six steps each: redraws fall inside and between.
 CHAINS = {
     "torch": (torch.float64, 1e-9, [("fsdp2", 4), ("ddp", 2), ("hsdp", 4), ("plain", 1), ("fsdp2", 3)]),
+    "layouts": (torch.float64, 1e-9, [("fsdp1", 4), ("fsdp2", 2), ("tp", 4), ("fsdp1", 3), ("plain", 1), ("fsdp1", 2)]),
+    "fsdp1 and zero": (torch.float32, 1e-5, [("fsdp1", 2), ("zero3", 3), ("fsdp2", 2), ("zero3", 2), ("fsdp1", 3)]),
     "deepspeed": (torch.float32, 1e-5, [("zero3", 4), ("zero2", 2), ("fsdp2", 3), ("plain", 1), ("zero1", 2)]),
     "back": (torch.float32, 1e-5, [("zero2 round robin", 2), ("zero3 sub-groups", 3), ("zero3 persistent", 2)]),
     "bf16": (torch.bfloat16, 1e-5, [("zero2 bf16", 2), ("zero0 bf16", 1), ("zero3 bf16", 3), ("zero1 bf16", 2)]),

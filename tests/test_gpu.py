@@ -10,7 +10,9 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel
 
 from apollo_dist import APOLLO, APOLLOMini, projection
 
@@ -127,3 +129,27 @@ def test_a_step_never_waits_for_the_device(kind: str, cache: bool) -> None:
             optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_fsdp1_with_cpu_offload_equals_the_cpu_step(tmp_path) -> None:
+    """FSDP1 pins what it offloads, so that its offload runs on accelerators only."""
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        expected, actual = make("cpu", torch.float64), make("cpu", torch.float64)
+        wrapped = FullyShardedDataParallel(
+            actual, use_orig_params=True, device_id=0, cpu_offload=CPUOffload(offload_params=True)
+        )
+        optimizers = [APOLLO(model, rank=4, update_proj_gap=3) for model in (expected, wrapped)]
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(7):
+            tokens = torch.randint(7, (3, 5), generator=generator)
+            for model, optimizer, batch in zip((expected, wrapped), optimizers, (tokens, tokens.cuda()), strict=True):
+                model(batch).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+        for want, got in zip(expected.parameters(), wrapped.parameters(), strict=True):
+            torch.testing.assert_close(got.cpu().view(want.shape), want, rtol=1e-9, atol=1e-9)
+    finally:
+        dist.destroy_process_group()

@@ -19,7 +19,7 @@ ALLOWED = {
     "layout": ("layout",),
     "exchange.plan": ("layout.tiles",),
     "exchange": ("layout.holding", "layout.tiles"),
-    "groups": ("layout.holding",),
+    "groups": ("layout",),
     "after_import": (),
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),

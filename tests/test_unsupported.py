@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Partial
 
 from apollo_dist import APOLLO
 from apollo_dist.refusals import unsupported
@@ -20,15 +20,38 @@ def network():
     return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
 
 
-def fsdp1(world):
-    APOLLO(FullyShardedDataParallel(network(), use_orig_params=True, device_id=torch.device("cpu")), rank=2)
+def wrapped(model, **options):
+    return FullyShardedDataParallel(model, device_id=torch.device("cpu"), **{"use_orig_params": True, **options})
 
 
-def columns(world):
-    mesh = init_device_mesh("cpu", (world,))
-    weight = nn.Parameter(distribute_tensor(torch.ones(8, 8), mesh, [Shard(1)]))
-    weight.grad = torch.ones_like(weight)
-    APOLLO([("layers.0.weight", weight)], rank=2).step()
+def fsdp1_parameters(world):
+    APOLLO(list(wrapped(network()).named_parameters()), rank=2)
+
+
+def fsdp1_flat(world):
+    APOLLO(wrapped(network(), use_orig_params=False), rank=2)
+
+
+def fsdp1_strided(world):
+    model = network()
+    model[0].weight = nn.Parameter(torch.ones(8, 8).t())
+    model = wrapped(model)
+    optimizer = APOLLO(model, rank=2)
+    model(torch.ones(1, 8)).sum().backward()
+    optimizer.step()
+
+
+def fsdp1_gathered(world):
+    model = wrapped(network())
+    optimizer = APOLLO(model, rank=2)
+    model(torch.ones(1, 8)).sum().backward()
+    with FullyShardedDataParallel.summon_full_params(model):
+        optimizer.step()
+
+
+def partial(world):
+    sums = DTensor.from_local(torch.ones(8, 8), init_device_mesh("cpu", (world,)), [Partial()], run_check=False)
+    APOLLO([("layers.0.weight", nn.Parameter(sums))], rank=2).step()
 
 
 def zero3_alone(world):
@@ -159,8 +182,11 @@ def slices(world):
 
 
 ATTEMPTS = {
-    fsdp1: "FSDP1",
-    columns: "dim-1 sharding come later",
+    fsdp1_parameters: "0.weight is an FSDP1 parameter, which does not know its shape nor its place",
+    fsdp1_flat: "is a flat parameter of FSDP1, in which matrices cannot be told apart; wrap the model with",
+    fsdp1_strided: "0.weight is not contiguous, and FSDP1 flattened it in the order of its strides (1, 8)",
+    fsdp1_gathered: "the module is gathered. Call step() after the backward pass",
+    partial: "Redistribute the parameter so that it has no Partial",
     zero3_alone: "is divided by ZeRO-3, but step() was not called by DeepSpeed's engine",
     experts: "are experts of DeepSpeed's MoE",
     # Last, for DeepSpeed keeps what it is given.

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ..agreement import agree, rank_of, run_together
 from ..build import Build
-from ..layout import detect, dtensor, zero, zero_engine
+from ..layout import detect, fsdp1, zero, zero_engine
 from ..layout.holding import Holding, canonical_name
 from ..matrix import Matrix
 from ..optimizer import APOLLO
@@ -97,7 +97,8 @@ def contents(model: Any, optimizer: Any) -> Contents:
 
 def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer, builds: Sequence[Build]) -> None:
     """The local part of ``contents``, which may fail on one rank only."""
-    dtensor.reshard(module)
+    fsdp1.register(module)
+    detect.reshard(module)
     if found.engine is not None:
         found.wrapper = zero.from_engine(found.engine, client).wrapper
     held = _apollo(found, client, builds) if isinstance(client, APOLLO) else elementwise.add(found, client, module)

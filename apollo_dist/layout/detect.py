@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from . import dtensor, whole, zero
+from . import dtensor, fsdp1, whole, zero
 from .holding import Holding
 
 
@@ -35,10 +35,22 @@ def _plain(tensor: Tensor, name: str) -> Holding:
         )
     if dtensor.is_dtensor(tensor):
         return dtensor.read(name, tensor)  # type: ignore[arg-type]
-    if getattr(tensor, "_fsdp_flattened", False):
-        raise ValueError(f"{name} is an FSDP1 parameter, which is not supported yet; use FSDP2 (fully_shard)")
+    if fsdp1.is_flattened(tensor):
+        return fsdp1.read(name, tensor)
     if hasattr(tensor, "ds_id"):
         raise ValueError(
             f"{name} is divided by ZeRO-3, but step() was not called by DeepSpeed's engine; call engine.step()"
         )
     return whole.read(name, tensor)
+
+
+def logical_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The unsharded shape of a parameter, which ZeRO-3 and FSDP1 keep aside."""
+    shape: tuple[int, ...] | None = getattr(tensor, "ds_shape", None) or fsdp1.shape_of(tensor)
+    return tuple(tensor.shape) if shape is None else tuple(shape)
+
+
+def reshard(model: nn.Module) -> None:
+    """Make the parameters of FSDP modules the sharded ones, and drop gathered copies of them."""
+    dtensor.reshard(model)
+    fsdp1.reshard(model)

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .tiles import Box, FlatCover, Range, Tile
+from .tiles import Box, FlatCover, Tile
 
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
@@ -33,7 +33,7 @@ class Cover(Protocol):
     def numel(self, rank: int) -> int:
         """How many elements rank ``rank`` holds."""
 
-    def held(self, rank: int) -> list[Range]:
+    def held(self, rank: int) -> list[tuple[int, ...]]:
         """What rank ``rank`` holds, as plain integers: checkpoints compare it."""
 
     def boxes(self, rank: int, shape: tuple[int, ...]) -> list[Box]:
@@ -71,7 +71,7 @@ class Holding:
         name: canonical fully qualified name.
         shape: the logical, unsharded shape.
         dtype, device: of the weights that the step updates.
-        layout: "whole", "dtensor" or "zero", for the log.
+        layout: "whole", "dtensor", "fsdp1" or "zero", for the log.
         group: the ranks that divide the parameter.
         cover: who of them holds what.
         weight: returns the local weights; any shape, row-major order is that of ``cover``'s offsets.

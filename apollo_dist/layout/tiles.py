@@ -133,7 +133,7 @@ class FlatCover:
         start, stop = self.ranges[rank]
         return max(0, stop - start)
 
-    def held(self, rank: int) -> list[Range]:
+    def held(self, rank: int) -> list[tuple[int, ...]]:
         """What rank ``rank`` holds, as plain integers: checkpoints compare it."""
         return [self.ranges[rank]]
 
