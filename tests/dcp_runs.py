@@ -20,9 +20,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from apollo_dist import APOLLO
 
-from .models import Bag, gradients, groups_of, low_rank, relative_error, shapes_of
+from .models import SHAPES, Bag, gradients, groups_of, low_rank, relative_error, shapes_of
 from .reference import Reference
+from .sharded import fsdp2, tp
 
+# The last ones have columns that 2 and 4 ranks divide evenly, as FSDP2 wants on dim 1.
+ALL = [*SHAPES.values(), (16, 4), (6, 24), (8, 8)]
 OPTIONS = {"update_proj_gap": 4, "seed": 3, "weight_decay": 0.1}
 
 
@@ -32,17 +35,20 @@ def whole(p: torch.Tensor) -> torch.Tensor:
 
 def make(engine: str, world: int, seed: int = 0) -> tuple[Bag, nn.Module, APOLLO]:
     """A double-precision Bag, the same as it is wrapped, and its optimizer."""
-    model = Bag(seed).double()
+    model = Bag(seed, shapes=ALL).double()
     ranks = low_rank(model, 3)
     wrapped: nn.Module = model
     if engine == "ddp":
         wrapped = DistributedDataParallel(model)
-    elif engine != "plain":
-        shape, names = ((2, world // 2), ("replicate", "shard")) if engine == "hsdp" else ((world,), None)
-        mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
+    elif engine == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
         for block in model.layers:
             fully_shard(block, mesh=mesh)
         wrapped = fully_shard(model, mesh=mesh)
+    elif engine.startswith("tp "):
+        wrapped = tp(model, engine.removeprefix("tp "), world)
+    elif engine != "plain":
+        wrapped = fsdp2(model, engine.removeprefix("fsdp2").strip(), world)
     return model, wrapped, APOLLO(groups_of(wrapped, ranks), **OPTIONS)
 
 
@@ -57,7 +63,7 @@ def train(model: Bag, wrapped: nn.Module, optimizer: APOLLO, steps: range) -> No
 
 def expected(steps: int) -> Reference:
     """The reference after that many steps."""
-    model = Bag().double()
+    model = Bag(shapes=ALL).double()
     reference = Reference(dict(model.named_parameters()), low_rank(model, 3), **OPTIONS)
     for step in range(steps):
         reference.step(gradients(shapes_of(model), step, 0))
@@ -86,32 +92,35 @@ def errors(model: Bag, optimizer: APOLLO, steps: int) -> dict[str, float]:
     return found
 
 
-def save(engine: str, world: int, folder: str, steps: int, options: StateDictOptions, how: str = "dcp") -> None:
-    model, wrapped, optimizer = make(engine, world)
-    train(model, wrapped, optimizer, range(steps))
+def save(wrapped: nn.Module, optimizer: APOLLO, folder: str, options: StateDictOptions, how: str = "dcp") -> None:
+    """Save a checkpoint with DCP, or with ``torch.save`` on the first rank."""
     weights, state = get_state_dict(wrapped, optimizer, options=options)
     if how == "dcp":
         _quiet(lambda: dcp.save({"model": weights, "optim": state}, checkpoint_id=folder))
-    elif not dist.is_initialized() or dist.get_rank() == 0:
-        torch.save({"model": weights, "optim": state}, f"{folder}.pt")
+    else:
+        if dist.get_rank() == 0:
+            torch.save({"model": weights, "optim": state}, f"{folder}.pt")
+        dist.barrier()
 
 
-def load(engine: str, world: int, folder: str, steps: range, options: StateDictOptions, how: str = "dcp") -> dict:
-    """Into a model of other weights; errors at once and after more steps."""
+def load(
+    engine: str, world: int, folder: str, steps: range, options: StateDictOptions, how: str = "dcp"
+) -> tuple[Bag, nn.Module, APOLLO, dict[str, float]]:
+    """A model of other weights that takes over a checkpoint and trains on; errors at once and after the steps."""
     model, wrapped, optimizer = make(engine, world, seed=1)
+    weights, state = {}, {}
     if how == "dcp":
         weights, state = get_state_dict(wrapped, optimizer, options=options)
         _quiet(lambda: dcp.load({"model": weights, "optim": state}, checkpoint_id=folder))
     elif not options.broadcast_from_rank0 or dist.get_rank() == 0:
         loaded = torch.load(f"{folder}.pt", weights_only=True)
         weights, state = loaded["model"], loaded["optim"]
-    else:
-        weights, state = {}, {}
     set_state_dict(wrapped, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
     at_once = errors(model, optimizer, steps.start)
     train(model, wrapped, optimizer, steps)
     later = errors(model, optimizer, steps.stop)
-    return {f"{when}: {n}": e for when, found in (("at once", at_once), ("later", later)) for n, e in found.items()}
+    found = {f"{when}: {n}": e for when, each in (("at once", at_once), ("later", later)) for n, e in each.items()}
+    return model, wrapped, optimizer, found
 
 
 def _quiet(work) -> None:
