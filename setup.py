@@ -23,6 +23,9 @@ DEEPSPEED = ["deepspeed>=0.16"]
 
 HUGGINGFACE = ["transformers>=4.48", "accelerate>=1.0", *DEEPSPEED]
 
+# Its strategies for FSDP: docs/integrations.md.
+LIGHTNING = ["lightning>=2.4"]
+
 PLOT = ["matplotlib>=3.7"]
 
 PRETRAIN = [
@@ -35,6 +38,7 @@ PRETRAIN = [
 
 DEV = [
     "accelerate>=1.0",
+    *LIGHTNING,
     "pytest>=8.0",
     "ruff",
     "mypy>=1.11",
@@ -59,6 +63,7 @@ setup(
     extras_require={
         "deepspeed": DEEPSPEED,
         "huggingface": HUGGINGFACE,
+        "lightning": LIGHTNING,
         "pretrain": PRETRAIN,
         "plot": PLOT,
         "dev": DEV,

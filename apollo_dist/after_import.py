@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -9,6 +10,19 @@ from types import ModuleType
 from typing import Any
 
 Action = Callable[[ModuleType], None]
+
+
+def around(owner: ModuleType | type, name: str, call: Callable[..., Any]) -> None:
+    """Let ``call(function, *args, **kwargs)`` stand in for a function of a module or class, if there is one."""
+    function = getattr(owner, name, None)
+    if function is None:
+        return
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return call(function, *args, **kwargs)
+
+    setattr(owner, name, wrapped)
 
 
 def after_import(name: str, action: Action) -> None:

@@ -23,7 +23,7 @@ class Build:
 
     Attributes:
         tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
-        units: the low-rank matrices by shard group.
+        units: the low-rank matrices by part (``Member.part``) and shard group.
         adam: the other parameters, as far as this rank holds any of them.
         adam_shapes: shapes of the other parameters, wherever they are held.
         holdings: of every parameter, also those of which this rank holds nothing, with its group.
@@ -129,6 +129,7 @@ def build(
     result = Build([tensor for group in groups for tensor in group["params"]])
     if chosen is not None:
         result.chosen = f"; chosen: {abbreviate(name for name in names.values() if name in chosen)}"
+    parts = {names[key]: m.part for key, m in members.items()}
     entries: dict[tuple[Any, ...], list[tuple[Holding, MatrixSpec, dict[str, Any]]]] = {}
     seen: list[list[Member]] = []
     for group in groups:
@@ -138,7 +139,7 @@ def build(
             result.holdings.append((holding, group))
             if is_low_rank(group, holding.name, chosen):
                 check_matrix(holding.name, holding.shape, group["rank"])
-                key = (id(holding.group.process_group), holding.device)
+                key = (parts.get(holding.name, 0), id(holding.group.process_group), holding.device)
                 entries.setdefault(key, []).extend((holding, spec, group) for spec in specs_of(holding, group))
                 continue
             result.adam_shapes.append(tuple(holding.shape))

@@ -17,18 +17,22 @@ modules to be imported by whoever needs them: nothing of them is imported here.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from .after_import import after_import
+from .after_import import after_import, around
 from .layout import zero
 from .refusals import unsupported
 
 Classes = tuple[type[torch.optim.Optimizer], ...]
+
+NOT_IN_BACKWARD = (
+    "DeepSpeed collects, reduces and clips gradients itself, and calls step() with what became of them; updates inside "
+    "backward would come before that. Use APOLLO; ZeRO-2 and 3 free gradients early as well"
+)
 
 
 def register(*classes: type[torch.optim.Optimizer]) -> None:
@@ -63,16 +67,12 @@ def refuse(engine: Any) -> None:
 
 def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> None:
     """Let ``check`` see, and refuse, the arguments of a function of a module or class."""
-    function = getattr(owner, name, None)
-    if function is None:
-        return
 
-    @functools.wraps(function)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         check(*args, **kwargs)
         return function(*args, **kwargs)
 
-    setattr(owner, name, guarded)
+    around(owner, name, call)
 
 
 def _no_inexact(classes: Classes) -> Callable[..., None]:
@@ -80,6 +80,8 @@ def _no_inexact(classes: Classes) -> Callable[..., None]:
 
     def check(engine: Any, basic_optimizer: Any = None, *_: Any, **__: Any) -> None:
         if isinstance(basic_optimizer, classes):
+            if getattr(basic_optimizer, "updates_in_backward", False):
+                raise ValueError(NOT_IN_BACKWARD)
             refuse(engine)
 
     return check

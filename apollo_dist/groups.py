@@ -46,12 +46,16 @@ _NOT_IN_BLOCKS = re.compile(r"embed|wte|wpe|lm_head|(^|[._])head($|[._])|norm", 
 
 @dataclass(frozen=True)
 class Member:
-    """A parameter as it was given: canonical name (``param_3`` where none was), logical shape, dtype, whether named."""
+    """A parameter as it was given: canonical name (``param_3`` where none was), logical shape, dtype, whether named.
+
+    Members with the same ``part`` step together: their matrices share a plan and its two collectives.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     named: bool
+    part: int = 0
 
 
 def member(index: int, name: str | None, tensor: torch.Tensor) -> Member:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 from . import rule
-from .exchange.collectives import TERMS, Channels
-from .exchange.plan import ChannelSet, MatrixSpec
+from .exchange.collectives import TERMS, Partial, Received
+from .exchange.division import ChannelSet
+from .exchange.plan import MatrixSpec
+from .exchange.routes import Channels
 from .layout.holding import Holding
 from .layout.tiles import Range, Tile
 from .projection import gaussian
@@ -88,12 +90,13 @@ class Matrix:
         self.spec, self.holding, self.channels, self.group, self.state = spec, holding, channels, group, state
         self.tiles = spec.tiles[holding.group.rank]
         self._cache = cache_projection
-        self._drawn: tuple[int, list[Tensor]] | None = None
+        self._drawn: tuple[int, Tensor, list[Tensor]] | None = None
         inner = [tile.inner(spec.tall) for tile in self.tiles]
+        if channels.arriving != (0, 0):
+            inner.append(channels.arriving)
         self._slab: Range = (min(a for a, _ in inner), max(b for _, b in inner)) if inner else (0, 0)
-        self._alone, self._shared, self._held = (
-            _Pieces.of(self.tiles, spec.tall, chosen)
-            for chosen in (channels.alone, channels.shared_held, channels.held)
+        self._alone, self._projected, self._held = (
+            _Pieces.of(self.tiles, spec.tall, chosen) for chosen in (channels.alone, channels.projected, channels.held)
         )
         self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
 
@@ -103,12 +106,14 @@ class Matrix:
         Each is (channels of the tile, its inner extent): a tile of a wide matrix comes transposed. Low-precision
         gradients are converted anew in each phase, so that never more than one batch is kept in float32.
         """
+        return [view.to(self.holding.compute_dtype) for view in self._stored_gradients()]
+
+    def _stored_gradients(self) -> list[Tensor]:
         grad = self.holding.grad()
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"{self.spec.name} has a sparse gradient, which APOLLO does not support")
-        views, _ = self._split(grad)
-        return [view.to(self.holding.compute_dtype) for view in views]
+        return self._split(grad)[0]
 
     def _split(self, local: Tensor) -> tuple[list[Tensor], Tensor | None]:
         """Views of the tiles in a local tensor, channels first; and the flat copy they are of, if it took one."""
@@ -129,23 +134,24 @@ class Matrix:
         self.state["step"] += 1
         return True
 
-    def partial(self, seed: int, active: bool) -> tuple[Tensor, Tensor | None]:
-        """What exchange 1 carries: this rank's part of R, and of the squared norms, over ``shared_held``.
+    def partial(self, seed: int, active: bool) -> Partial:
+        """What exchange 1 takes from this rank: its part of R and of the squared norms, and gradient elements.
 
         Sizes depend on the plan alone: without a gradient (``active`` False) the parts are zeros.
         """
-        count = self.channels.shared_held.count
-        if not active or not count:
-            norms = torch.zeros(count, **self._kind) if self.spec.channel_norms else None
-            return torch.zeros((count, self.spec.rank), **self._kind), norms
-        grads = self.gradients()
-        low_rank = torch.empty((count, self.spec.rank), **self._kind)
-        self._project(grads, self._shared, seed, low_rank)
-        if not self.spec.channel_norms:
-            return low_rank, None
-        norms = torch.empty(count, **self._kind)
-        self._channel_norms(grads, self._shared, norms)
-        return low_rank, norms.square_()
+        count = self.channels.projected.count
+        low_rank = torch.zeros((count, self.spec.rank), **self._kind)
+        norms = torch.zeros(count, **self._kind) if self.spec.channel_norms else None
+        if not active or not self.channels.shared_held.count:
+            return Partial(low_rank, norms, None)
+        stored = self._stored_gradients()
+        if count:
+            grads = [view.to(self.holding.compute_dtype) for view in stored]
+            self._project(grads, self._projected, seed, low_rank)
+            if norms is not None:
+                self._channel_norms(grads, self._projected, norms)
+                norms.square_()
+        return Partial(low_rank, norms, stored if self.spec.tall else [view.t() for view in stored])
 
     def complete(
         self,
@@ -153,7 +159,7 @@ class Matrix:
         low_rank: Tensor,
         norms: Tensor | None,
         seed: int,
-        received: tuple[Tensor, Tensor | None] | None,
+        received: Received | None,
     ) -> None:
         """Write R, and the gradient's norms, over the owned channels: held alone first, then received ones.
 
@@ -162,7 +168,7 @@ class Matrix:
             low_rank: (owned channels, r), written.
             norms: (owned channels,), written; None where norms by channel are not needed.
             seed: of the projections.
-            received: R and squared norms over ``shared_owned`` from exchange 1, if there was one.
+            received: what exchange 1 brought for ``shared_owned``, if there was one.
         """
         alone = self.channels.alone.count
         if alone:
@@ -170,9 +176,17 @@ class Matrix:
             if norms is not None:
                 self._channel_norms(grads, self._alone, norms[:alone])
         if received is not None and self.channels.shared_owned.count:
-            low_rank[alone:] = received[0]
-            if norms is not None and received[1] is not None:
-                torch.sqrt(received[1].to(norms.dtype), out=norms[alone:])
+            low_rank[alone:] = received.low_rank
+            squares = None if norms is None or received.norms is None else received.norms.to(norms.dtype)
+            for channels, inner, elements in received.elements:
+                part = elements.to(self.holding.compute_dtype)
+                low_rank[alone:][channels].addmm_(part, self._columns(seed, inner))
+                if squares is not None:
+                    lengths = torch.empty_like(squares[channels])
+                    rule.channel_norms(part, lengths)
+                    squares[channels].addcmul_(lengths, lengths)
+            if norms is not None and squares is not None:
+                torch.sqrt(squares, out=norms[alone:])
         if self.group["maximize"]:
             low_rank.neg_()
 
@@ -214,17 +228,29 @@ class Matrix:
 
     def _projections(self, seed: int) -> list[Tensor]:
         """For the current step, the projection of what each tile spans, as ``rule.project`` takes it."""
+        return self._draw(seed)[1]
+
+    def _columns(self, seed: int, inner: Sequence[Range]) -> Tensor:
+        """P^T of some ranges of the projected dimension, (their lengths, r), for elements of other ranks."""
+        slab, _ = self._draw(seed)
+        first = self._slab[0]
+        merged = ChannelSet.merged(inner).ranges
+        parts = [slab[:, a - first : b - first] for a, b in merged]
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).t()
+
+    def _draw(self, seed: int) -> tuple[Tensor, list[Tensor]]:
+        """The slab of P that this rank needs in the current step, and the part of each tile."""
         refresh = (self.state["step"] - 1) // self.group["update_proj_gap"]
         if self._drawn is not None and self._drawn[0] == refresh:
-            return self._drawn[1]
+            return self._drawn[1:]
         self._drawn = None
         size, (first, last) = min(self.spec.m, self.spec.n), self._slab
         slab = gaussian(seed, self.spec.name, refresh, self.spec.rank, size, first, last, **self._kind)
         edges = [tile.inner(self.spec.tall) for tile in self.tiles]
         drawn = [rule.columns(slab[:, a - first : b - first]) for a, b in edges]
         if self._cache:
-            self._drawn = (refresh, drawn)
-        return drawn
+            self._drawn = (refresh, slab, drawn)
+        return slab, drawn
 
     def held_scale(self, owned: Tensor | None, received: Tensor | None) -> Tensor | None:
         """The scaling factors of the held channels: this rank's own, then those received in exchange 2."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from .groups import (
 )
 from .layout import zero, zero_engine
 from .nonfinite import NonFiniteGuard
-from .present import PresentModel
+from .present import PresentModel, check_not_replaced
 from .stateful import StatefulOptimizer, called_to_make_state, given_twice
 from .step import step_adam, step_unit
 
@@ -213,17 +214,40 @@ class APOLLO(StatefulOptimizer):
         return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]
 
     def attach(self, engine: Any) -> None:
-        """Name the DeepSpeed engine that drives this optimizer.
+        """Name the DeepSpeed engine that drives this optimizer, or the model whose parameters it updates.
 
-        Not needed: the engine is found at the first step. Attaching makes that explicit, and debuggable.
+        An engine is found at the first step; attaching makes that explicit, and debuggable. A model names parameters
+        that came without names, so that the choice and the projections are those of ``APOLLO(model)``; and where
+        parameters were replaced in the model (by ``fully_shard``, by Accelerate) the optimizer follows, by name.
+        ``Accelerator.prepare`` and the Hugging Face ``Trainer`` attach their model themselves.
 
         Args:
-            engine: what ``deepspeed.initialize`` returned first.
+            engine: what ``deepspeed.initialize`` returned first, or the model, wrapped or not.
 
         Raises:
-            ValueError: if the engine drives another optimizer.
+            ValueError: if the engine drives another optimizer, or a parameter is not the model's; on all ranks alike.
         """
-        self._engine = zero.from_engine(engine, self)
+        if isinstance(engine, nn.Module) and not zero_engine.is_engine(engine):
+            self._attach_model(engine, strict=True)
+        else:
+            self._engine = zero.from_engine(engine, self)
+
+    def _attach_model(self, model: nn.Module, strict: bool) -> None:
+        """``attach`` for a model; a collective."""
+        self._model = PresentModel(model)
+        run_together(lambda: self._follow(strict), self._process_group)
+
+    def _follow(self, strict: bool = False) -> None:
+        """Take the model's parameters and names; may fail on one rank only."""
+        self._model.check(None)
+        self._members = self._model.follow(self.param_groups, self._members, strict=strict)
+        self._given, self._builds = [p for group in self.param_groups for p in group["params"]], {}
+
+    def _let_go(self) -> None:
+        """Hold no parameters, only their names: they are about to be replaced, and ``attach`` follows."""
+        # Under keys that are no ids, since those of freed tensors are used again.
+        self._members = {-1 - i: m for i, m in enumerate(self._members.values())}
+        self._given, self._builds = [], {}
 
     def prepare(self, engine: Any = None) -> list[Build]:
         """Read the layouts and make the state now, not at the first step: a checkpoint is loaded into them.
@@ -290,41 +314,48 @@ class APOLLO(StatefulOptimizer):
 
         None in the step with zero gradients that DeepSpeed makes while it builds FP16_UnfusedOptimizer.
         """
-        # With the groups' own ids, since a build reads their hyperparameters. Under ZeRO-3 each sub-group has a build,
-        # and at each call one group holds its flat tensor and the others are empty.
-        key = tuple(
-            (id(g), tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
-        )
+        key = self._key()
         if key in self._builds:
             return self._builds[key]
         engine = self._engine or zero.find(self)
         if engine.warming_up:
             return None
-        if engine.wrapper is None and self._model.follow(self.param_groups, self._members):
-            self._given = [p for group in self.param_groups for p in group["params"]]
-            return self._current()
-        built = run_together(
-            lambda: build(
-                self.param_groups,
-                self._members,
-                engine,
-                self._slot,
-                seed=self.seed,
-                exclude=self.exclude,
-                cache_projection=self.cache_projection,
-            ),
-            self._process_group,
-        )
+        built = run_together(lambda: self._build(engine), self._process_group)
         agree(built.facts, self._process_group)
         # A build of the same parameters under other tensors is out of date.
         names = built.names()
         self._builds = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
         self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
-        self._builds[key] = built
+        self._builds[self._key()] = built
         self._show()
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.info("%s: %s", type(self).__name__, built.summary())
         return built
+
+    def _key(self) -> tuple[Any, ...]:
+        # With the groups' own ids, since a build reads their hyperparameters. Under ZeRO-3 each sub-group has a build,
+        # and at each call one group holds its flat tensor and the others are empty.
+        return tuple(
+            (id(g), tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
+        )
+
+    def _build(self, engine: zero.Engine) -> Build:
+        """The local part of ``_current``; may fail on one rank only."""
+        if engine.wrapper is None and self._model.module is not None:
+            self._follow()
+        elif engine.wrapper is None:
+            check_not_replaced(self._given)
+        if engine.module is None:
+            engine = replace(engine, module=self._model.module)
+        return build(
+            self.param_groups,
+            self._members,
+            engine,
+            self._slot,
+            seed=self.seed,
+            exclude=self.exclude,
+            cache_projection=self.cache_projection,
+        )
 
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:

@@ -1,20 +1,21 @@
 """The model's parameters as they are now, which need not be those that the optimizer was built with.
 
-``fully_shard`` puts new parameters into a model, and tools around it (Accelerate) put them into optimizers, too.
+``fully_shard`` puts new parameters into a model. Accelerate does so too, and exchanges them in the optimizer's groups
+as well, where nothing says any more which is which. A matrix's projection and its state go by its name, so the names of
+the model are laid on the parameters that it has now.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from .groups import Member
-from .layout import fsdp1
+from .groups import Member, member
+from .layout import dtensor, fsdp1
 from .layout.detect import logical_shape
 from .layout.holding import canonical_name
 
@@ -48,7 +49,7 @@ class PresentModel:
 
     def _parameters(self) -> dict[str, Tensor]:
         """Its parameters by canonical name; empty where there is none, or none any more."""
-        model = None if self._model is None else self._model()
+        model = self.module
         return {} if model is None else {canonical_name(name): p for name, p in model.named_parameters()}
 
     def named(self, pairs: Sequence[tuple[str | None, Tensor]]) -> list[tuple[str | None, Tensor]]:
@@ -58,35 +59,81 @@ class PresentModel:
         names = {id(p): name for name, p in self._parameters().items()}
         return [(names.get(id(p)) if name is None else name, p) for name, p in pairs]
 
-    def follow(self, groups: Sequence[dict[str, Any]], members: dict[int, Member]) -> bool:
-        """Put the model's present parameters into ``groups`` and ``members`` for those that it had; whether any did.
+    @property
+    def module(self) -> nn.Module | None:
+        """The model; None where there is none, or none any more."""
+        return None if self._model is None else self._model()
+
+    def follow(
+        self, groups: Sequence[dict[str, Any]], members: Mapping[int, Member], *, strict: bool
+    ) -> dict[int, Member]:
+        """Members for the parameters in ``groups``, with the model's names where none were given.
+
+        A parameter that the model does not have any more is exchanged in ``groups``, in place, for the one that now has
+        its name.
 
         Args:
-            groups: the optimizer's; ``params`` of each are changed in place.
-            members: of the optimizer, by ``id``; those of present parameters are added.
+            groups: the optimizer's ``param_groups``; their parameters may have been exchanged already.
+            members: those of the optimizer so far, by ``id``.
+            strict: refuse parameters without a name that the model does not have either; else they stay as they are.
+
+        Returns:
+            The members by ``id``, in the order of ``groups``.
 
         Raises:
-            ValueError: if a parameter of the same name has another shape.
+            ValueError: if a parameter cannot be named, or was replaced by one of another shape.
         """
-        present = self._parameters()
-        names = {id(p): name for name, p in present.items()}
-        by_name = {m.name: m for m in members.values() if m.named}
-        changed = 0
+        now = self._parameters()
+        names = {id(parameter): name for name, parameter in now.items()}
+        found: dict[int, Member] = {}
+        replaced = 0
         for group in groups:
-            for i, tensor in enumerate(group["params"]):
-                known = members.get(id(tensor))
-                name = names.get(id(tensor)) if known is None else known.name if known.named else None
-                current = present.get(name) if name is not None else None
-                if current is None or name not in by_name or (current is tensor and known is not None):
-                    continue
-                if logical_shape(current) != by_name[name].shape:
+            for i, parameter in enumerate(group["params"]):
+                known, name = members.get(id(parameter)), names.get(id(parameter))
+                if known is not None and known.named and name is None and known.name in now:
+                    group["params"][i] = current = now[known.name]
+                    _check_shape(known, current)
+                    found[id(current)] = member(len(found), known.name, current)
+                    replaced += 1
+                elif known is not None and (known.named or (name is None and not strict)):
+                    found[id(parameter)] = known
+                elif name is not None:
+                    found[id(parameter)] = member(len(found), name, parameter)
+                else:
                     raise ValueError(
-                        f"{name} had shape {by_name[name].shape} when the optimizer was built, and the model now has "
-                        f"one of shape {logical_shape(current)}; build the optimizer anew"
+                        f"a parameter of shape {tuple(parameter.shape)} is not one of {type(self.module).__name__}'s, "
+                        "so it has no name to draw a projection by. Build the optimizer as APOLLO(model) from the "
+                        "model that is trained"
                     )
-                group["params"][i] = current
-                members[id(current)] = dataclasses.replace(by_name[name], dtype=current.dtype)
-                changed += 1
-        if changed:
-            logger.info("%d parameters were replaced in the model after the optimizer was built; it follows", changed)
-        return bool(changed)
+        lost = {m.name for m in members.values() if m.named} - {m.name for m in found.values()}
+        if lost:
+            raise ValueError(
+                f"{len(lost)} parameters, among them {min(lost)}, were replaced, and {type(self.module).__name__} "
+                "knows them under other names than the optimizer was given. Build it as APOLLO(model) from the model "
+                "that is trained"
+            )
+        if replaced:
+            logger.info("%d parameters were replaced in the model after the optimizer was built; it follows", replaced)
+        return found
+
+
+def _check_shape(known: Member, current: Tensor) -> None:
+    if logical_shape(current) != known.shape:
+        raise ValueError(
+            f"{known.name} had shape {known.shape} when the optimizer was built, and the model now has one of shape "
+            f"{logical_shape(current)}; build the optimizer anew"
+        )
+
+
+def check_not_replaced(parameters: Sequence[Tensor]) -> None:
+    """Raise ValueError if nothing will ever train because ``fully_shard`` came after an optimizer without a model.
+
+    The parameters are then none of any model's, and never get a gradient.
+    """
+    left = all(p.grad is None and not dtensor.is_dtensor(p) for p in parameters)
+    if left and dtensor.any_sharded_module():
+        raise ValueError(
+            f"none of the {len(parameters)} parameters has a gradient or is sharded, but a model in this process is: "
+            "fully_shard replaced its parameters after the optimizer was built. Build APOLLO after fully_shard, or as "
+            "APOLLO(model), which follows"
+        )

@@ -6,7 +6,6 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
-from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
@@ -82,14 +81,17 @@ class StatefulOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
-        if (self._slots or self._pending) and any(map(fsdp1.is_flattened, self._given)):
+        if (self._slots or self._pending) and any(map(fsdp1.is_flattened, self._tensors())):
             raise ValueError(
                 "FSDP1's optimizer state dict holds tensors in the shapes of parameters only, and would lose APOLLO's "
                 "low-rank state: save with apollo_dist.checkpoint.save(folder, model, optimizer), load with "
                 "apollo_dist.checkpoint.load"
             )
+        found = dict(self._pending)
+        for build in self._builds.values() if self._by_parameter else ():
+            found |= parameter_state.collect(build)
         indices: dict[int, int] = {}
-        for tensor in chain.from_iterable(group["params"] for group in self.param_groups):
+        for tensor in self._tensors(named=bool(found)):
             indices.setdefault(id(tensor), len(indices))
         groups = [
             {**{key: value for key, value in group.items() if key != "params"},
@@ -97,12 +99,10 @@ class StatefulOptimizer(Optimizer):
             for group in self.param_groups
         ]  # fmt: skip
         state: dict[Any, dict[str, Any]] = {}
-        if self._by_parameter or self._pending:
-            found = dict(self._pending)
-            for build in self._builds.values():
-                found |= parameter_state.collect(build)
+        if found or self._by_parameter:
             names = {index: self._members[key].name for key, index in indices.items()}
-            state.update((index, dict(found[name])) for index, name in names.items() if name in found)
+            state = {index: dict(found[name]) for index, name in names.items() if name in found}
+            assert len(state) == len(found), "a state without a parameter"
         else:
             state.update(self.named_state())
         result: dict[str, Any] = {"state": state, "param_groups": groups}
@@ -123,21 +123,29 @@ class StatefulOptimizer(Optimizer):
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, given)
             given = given if changed is None else changed
-        run_together(lambda: self._load(given), self._process_group)
+        # Nothing changes on any rank before all have read it.
+        groups, pending, slots = run_together(lambda: self._read(given), self._process_group)
+        self._init_state()
+        self._pending, self._slots, self.param_groups = pending, slots, groups
+        if pending or slots:
+            self._restored = frozenset(m.name for m in self._members.values())
+        self._show()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
-        """The local part of ``load_state_dict``."""
+    def _read(
+        self, state_dict: Mapping[str, Any]
+    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Slot]]:
+        """Parameter groups, state by parameter and slots out of a state dict; local."""
         saved = deepcopy(list(state_dict["param_groups"]))
         sizes, here = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
         if sizes != here:
             raise ValueError(
                 f"the loaded state is of parameter groups with {sizes} parameters, and here they have {here}"
             )
-        keys = chain.from_iterable(group["params"] for group in saved)
-        tensors = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        by_key = dict(zip(keys, tensors, strict=True))
+        keys = [key for group in saved for key in group["params"]]
+        by_parameter = not state_dict["state"].keys().isdisjoint(keys)
+        by_key = dict(zip(keys, self._tensors(named=by_parameter), strict=True))
         for number, (group, old) in enumerate(zip(saved, self.param_groups, strict=True)):
             group["params"] = old["params"]
             # What older versions did not save; tuples come back from a checkpoint as lists.
@@ -145,18 +153,33 @@ class StatefulOptimizer(Optimizer):
                 group.setdefault(key, default)
             group["betas"] = tuple(group["betas"])
             validate_options(group, f"parameter group {number} of the loaded state")
-        self._init_state()
+        if not by_parameter:
+            return saved, {}, {name: _copy(slot) for name, slot in state_dict["state"].items()}
+        pending = {}
         for key, value in state_dict["state"].items():
-            if key in by_key:
-                self._pending[self._members[id(by_key[key])].name] = _copy(value)
-            else:
-                self._slots[key] = _copy(value)
-        if self._pending and self._slots:
-            raise ValueError(f"the loaded state has {next(iter(self._slots))!r}, which is in no parameter group")
-        if state_dict["state"]:
-            self._restored = frozenset(m.name for m in self._members.values())
-        self.param_groups = saved
-        self._show()
+            if key not in by_key:
+                raise ValueError(f"the loaded state has {key!r}, which is in no parameter group")
+            pending[self._name(by_key[key])] = _copy(value)
+        return saved, pending, {}
+
+    def _tensors(self, named: bool = False) -> list[Tensor]:
+        """What is in ``param_groups``; where it must be ``named``, parameters that tools have put there are known."""
+        held = [p for group in self.param_groups for p in group["params"]]
+        if named and self._model.module is not None and any(id(p) not in self._members for p in held):
+            self._follow()
+            held = [p for group in self.param_groups for p in group["params"]]
+        return held
+
+    def _follow(self, strict: bool = False) -> None:
+        raise NotImplementedError
+
+    def _name(self, tensor: Tensor) -> str:
+        if id(tensor) not in self._members:
+            raise ValueError(
+                f"a parameter of shape {tuple(tensor.shape)} is not one that the optimizer was built with: state of "
+                "whole parameters cannot be loaded here"
+            )
+        return self._members[id(tensor)].name
 
     def _slot(self, name: str) -> Slot:
         """The state of a matrix or tensor, for a build; empty if it is new."""
@@ -193,12 +216,12 @@ class StatefulOptimizer(Optimizer):
             self._pending.pop(holding.name, None)
 
     def _is_frozen(self, name: str) -> bool:
-        return any(m.name == name and not p.requires_grad for p in self._given if (m := self._members[id(p)]))
+        return any(m.name == name and not p.requires_grad for p in self._given if (m := self._members.get(id(p))))
 
     def _show(self) -> None:
         """Fill ``state`` for other tools to look at."""
         tensors = [p for group in self.param_groups for p in group["params"]] if self._pending else []
-        shown = {p: self._pending.get(self._members[id(p)].name) for p in tensors}
+        shown = {p: self._pending.get(self._name(p)) for p in tensors}
         self.state = defaultdict(dict, {p: state for p, state in shown.items() if state is not None})
         self._stacks = []
         for build in self._builds.values() if self._by_parameter else ():

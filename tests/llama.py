@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -43,9 +43,9 @@ def llama(seed: int = 0) -> nn.Module:
     )  # fmt: skip
 
 
-def low_rank_names(model: nn.Module) -> list[str]:
-    """The attention and MLP matrices of a ``llama``, spelled out."""
-    names = [name for name, _ in model.named_parameters() if name.endswith("_proj.weight")]
+def low_rank_names(names: Iterable[str]) -> list[str]:
+    """The attention and MLP matrices among the names of a ``llama``, spelled out."""
+    names = [name for name in names if name.endswith("_proj.weight")]
     assert len(names) == 2 * 7
     return names
 
@@ -61,6 +61,7 @@ def dense(
     rates: Sequence[float],
     *,
     rank: int = RANK,
+    prefix: str = "",
     adamw: Callable[[str], bool] = lambda name: False,
     decay: Callable[[str], float] = lambda name: 0.0,
     **options,
@@ -71,13 +72,14 @@ def dense(
         batches: for each step the token ids of all ranks, (rows, LENGTH).
         rates: for each step the learning rate.
         rank: of the low-rank matrices.
+        prefix: in front of the model's names, where it is a part of another module.
         adamw: which of the attention and MLP matrices are left to AdamW.
         decay: a parameter's weight decay.
         options: of ``Reference``.
     """
     model = llama()
-    weights = dict(model.named_parameters())
-    ranks = {name: rank for name in low_rank_names(model) if not adamw(name)}
+    weights = dict(model.named_parameters(prefix=prefix))
+    ranks = {name: rank for name in low_rank_names(weights) if not adamw(name)}
     parts = [
         Reference(
             {name: w for name, w in weights.items() if decay(name) == value},

@@ -1,5 +1,7 @@
 """Collectives of a step: how many, how many bytes, against the plan."""
 
+import math
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,7 +16,10 @@ from .ranks import run_ranks
 
 
 class Counter:
-    """Counts what goes through torch.distributed, and the bytes that all-to-alls send to other ranks."""
+    """Counts what goes through torch.distributed, and the bytes that all-to-alls and all-reduces send to other ranks.
+
+    For an all-reduce of n numbers that is what a ring sends: 2 (world - 1) / world of them, rounded up.
+    """
 
     COLLECTIVES = (
         "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast",
@@ -40,6 +45,9 @@ class Counter:
             if name == "all_to_all_single":
                 _, buffer, _, send = args
                 self.bytes.append((sum(send) - send[self.rank]) * buffer.element_size())
+            if name == "all_reduce":
+                world = dist.get_world_size()
+                self.bytes.append(math.ceil(2 * (world - 1) * args[0].numel() / world) * args[0].element_size())
             return original(*args, **kwargs)
 
         return call
@@ -61,16 +69,18 @@ def fsdp2_step(rank, world, options):
         found.append((counter.calls, counter.bytes))
         optimizer.zero_grad()
     (built,) = optimizer._builds.values()
+    sent = [unit.plan.numbers_sent(rank) for unit in built.units]
+    assert [tuple(4 * numbers for numbers in pair) for pair in sent] == [u.exchange.bytes_sent for u in built.units]
     return found[1:], [unit.exchange.bytes_sent for unit in built.units]
 
 
-def test_two_collectives_whatever_the_number_of_matrices():
-    for options in ({}, {"scale_type": "tensor"}):
-        for found, predicted in run_ranks(fsdp2_step, 3, options):
-            assert len(predicted) == 1
-            for calls, sent in found:
-                assert calls == ["all_to_all_single"] * 2
-                assert tuple(sent) == predicted[0]
+@pytest.mark.parametrize(("options", "second"), [({}, "all_to_all_single"), ({"scale_type": "tensor"}, "all_reduce")])
+def test_two_collectives_whatever_the_number_of_matrices(options, second):
+    for found, predicted in run_ranks(fsdp2_step, 3, options):
+        assert len(predicted) == 1
+        for calls, sent in found:
+            assert calls == ["all_to_all_single", second]
+            assert tuple(sent) == predicted[0]
 
 
 def nothing_shared(rank, world):
@@ -116,8 +126,11 @@ def zero_step(rank, world, config):
     calls = counted_steps(engine, optimizer, lambda step: engine(gradients(shapes, step, rank)), rank, 2)
     predicted = []
     for b in optimizer._builds.values():
-        number = sum(u.plan.needs_exchange1 + u.plan.needs_exchange2 for u in b.units)
-        predicted.append((["all_to_all_single"] * number, sum(sum(u.exchange.bytes_sent) for u in b.units)))
+        collectives = []
+        for u in b.units:
+            collectives += ["all_to_all_single"] * u.plan.needs_exchange1
+            collectives += ["all_reduce" if u.plan.reduces else "all_to_all_single"] * u.plan.needs_exchange2
+        predicted.append((collectives, sum(sum(u.exchange.bytes_sent) for u in b.units)))
     return calls, predicted
 
 

@@ -17,21 +17,26 @@ ALLOWED = {
     "agreement": (),
     "layout.tiles": (),
     "layout": ("layout",),
-    "exchange.plan": ("layout.tiles",),
+    "exchange.division": ("layout.tiles",),
+    "exchange.owners": ("exchange.division", "layout.tiles"),
+    "exchange.plan": ("exchange.division", "exchange.owners", "layout.tiles"),
     "exchange": ("layout.holding", "layout.tiles"),
     "groups": ("layout",),
     "after_import": (),
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),
+    "hugging_face": ("after_import", "layout"),
+    "preflight": ("pretrain",),
 }
 PUBLIC = {
     "apollo_dist",
     "apollo_dist.agreement",
     "apollo_dist.checkpoint",
     "apollo_dist.groups",
+    "apollo_dist.layerwise",
     "apollo_dist.projection",
 }
-NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "matrix", "unit")
+NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "exchange.routes", "matrix", "unit")
 
 
 def imports(path: Path) -> set[str]:
@@ -80,7 +85,8 @@ def test_pretrain_uses_public_names_only():
 
 def test_engines_are_not_imported():
     """``import apollo_dist`` needs neither DeepSpeed nor transformers."""
-    code = "import sys, apollo_dist; print([m for m in ('deepspeed', 'transformers', 'datasets') if m in sys.modules])"
+    engines = ("deepspeed", "transformers", "datasets", "accelerate", "lightning")
+    code = f"import sys, apollo_dist; print([m for m in {engines} if m in sys.modules])"
     assert (
         subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "[]"
     )

@@ -1,11 +1,15 @@
 """Tiles and plans: integers only, checked exhaustively on small matrices."""
 
 import itertools
+from collections import Counter
+from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from apollo_dist.exchange.plan import MatrixSpec, make_plan
-from apollo_dist.layout.tiles import FlatCover, Tile, check_cover, flat_tiles
+from apollo_dist.exchange.routes import Elements, First, Projected, Second
+from apollo_dist.layout.tiles import FlatCover, Tile, check_cover, cut_ranges, flat_tiles, row_ranges
 
 
 def cells(tile: Tile) -> list[tuple[int, int]]:
@@ -61,8 +65,12 @@ def test_tall_matrices_send_only_rows_that_boundaries_cut():
     shared = {c for s in plan.matrices[0].segments if s.shared for c in range(s.start, s.stop)}
     assert shared == cut
     assert plan.shared_channels == len(cut) == 6
-    # r + 1 numbers for each cut row, from the one holder that does not own it.
-    assert sum(plan.numbers_sent(r)[0] for r in range(world)) == len(cut) * 5
+    # For each cut row what the holder that does not own it has: r + 1 numbers, or its elements if those are fewer.
+    expected = 0
+    for segment in plan.matrices[0].segments:
+        for rank in set(segment.holders) - {segment.owner} if segment.shared else ():
+            expected += min(5, sum(t.numel for t in plan.matrices[0].spec.tiles[rank] if t.row == segment.start))
+    assert sum(plan.numbers_sent(r)[0] for r in range(world)) == expected < len(cut) * 5
 
 
 def test_row_shards_of_a_tall_matrix_share_nothing():
@@ -99,3 +107,118 @@ def test_digest_depends_on_every_integer():
     assert base == make_plan([spec(6, 5, even(30, 3))], 3).digest
     for other in [spec(6, 5, (*even(30, 2), (30, 30))), spec(5, 6, even(30, 3)), spec(6, 5, even(30, 3), rank=3)]:
         assert make_plan([other], 3).digest != base
+
+
+# How engines cut an m x n matrix: rows, even flat parts, and a flat buffer of several matrices, of which it is a part.
+def divisions(m, n, world):
+    size = -(-(m * n + 37) // world)
+    return [row_ranges(m, n, world), even(m * n, world), cut_ranges(20, m * n, size, world)]
+
+
+def columns(m, n, world):
+    """Tiles of a matrix whose columns are dealt out in two runs a rank, as strided shards do."""
+    edges = [n * k // (2 * world) for k in range(2 * world + 1)]
+    tiles, offsets = [[] for _ in range(world)], [0] * world
+    for k, (start, stop) in enumerate(pairwise(edges)):
+        if stop > start:
+            tiles[k % world].append(Tile(0, start, m, stop - start, offsets[k % world]))
+            offsets[k % world] += m * (stop - start)
+    return tuple(map(tuple, tiles))
+
+
+def plans(world):
+    """Plans of several matrices of every shape and division, at ranks from one to the largest."""
+    shapes = [(6, 25), (25, 6), (5, 31), (9, 9), (40, 8), (6, 25), (3, 10)]
+    for options in ({}, {"channel_norms": False, "channel_scales": False, "terms": (0, 1, 2)}, {"terms": ()}):
+        for r in (1, 2, 3):
+            for k in range(3):
+                specs = [spec(m, n, divisions(m, n, world)[k], rank=r, **options) for m, n in shapes]
+                yield make_plan(specs, world)
+            flat = [spec(m, n, even(m * n, world), rank=r, **options) for m, n in shapes]
+            yield make_plan([replace(s, tiles=columns(s.m, s.n, world)) for s in flat], world)
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 8])
+def test_both_ends_of_every_message_agree(world):
+    """What each rank sends is what its peer expects, and what the plan counts, whatever the division."""
+    kinds = set()
+    for plan in plans(world):
+        first = [First(plan, rank) for rank in range(world)]
+        for a, b in itertools.product(range(world), repeat=2):
+            assert first[a].routes[b].send_numbers == first[b].routes[a].receive_numbers
+            kinds |= {type(piece) for piece in first[a].routes[b].send}
+        for rank in range(world):
+            sent = sum(route.send_numbers for k, route in enumerate(first[rank].routes) if k != rank)
+            assert sent == plan.numbers_sent(rank)[0]
+            owned = sum(c.owned.count * m.spec.rank for c, m in zip(first[rank].channels, plan.matrices, strict=True))
+            assert owned == plan.owned_numbers(rank)
+        if plan.needs_exchange2 and not plan.reduces:
+            second = [Second(plan, rank, 3) for rank in range(world)]
+            for a, b in itertools.product(range(world), repeat=2):
+                assert second[a].send_numbers[b] == second[b].receive_numbers[a]
+            for rank in range(world):
+                sent = sum(second[rank].send_numbers) - second[rank].send_numbers[rank]
+                assert sent == plan.numbers_sent(rank)[1]
+    assert kinds == {Projected, Elements}
+
+
+@pytest.mark.parametrize("world", [2, 3, 5, 8])
+def test_every_element_of_a_shared_channel_reaches_its_owner_once(world):
+    """As itself or in a projection; elements never with more numbers than their projection has."""
+    for plan in plans(world):
+        first = [First(plan, rank) for rank in range(world)]
+        for i, m in enumerate(plan.matrices):
+            seen = Counter()
+            for rank in range(world):
+                channels = {c for start, stop in first[rank].channels[i].projected.ranges for c in range(start, stop)}
+                tiles = m.spec.tiles[rank]
+                seen.update(c for t in tiles for c in cells(t) if c[0 if m.spec.tall else 1] in channels)
+                for route in first[rank].routes:
+                    for piece in route.send:
+                        if isinstance(piece, Elements) and piece.matrix == i:
+                            tile = tiles[piece.tile]
+                            start = tile.channels(m.spec.tall)[0]
+                            chosen = range(start + piece.first, start + piece.last)
+                            seen.update(c for c in cells(tile) if c[0 if m.spec.tall else 1] in chosen)
+            shared = {c for s in m.segments if s.shared for c in range(s.start, s.stop)}
+            everything = itertools.product(range(m.spec.m), range(m.spec.n))
+            expected = {c for c in everything if c[0 if m.spec.tall else 1] in shared}
+            assert set(seen) == expected
+            assert set(seen.values()) <= {1}
+
+
+def test_the_smaller_of_projection_and_elements_travels():
+    """A 64 x 200 matrix in rows, rank 16 and channel norms: 17 numbers a channel, or as many as the rank has rows."""
+    for world, numbers in ((2, 17), (3, 17), (4, 16), (8, 8), (32, 2), (64, 1)):
+        plan = make_plan([spec(64, 200, row_ranges(64, 200, world), rank=16)], world)
+        owned = [int(plan.matrices[0].shares.counts[plan.matrices[0].shares.owners == k].sum()) for k in range(world)]
+        rows = [min(numbers, 64 - k * -(-64 // world)) for k in range(world)]
+        assert [plan.numbers_sent(k)[0] for k in range(world)] == [
+            (200 - own) * row for own, row in zip(owned, rows, strict=True)
+        ]
+
+
+def test_equal_matrices_are_dealt_as_one_line():
+    """Ten equal matrices on ten ranks: each owns most of one, rather than a tenth of each."""
+    plan = make_plan([spec(40, 60, row_ranges(40, 60, 10)) for _ in range(10)], 10)
+    assert [plan.owned_numbers(k) for k in range(10)] == [60 * 4] * 10
+    assert sum(len(m.shares.owners) for m in plan.matrices) == 10
+
+
+def test_norm_terms_are_reduced_where_that_is_less():
+    tall = {"rank": 1, "channel_norms": False, "channel_scales": False, "terms": (0, 1, 2)}
+    specs = [spec(10, 7, even(70, 4), **tall)] * 3
+    plan = make_plan(specs, 4)
+    assert plan.reduces and plan.reduced_numbers == 9
+    assert plan.numbers_sent(0)[1] == 14  # 2 * 3 / 4 of 9, rounded up
+    # With scaling factors for each of many channels the all-to-all, which sends them once, is less.
+    assert not make_plan([spec(10, 700, row_ranges(10, 700, 4))], 4).reduces
+
+
+def test_cut_ranges_equal_their_definition():
+    for start, numel, partition, world in itertools.product((0, 3, 10), (0, 1, 9, 20), (1, 4, 10), (1, 3, 7)):
+        expected = []
+        for rank in range(world):
+            low, high = max(start, rank * partition), min(start + numel, (rank + 1) * partition)
+            expected.append((low - start, high - start) if low < high else (0, 0))
+        assert cut_ranges(start, numel, partition, world) == tuple(expected)

@@ -38,7 +38,7 @@ def rank_main(rank: int, port: int, arguments: list[str], log: str) -> None:
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
     )  # fmt: skip
     sys.stdout = sys.stderr = open(log, "a", buffering=1)  # noqa: SIM115  open as long as the process lives
-    faulthandler.register(signal.SIGUSR1)
+    faulthandler.register(signal.SIGUSR2)
     torch.set_num_threads(1)
     from apollo_dist.pretrain.__main__ import main
 
@@ -87,7 +87,7 @@ def end(process: BaseProcess, timeout: float) -> int | None:
     process.join(timeout)
     code = process.exitcode
     if code is None and process.pid is not None:
-        os.kill(process.pid, signal.SIGUSR1)
+        os.kill(process.pid, signal.SIGUSR2)
         process.join(2)
         process.kill()
     return code

@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from apollo_dist.pretrain import train
+from apollo_dist.pretrain import step, train
 from apollo_dist.pretrain.distributed import Ranks, SetupError
 from apollo_dist.pretrain.optimizers import local
+from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import load_settings
 
 from .engines import full_weights, zero_config
@@ -39,7 +40,7 @@ def spoil(losses: Callable[..., Tensor], when: Callable[[], bool]) -> Callable[.
     return spoiled
 
 
-def weights(run: train.Run) -> Tensor:
+def weights(run: Run) -> Tensor:
     engine: Any = getattr(run.engine, "_engine", None)
     if engine is not None:
         return torch.cat([w.flatten() for w in full_weights(engine, engine.module).values()])
@@ -55,14 +56,14 @@ def one_engine(name: str, rank: int, world: int, folder: Path) -> dict[str, Any]
     arguments = [*SMALL, *own, *chosen, f"--data={folder / 'text'}", f"--output={folder / name}_run"]
     run = train.set_up(load_settings([*arguments, "--max_skipped_steps=1"]), Ranks(rank, world, torch.device("cpu")))
     bad = {BAD, BAD + 2, BAD + 3}
-    original = train.token_losses
-    train.token_losses = spoil(original, lambda: rank == world - 1 and run.step in bad)
+    original = step.token_losses
+    step.token_losses = spoil(original, lambda: rank == world - 1 and run.step in bad)
     found: dict[str, Any] = {"moved": [], "error": "none", "lr": []}
     try:
         for _ in range(BAD + 4):
             before = weights(run)
             found["lr"].append(run.engine.optimizer.param_groups[0]["lr"])
-            train.train_step(run)
+            step.train_step(run)
             after = weights(run)
             assert torch.isfinite(after).all()
             found["moved"].append(not torch.equal(before, after))
@@ -70,7 +71,7 @@ def one_engine(name: str, rank: int, world: int, folder: Path) -> dict[str, Any]
         found["error"] = str(error)
         found["same after the error"] = torch.equal(before, weights(run))
     finally:
-        train.token_losses = original
+        step.token_losses = original
     return found
 
 

@@ -15,8 +15,10 @@ from apollo_dist.pretrain.__main__ import main
 from apollo_dist.pretrain.distributed import Ranks, SetupError
 from apollo_dist.pretrain.metrics import read_rows
 from apollo_dist.pretrain.optimizers import local
+from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import load_settings
-from apollo_dist.pretrain.train import Run, set_up, train_step, validate
+from apollo_dist.pretrain.step import train_step
+from apollo_dist.pretrain.train import set_up, validate
 
 from .pretrain_runs import SMALL, SMALL_APOLLO, write_text
 from .ranks import run_ranks

@@ -1,8 +1,12 @@
 """The collectives of a step, two for each unit: the only file with communication in a step.
 
-Exchange 1 carries partial low-rank gradients to the owners of their channels, exchange 2 carries scaling factors and
-norm terms back to the holders. Both are one ``all_to_all_single`` over the shard group for all matrices together, and
-sums over ranks are taken in rank order, so they are deterministic and equal on every rank that takes them.
+Exchange 1 carries partial low-rank gradients, or gradient elements where those are fewer, to the owners of their
+channels; exchange 2 carries scaling factors and norm terms back to the holders. Each is one collective over the shard
+group for all matrices together: an ``all_to_all_single``, or for exchange 2 an ``all_reduce`` where that moves less.
+
+In an all-to-all, sums over ranks are taken in rank order, so they are deterministic and equal on every rank that takes
+them. In an all-reduce every number is summed once, in one place or along one ring or tree, and then copied to all ranks
+(gloo's ring and halving-doubling; NCCL's ring, tree, CollNet and NVLS algorithms), so ranks get equal bits as well.
 
 A rank's own contribution goes through the same buffers; it does not leave the device.
 """
@@ -10,65 +14,48 @@ A rank's own contribution goes through the same buffers; it does not leave the d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..layout.holding import ShardGroup
-from .plan import ChannelSet, MatrixPlan, Plan, merged
-
-# A slice of one matrix's channels: (matrix, position in its channel set, count).
-Piece = tuple[int, int, int]
+from ..layout.tiles import Range
+from .plan import Plan
+from .routes import Elements, First, Projected, Reduced, Scales, Second
 
 TERMS = 3
 
 
-@dataclass(frozen=True)
-class Channels:
-    """Which channels of one matrix this rank deals with.
+class Partial(NamedTuple):
+    """What a rank has for exchange 1 of one matrix.
 
     Attributes:
-        alone: held by this rank only, and so owned by it.
-        shared_held: held by this rank and others.
-        shared_owned: those of ``shared_held`` that this rank owns.
+        low_rank: its part of R over ``Channels.projected``, (channels, r).
+        norms: its part of the squared channel norms of the gradient over the same, (channels,), where the plan asks
+            for them.
+        tiles: the gradient of its tiles as they are stored, (height, width) each, in any dtype; None for zeros.
     """
 
-    alone: ChannelSet
-    shared_held: ChannelSet
-    shared_owned: ChannelSet
-
-    @staticmethod
-    def of(matrix: MatrixPlan, rank: int) -> Channels:
-        """The channels that ``rank`` deals with."""
-        held = [s for s in matrix.segments if rank in s.holders]
-        return Channels(
-            merged([s for s in held if not s.shared]),
-            merged([s for s in held if s.shared]),
-            merged([s for s in held if s.shared and s.owner == rank]),
-        )
-
-    @property
-    def owned(self) -> ChannelSet:
-        """The channels whose low-rank state lives here, in the order it is stored: ``alone``, then shared ones."""
-        return self.alone + self.shared_owned
-
-    @property
-    def held(self) -> ChannelSet:
-        """The channels this rank holds any element of: ``alone``, then ``shared_held``."""
-        return self.alone + self.shared_held
+    low_rank: Tensor
+    norms: Tensor | None
+    tiles: Sequence[Tensor] | None
 
 
-@dataclass
-class _Route:
-    """What travels between this rank and one other."""
+class Received(NamedTuple):
+    """What exchange 1 brings for one matrix, over ``Channels.shared_owned``.
 
-    send: list[Piece] = field(default_factory=list)
-    send_numbers: int = 0
-    receive_numbers: int = 0
-    # Exchange 1: (offset in this rank's receive buffer, offset in the accumulator, length).
-    sums: list[tuple[int, int, int]] = field(default_factory=list)
+    Attributes:
+        low_rank: the sum of the parts of R, (channels, r).
+        norms: the sum of the parts of the squared channel norms, (channels,), or None.
+        elements: what has to be projected and added: (channels in the set, ranges of the projected dimension, the
+            gradient of both, channels first).
+    """
+
+    low_rank: Tensor
+    norms: Tensor | None
+    elements: list[tuple[slice, list[Range], Tensor]]
 
 
 class Exchange:
@@ -82,47 +69,106 @@ class Exchange:
 
     Attributes:
         channels: for each matrix the channels this rank deals with.
-        bytes_sent: bytes that leave this rank in exchange 1 and exchange 2 of each step.
+        bytes_sent: bytes that leave this rank in exchange 1 and exchange 2 of each step; see ``Plan.numbers_sent``.
     """
 
     def __init__(self, plan: Plan, group: ShardGroup, dtype: torch.dtype, device: torch.device) -> None:
         self.plan, self.group, self.dtype, self.device = plan, group, dtype, device
-        self.channels = [Channels.of(m, group.rank) for m in plan.matrices]
-        first, second = plan.numbers_sent(group.rank)
+        self._first = First(plan, group.rank)
+        self.channels = self._first.channels
+        first = sum(route.send_numbers for k, route in enumerate(self._first.routes) if k != group.rank)
+        second = 0
+        if plan.needs_exchange2:
+            second = self._plan_exchange2()
         itemsize = torch.empty((), dtype=dtype).element_size()
         self.bytes_sent = (first * itemsize, second * itemsize)
-        if plan.needs_exchange1:
-            self._plan_exchange1()
-        if plan.needs_exchange2:
-            self._plan_exchange2()
 
-    def to_owners(self, partials: Sequence[tuple[Tensor, Tensor | None]]) -> list[tuple[Tensor, Tensor | None]]:
-        """Exchange 1: sum partial low-rank gradients at the owners of their channels.
+    def _plan_exchange2(self) -> int:
+        """Prepare exchange 2; returns how many numbers leave this rank."""
+        plan, rank = self.plan, self.group.rank
+        if plan.reduces:
+            self._second: Second | Reduced = Reduced(plan, rank, TERMS)
+            self._places = [torch.tensor(self._second.terms, dtype=torch.int64, device=self.device)]
+            return plan.ring_numbers
+        self._second = Second(plan, rank, TERMS)
+        lists = {id(places): places for places in self._second.terms}
+        tensors = {key: torch.tensor(places, dtype=torch.int64, device=self.device) for key, places in lists.items()}
+        self._places = [tensors[id(places)] for places in self._second.terms]
+        return sum(self._second.send_numbers) - self._second.send_numbers[rank]
+
+    def to_owners(self, partials: Sequence[Partial]) -> list[Received]:
+        """Exchange 1: sum partial low-rank gradients at the owners of their channels, and bring elements there.
 
         Args:
-            partials: for each matrix this rank's partial low-rank gradient over ``shared_held``, (channels, r), and
-                the partial squared channel norms of the gradient, (channels,), where the plan asks for them.
+            partials: for each matrix what this rank has of it.
 
         Returns:
-            The same pair for each matrix, complete, over ``shared_owned``.
+            For each matrix what this rank owns of its shared channels.
         """
-        rank = self.group.rank
-        pieces: list[Tensor] = []
-        for route in self._first:
-            for i, position, count in route.send:
-                low_rank, norms = partials[i]
-                pieces.append(low_rank[position : position + count].reshape(-1))
-                if norms is not None:
-                    pieces.append(norms[position : position + count])
-        received = self._all_to_all(pieces, self._first)
-        total = received.new_zeros(self._sum_numbers)
+        routes = self._first.routes
+        send = [route.send_numbers for route in routes]
+        receive = [route.receive_numbers for route in routes]
+        buffer = torch.empty(sum(send), dtype=self.dtype, device=self.device)
         at = 0
-        for route in self._first:
+        for route in routes:
+            for piece in route.send:
+                self._pack(buffer[at : at + piece.numbers], partials[piece.matrix], piece)
+                at += piece.numbers
+        received = self._all_to_all(buffer, send, receive)
+        total = received.new_zeros(self._first.sum_numbers)
+        base = [0]
+        for route in routes:
             for offset, target, length in route.sums:
-                total[target : target + length] += received[at + offset : at + offset + length]
-            at += route.receive_numbers
-        assert at == received.numel() and rank < len(self._first)
-        return [self._owned(total, i) for i in range(len(self.plan.matrices))]
+                start = base[-1] + offset
+                total[target : target + length] += received[start : start + length]
+            base.append(base[-1] + route.receive_numbers)
+        return [
+            Received(*self._summed(total, i), self._elements(received, base, i)) for i in range(len(self.plan.matrices))
+        ]
+
+    def _pack(self, target: Tensor, partial: Partial, piece: Projected | Elements) -> None:
+        """Write one piece of a message."""
+        if isinstance(piece, Elements):
+            if partial.tiles is None:
+                target.zero_()
+                return
+            tile = partial.tiles[piece.tile]
+            chosen = slice(piece.first, piece.last)
+            part = tile[chosen] if self.plan.matrices[piece.matrix].spec.tall else tile[:, chosen]
+            target.view(part.shape).copy_(part)
+            return
+        rows = slice(piece.position, piece.position + piece.channels)
+        split = piece.channels * partial.low_rank.shape[1]
+        target[:split].view(piece.channels, -1).copy_(partial.low_rank[rows])
+        if partial.norms is not None:
+            target[split:].copy_(partial.norms[rows])
+
+    def _summed(self, total: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
+        """Matrix i's low-rank gradient and squared norms over ``shared_owned``, from the accumulator."""
+        spec = self.plan.matrices[i].spec
+        rows, norms = [], []
+        for offset, count in self._first.owned[i]:
+            end = offset + count * spec.rank
+            rows.append(total[offset:end].view(count, spec.rank))
+            norms.append(total[end : end + count])
+        if not rows:
+            return total.new_empty((0, spec.rank)), total.new_empty(0) if spec.channel_norms else None
+        low_rank = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return low_rank, torch.cat(norms) if spec.channel_norms else None
+
+    def _elements(self, received: Tensor, base: list[int], i: int) -> list[tuple[slice, list[Range], Tensor]]:
+        """Matrix i's elements that arrived, parts of the same channels side by side."""
+        found = []
+        tall = self.plan.matrices[i].spec.tall
+        for block in self._first.blocks[i]:
+            parts = []
+            channels = block.last - block.first
+            for (peer, offset), (low, high) in zip(block.places, block.inner, strict=True):
+                start, shape = base[peer] + offset, (channels, high - low) if tall else (high - low, channels)
+                parts.append(received[start : start + channels * (high - low)].view(shape))
+            whole = torch.cat(parts, dim=1 if tall else 0)
+            found.append((slice(block.first, block.last), block.inner, whole if tall else whole.t()))
+        return found
 
     def to_holders(self, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[list[Tensor | None], Tensor]:
         """Exchange 2: send scaling factors to the holders, and sum norm terms.
@@ -134,103 +180,63 @@ class Exchange:
         Returns:
             The factors over ``shared_held`` for each matrix with channel scaling, and the terms summed over ranks.
         """
-        pieces: list[Tensor] = []
-        for route, chosen in zip(self._second, self._terms_sent, strict=True):
-            pieces.append(terms.view(-1).index_select(0, chosen))
-            for i, position, count in route.send:
-                scale = scales[i]
-                assert scale is not None
-                pieces.append(scale[position : position + count])
-        received = self._all_to_all(pieces, self._second)
-        total = torch.zeros_like(terms)
-        at = 0
-        for route, chosen in zip(self._second, self._terms_sent, strict=True):
-            total.view(-1).index_add_(0, chosen, received[at : at + chosen.numel()])
-            at += route.receive_numbers
+        if isinstance(self._second, Reduced):
+            received, total = self._reduce(self._second, scales, terms)
+        else:
+            received, total = self._scatter(self._second, scales, terms)
         held: list[Tensor | None] = []
-        for i, scale in enumerate(scales):
+        for scale, places in zip(scales, self._second.scales, strict=True):
             if scale is None:
                 held.append(None)
             else:
-                parts = [received[offset : offset + count] for offset, count in self._scale_parts[i]]
+                parts = [received[offset : offset + count] for offset, count in places]
                 held.append(torch.cat(parts) if parts else scale.new_empty(0))
         return held, total
 
-    def _all_to_all(self, pieces: list[Tensor], routes: Sequence[_Route]) -> Tensor:
-        send = [r.send_numbers for r in routes]
-        receive = [r.receive_numbers for r in routes]
+    def _scatter(self, plan: Second, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
+        chosen = {id(places): terms.view(-1).index_select(0, places) for places in self._places}
+        pieces: list[Tensor] = []
+        for places, parts in zip(self._places, plan.send, strict=True):
+            pieces.append(chosen[id(places)])
+            pieces += [_part(scales, part) for part in parts]
         # A rank with nothing to say still takes part.
-        buffer = torch.cat(pieces) if pieces else torch.empty(0, dtype=self.dtype, device=self.device)
-        buffer = buffer.to(self.dtype)
+        buffer = torch.cat(pieces).to(self.dtype)
+        received = self._all_to_all(buffer, plan.send_numbers, plan.receive_numbers)
+        total = torch.zeros_like(terms)
+        at = 0
+        for places, numbers in zip(self._places, plan.receive_numbers, strict=True):
+            if places.numel():
+                total.view(-1).index_add_(0, places, received[at : at + places.numel()])
+            at += numbers
+        return received, total
+
+    def _reduce(self, plan: Reduced, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
+        (places,) = self._places
+        block = torch.zeros(self.plan.reduced_numbers, dtype=self.dtype, device=self.device)
+        for part, offset in plan.owned:
+            block[offset : offset + part.channels].copy_(_part(scales, part))
+        first_term = block.numel() - places.numel()
+        torch.index_select(terms.view(-1), 0, places, out=block[first_term:])
+        where = device_for(self.group.process_group, self.device)
+        summed = block.to(where)
+        dist.all_reduce(summed, group=self.group.process_group)
+        summed = summed.to(self.device)
+        total = terms.clone()  # what one rank alone has is complete
+        total.view(-1)[places] = summed[first_term:]
+        return summed, total
+
+    def _all_to_all(self, buffer: Tensor, send: list[int], receive: list[int]) -> Tensor:
         assert buffer.numel() == sum(send), "the plan and the pieces disagree"
         where = device_for(self.group.process_group, self.device)
         received = torch.empty(sum(receive), dtype=self.dtype, device=where)
         dist.all_to_all_single(received, buffer.to(where), receive, send, group=self.group.process_group)
         return received.to(self.device)
 
-    def _plan_exchange1(self) -> None:
-        me = self.group.rank
-        self._first = [_Route() for _ in range(self.group.size)]
-        self._owned_blocks: list[list[tuple[int, int]]] = [[] for _ in self.plan.matrices]
-        self._sum_numbers = 0
-        for i, matrix in enumerate(self.plan.matrices):
-            width = matrix.spec.numbers_per_channel
-            position = 0
-            for s in matrix.segments:
-                if not s.shared or me not in s.holders:
-                    continue
-                self._first[s.owner].send.append((i, position, s.count))
-                self._first[s.owner].send_numbers += s.count * width
-                position += s.count
-                if s.owner != me:
-                    continue
-                for holder in s.holders:
-                    _append_run(self._first[holder], self._sum_numbers, s.count * width)
-                self._owned_blocks[i].append((self._sum_numbers, s.count))
-                self._sum_numbers += s.count * width
 
-    def _owned(self, total: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-        """Matrix i's low-rank gradient and squared norms over ``shared_owned``, from the accumulator."""
-        spec = self.plan.matrices[i].spec
-        rows, norms = [], []
-        for offset, count in self._owned_blocks[i]:
-            end = offset + count * spec.rank
-            rows.append(total[offset:end].view(count, spec.rank))
-            norms.append(total[end : end + count])
-        if not rows:
-            return total.new_empty((0, spec.rank)), total.new_empty(0) if spec.channel_norms else None
-        low_rank = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return low_rank, torch.cat(norms) if spec.channel_norms else None
-
-    def _plan_exchange2(self) -> None:
-        me = self.group.rank
-        self._second = [_Route() for _ in range(self.group.size)]
-        chosen: list[list[int]] = [[] for _ in range(self.group.size)]
-        for i, matrix in enumerate(self.plan.matrices):
-            if me in matrix.participants:
-                for peer in matrix.participants:
-                    chosen[peer] += [i * TERMS + column for column in matrix.spec.terms]
-        self._terms_sent = [torch.tensor(c, dtype=torch.int64, device=self.device) for c in chosen]
-        for route, c in zip(self._second, chosen, strict=True):
-            route.send_numbers = route.receive_numbers = len(c)
-        incoming: list[list[tuple[int, int, int]]] = []
-        for i, matrix in enumerate(self.plan.matrices):
-            incoming.append([])
-            position = 0
-            for s in matrix.segments:
-                if not (s.shared and matrix.spec.channel_scales and me in s.holders):
-                    continue
-                incoming[i].append((s.owner, self._second[s.owner].receive_numbers, s.count))
-                self._second[s.owner].receive_numbers += s.count
-                if s.owner == me:
-                    for holder in s.holders:
-                        self._second[holder].send.append((i, position, s.count))
-                        self._second[holder].send_numbers += s.count
-                    position += s.count
-        base = [0]
-        for route in self._second:
-            base.append(base[-1] + route.receive_numbers)
-        self._scale_parts = [[(base[owner] + offset, count) for owner, offset, count in parts] for parts in incoming]
+def _part(scales: Sequence[Tensor | None], part: Scales) -> Tensor:
+    scale = scales[part.matrix]
+    assert scale is not None
+    return scale[part.position : part.position + part.channels]
 
 
 def device_for(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
@@ -253,15 +259,3 @@ def first_rank_where(condition: Tensor, process_group: dist.ProcessGroup | None 
     dist.all_reduce(first, op=dist.ReduceOp.MIN, group=process_group)
     found = int(first)
     return None if found == size else found
-
-
-def _append_run(route: _Route, target: int, length: int) -> None:
-    """Note that the next ``length`` numbers from this peer add to the accumulator at ``target``; merge neighbours."""
-    offset = route.receive_numbers
-    route.receive_numbers += length
-    if route.sums:
-        last_offset, last_target, last_length = route.sums[-1]
-        if last_offset + last_length == offset and last_target + last_length == target:
-            route.sums[-1] = (last_offset, last_target, last_length + length)
-            return
-    route.sums.append((offset, target, length))

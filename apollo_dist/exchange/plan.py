@@ -4,16 +4,25 @@ A *channel* is an index along a matrix's larger dimension (rows if m >= n). Its 
 group that hold at least one of its elements; its *owner* is the one holder that keeps its low-rank state. A *segment*
 is a run of consecutive channels with the same holders and the same owner. Every rank computes the same plan alone,
 from the tiles of all ranks; the plan's hash is compared before the first exchange.
+
+For each segment a holder sends its owner the smaller of two things: its part of the low-rank gradient (and of the
+squared channel norms), or its gradient elements themselves, which the owner projects. The second is smaller where a
+rank holds fewer than r elements of a channel: for a wide matrix in rows on more than m / r ranks.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..layout.tiles import Range, Tile, check_cover
+import numpy as np
+import numpy.typing as npt
+
+from ..layout.tiles import Tile, check_cover
+from .division import Division, Integers, Run
+from .owners import Family, Shares, deal
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class MatrixSpec:
 
     @property
     def numbers_per_channel(self) -> int:
-        """How many numbers exchange 1 carries for each shared channel and holder."""
+        """How many numbers a projected part has for each channel."""
         return self.rank + int(self.channel_norms)
 
 
@@ -70,21 +79,45 @@ class Segment:
         return len(self.holders) > 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class MatrixPlan:
-    """One matrix's segments, in channel order, and the ranks that hold any of it."""
+    """One matrix: how it is divided, and who owns the channels that several ranks hold."""
 
     spec: MatrixSpec
-    segments: tuple[Segment, ...]
-    participants: tuple[int, ...]
+    division: Division
+    shares: Shares
 
     @property
     def shared(self) -> bool:
         """Whether any channel has several holders."""
-        return any(s.shared for s in self.segments)
+        return bool(self.division.shared)
+
+    @property
+    def participants(self) -> Integers:
+        """The ranks that hold any of it, ascending."""
+        return self.division.participants
+
+    def run_of(self, share: int) -> Run:
+        """The run that a share is part of."""
+        return self.division.shared[int(self.shares.runs[share])]
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """All segments in channel order; made anew at each call, for inspection."""
+        d, s = self.division, self.shares
+        alone = np.stack((d.alone_start, d.alone_stop, d.alone_owner), axis=1).tolist()
+        found = [Segment(start, stop, (owner,), owner) for start, stop, owner in alone]
+        for i, (start, stop, owner) in enumerate(np.stack((s.starts, s.stops, s.owners), axis=1).tolist()):
+            found.append(Segment(start, stop, tuple(self.run_of(i).holders.tolist()), owner))
+        return tuple(sorted(found, key=lambda segment: segment.start))
 
 
-@dataclass(frozen=True)
+def sends_elements(spec: MatrixSpec, elements: Integers, channels: Integers) -> npt.NDArray[np.bool_]:
+    """Whether a holder with so many ``elements`` of so many ``channels`` sends them as they are, not projected."""
+    return elements < channels * spec.numbers_per_channel
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """All matrices of one shard group that step together."""
 
@@ -99,142 +132,159 @@ class Plan:
     @cached_property
     def needs_exchange2(self) -> bool:
         """Whether scaling factors or norm terms must travel; the same on every rank."""
-        return any(
-            (m.shared and m.spec.channel_scales) or (len(m.participants) > 1 and m.spec.terms) for m in self.matrices
-        )
+        return bool(self.term_places) or any(m.shared and m.spec.channel_scales for m in self.matrices)
+
+    @cached_property
+    def term_places(self) -> list[tuple[int, int]]:
+        """(matrix, column) of the norm terms that have to be summed over ranks."""
+        return [(i, column) for i, m in enumerate(self.matrices) if len(m.participants) > 1 for column in m.spec.terms]
+
+    @cached_property
+    def reduced_numbers(self) -> int:
+        """How many numbers exchange 2 has if all ranks sum all scaling factors and terms."""
+        scales = sum(int(m.shares.counts.sum()) for m in self.matrices if m.spec.channel_scales)
+        return scales + len(self.term_places)
+
+    @cached_property
+    def reduces(self) -> bool:
+        """Whether exchange 2 is one all-reduce, not an all-to-all: where that moves fewer numbers over all ranks.
+
+        In an all-to-all the scaling factors go only where they are needed, but norm terms go from each of a matrix's
+        ranks to each other. Without channel scaling, and on very many ranks, the terms decide.
+        """
+        return 2 * (self.world_size - 1) * self.reduced_numbers <= int(self._scattered.sum())
+
+    @cached_property
+    def _scattered(self) -> Integers:
+        """How many numbers each rank sends to others if exchange 2 is an all-to-all."""
+        sent = np.zeros(self.world_size, dtype=np.int64)
+        for m in self.matrices:
+            if m.spec.channel_scales and m.shared:
+                others = np.array([len(run.holders) - 1 for run in m.division.shared], dtype=np.int64)
+                np.add.at(sent, m.shares.owners, m.shares.counts * others[m.shares.runs])
+            sent[m.participants] += len(m.spec.terms) * (len(m.participants) - 1)
+        return sent
 
     @cached_property
     def digest(self) -> str:
         """sha256 of all integers and names in the plan."""
-        text = hashlib.sha256()
+        text = hashlib.sha256(repr(self.world_size).encode())
         for m in self.matrices:
             s = m.spec
             text.update(repr((s.name, s.m, s.n, s.rank, s.channel_norms, s.channel_scales, s.terms)).encode())
-            for g in m.segments:
-                text.update(repr((g.start, g.stop, g.holders, g.owner)).encode())
+            text.update(m.division.digest)
+            for values in (m.shares.starts, m.shares.stops, m.shares.owners):
+                text.update(values.tobytes())
         return text.hexdigest()
 
     @property
     def shared_channels(self) -> int:
         """How many channels, over all matrices, have several holders."""
-        return sum(s.count for m in self.matrices for s in m.segments if s.shared)
+        return sum(int(m.shares.counts.sum()) for m in self.matrices)
 
     def owned_numbers(self, rank: int) -> int:
         """How many low-rank numbers of one moment ``rank`` stores."""
-        return sum(s.count * m.spec.rank for m in self.matrices for s in m.segments if s.owner == rank)
+        return int(self._owned[rank])
+
+    @cached_property
+    def _owned(self) -> Integers:
+        owned = np.zeros(self.world_size, dtype=np.int64)
+        for m in self.matrices:
+            np.add.at(owned, m.division.alone_owner, (m.division.alone_stop - m.division.alone_start) * m.spec.rank)
+            np.add.at(owned, m.shares.owners, m.shares.counts * m.spec.rank)
+        return owned
 
     def numbers_sent(self, rank: int) -> tuple[int, int]:
-        """How many numbers ``rank`` sends to other ranks in exchange 1 and in exchange 2 of each step."""
-        first = second = 0
+        """How many numbers ``rank`` sends to other ranks in exchange 1 and in exchange 2 of each step.
+
+        For an all-reduce: what its ring algorithm sends, 2 (world - 1) / world of the numbers, rounded up.
+        """
+        return int(self._sent1[rank]), self.ring_numbers if self.reduces else int(self._scattered[rank])
+
+    @property
+    def ring_numbers(self) -> int:
+        """How many numbers each rank sends in exchange 2 if it is an all-reduce."""
+        return -(-2 * self.reduced_numbers * (self.world_size - 1) // self.world_size)
+
+    @cached_property
+    def _sent1(self) -> Integers:
+        sent = np.zeros(self.world_size, dtype=np.int64)
+        for holders, owners, numbers in self.flows():
+            np.add.at(sent, holders, np.where(holders == owners, 0, numbers))
+        return sent
+
+    def flows(self) -> Iterator[tuple[Integers, Integers, Integers]]:
+        """What travels in exchange 1, matrix by matrix: (holder, owner, how many numbers) of every message part."""
+        known: dict[bytes, tuple[Integers, Integers, Integers]] = {}
         for m in self.matrices:
-            for s in m.segments:
-                if s.shared and rank in s.holders:
-                    if s.owner != rank:
-                        first += s.count * m.spec.numbers_per_channel
-                    elif m.spec.channel_scales:
-                        second += s.count * (len(s.holders) - 1)
-            if rank in m.participants:
-                second += len(m.spec.terms) * (len(m.participants) - 1)
-        return first, second
+            if not m.shared:
+                continue
+            key = m.division.digest + m.shares.starts.tobytes()
+            if key not in known:
+                known = {key: elements_held(m, self.world_size)}  # neighbours are often alike
+            share, holders, elements = known[key]
+            projected = m.shares.counts[share] * m.spec.numbers_per_channel
+            yield holders, m.shares.owners[share], np.minimum(elements, projected)
+
+
+def elements_held(matrix: MatrixPlan, world_size: int) -> tuple[Integers, Integers, Integers]:
+    """(share, holder, elements) for every holder of every share of a matrix."""
+    found = matrix.division.overlaps(matrix.shares.starts, matrix.shares.stops)
+    return sum_by_holder(found.range, matrix.division.rank[found.tile], found.elements, world_size)
+
+
+def sum_by_holder(
+    share: Integers, rank: Integers, elements: Integers, world_size: int
+) -> tuple[Integers, Integers, Integers]:
+    """Sum ``elements`` with equal share and rank; ordered by share, then by rank."""
+    key = share * world_size + rank
+    if len(key) and int(key.max()) < 4 * len(
+        key
+    ):  # most pairs occur: quicker than sorting; floats are exact below 2^53
+        dense = np.bincount(key, elements)
+        distinct: Integers = np.nonzero(dense)[0]
+        total: Integers = dense[distinct].astype(np.int64)
+    else:
+        distinct, inverse = np.unique(key, return_inverse=True)
+        total = np.zeros(len(distinct), dtype=np.int64)
+        np.add.at(total, inverse, elements)
+    return distinct // world_size, distinct % world_size, total
 
 
 def make_plan(specs: Sequence[MatrixSpec], world_size: int) -> Plan:
     """Plan the exchange of the given matrices over a shard group of ``world_size`` ranks.
 
-    Ownership is balanced greedily: the channels of each run of equal holders are split evenly among them, and what
-    does not divide goes to those that own least so far.
+    Matrices with equal tiles are looked at once. Owners are chosen so that every rank keeps about the same amount of
+    state, as far as channels have several holders (``owners.py``).
 
     Raises:
         ValueError: if the tiles do not cover a matrix exactly once.
     """
-    load = [0] * world_size
-    plans = []
-    for spec in specs:
+    divisions = _Divisions()
+    families: dict[tuple[Division, int], list[int]] = {}
+    for i, spec in enumerate(specs):
         assert len(spec.tiles) == world_size
-        check_cover(spec.name, spec.m, spec.n, spec.tiles)
-        segments: list[Segment] = []
-        for start, stop, holders in _runs(spec):
-            for s in _split(start, stop, holders, load):
-                load[s.owner] += s.count * spec.rank
-                segments.append(s)
-        participants = tuple(rank for rank, tiles in enumerate(spec.tiles) if tiles)
-        plans.append(MatrixPlan(spec, tuple(segments), participants))
-    return Plan(world_size, tuple(plans))
+        families.setdefault((divisions.of(spec), spec.rank), []).append(i)
+    listed = [Family(division, rank, len(members)) for (division, rank), members in families.items()]
+    shares: dict[int, tuple[Division, Shares]] = {}
+    for family, members, dealt in zip(listed, families.values(), deal(listed, world_size), strict=True):
+        shares.update((i, (family.division, share)) for i, share in zip(members, dealt, strict=True))
+    return Plan(world_size, tuple(MatrixPlan(spec, *shares[i]) for i, spec in enumerate(specs)))
 
 
-def _runs(spec: MatrixSpec) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Maximal runs of channels with the same holders: (start, stop, holders)."""
-    events: list[tuple[int, int, int]] = []
-    for rank, tiles in enumerate(spec.tiles):
-        for tile in tiles:
-            start, stop = tile.channels(spec.tall)
-            events += [(start, 1, rank), (stop, -1, rank)]
-    events.sort()
-    runs: list[tuple[int, int, tuple[int, ...]]] = []
-    holding: dict[int, int] = {}
-    at = 0
-    for edge, change, rank in events:
-        if edge > at:
-            holders = tuple(sorted(holding))
-            if runs and runs[-1][2] == holders:
-                runs[-1] = (runs[-1][0], edge, holders)
-            else:
-                runs.append((at, edge, holders))
-            at = edge
-        holding[rank] = holding.get(rank, 0) + change
-        if not holding[rank]:
-            del holding[rank]
-    return runs
+class _Divisions:
+    """The divisions of a plan, one for all matrices with equal shape and tiles."""
 
+    def __init__(self) -> None:
+        # By identity first, which is quick; tiles stay alive through the specs.
+        self._by_id: dict[tuple[int, int, int], Division] = {}
+        self._by_content: dict[bytes, Division] = {}
 
-def _split(start: int, stop: int, holders: tuple[int, ...], load: list[int]) -> list[Segment]:
-    """Divide a run of channels among its holders."""
-    if len(holders) == 1:
-        return [Segment(start, stop, holders, holders[0])]
-    base, extra = divmod(stop - start, len(holders))
-    favoured = set(sorted(holders, key=lambda rank: (load[rank], rank))[:extra])
-    segments = []
-    for rank in holders:
-        count = base + (rank in favoured)
-        if count:
-            segments.append(Segment(start, start + count, holders, rank))
-            start += count
-    assert start == stop
-    return segments
-
-
-@dataclass(frozen=True)
-class ChannelSet:
-    """Some channels of a matrix, as disjoint ranges, numbered one after the other from 0 in the order given."""
-
-    ranges: tuple[Range, ...]
-
-    @cached_property
-    def count(self) -> int:
-        """How many channels."""
-        return sum(stop - start for start, stop in self.ranges)
-
-    def positions(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """The parts of channels start .. stop that are in the set: (start, stop, position in the set)."""
-        found = []
-        position = 0
-        for a, b in self.ranges:
-            low, high = max(a, start), min(b, stop)
-            if low < high:
-                found.append((low, high, position + low - a))
-            position += b - a
-        return found
-
-    def __add__(self, other: ChannelSet) -> ChannelSet:
-        return ChannelSet(self.ranges + other.ranges)
-
-
-def merged(segments: Sequence[Segment]) -> ChannelSet:
-    """The channels of the given segments; neighbours become one range."""
-    ranges: list[Range] = []
-    for s in segments:
-        if ranges and ranges[-1][1] == s.start:
-            ranges[-1] = (ranges[-1][0], s.stop)
-        else:
-            ranges.append((s.start, s.stop))
-    return ChannelSet(tuple(ranges))
+    def of(self, spec: MatrixSpec) -> Division:
+        """The division of a matrix, whose cover is checked if it is new."""
+        key = (spec.m, spec.n, id(spec.tiles))
+        if key not in self._by_id:
+            check_cover(spec.name, spec.m, spec.n, spec.tiles)
+            division = Division(spec.m, spec.n, spec.tiles)
+            self._by_id[key] = self._by_content.setdefault(division.digest, division)
+        return self._by_id[key]

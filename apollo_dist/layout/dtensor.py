@@ -145,6 +145,14 @@ def reshard(module: nn.Module) -> None:
             inner.reshard()
 
 
+def any_sharded_module() -> bool:
+    """Whether this process has a module that ``fully_shard`` was applied to; False if torch does not say."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    composable: Any = sys.modules.get("torch.distributed._composable_state")
+    modules = list(getattr(composable, "_module_state_mapping", ()))
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
+
+
 def is_dtensor(parameter: Tensor) -> bool:
     """Whether ``parameter`` is a DTensor; False where torch was built without torch.distributed."""
     return dist.is_available() and isinstance(parameter, DTensor)

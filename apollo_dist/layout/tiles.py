@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 
 Range = tuple[int, int]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Tile:
     """Rows ``row .. row + height`` and columns ``column .. column + width`` of a matrix.
 
@@ -144,14 +145,21 @@ class FlatCover:
     def tiles(self, index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
         """For each rank its tiles of the ``index``-th m x n matrix of the parameter (0 for a 2-D parameter).
 
-        Offsets count from the start of the rank's own range.
+        Offsets count from the start of the rank's own range. Equal covers give the same object while it is known, so
+        that the layers of a model share it.
         """
-        base = index * m * n
-        result = []
-        for start, stop in self.ranges:
-            a, b = max(start, base), min(stop, base + m * n)
-            result.append(flat_tiles(n, a - base, b - base, a - start) if a < b else ())
-        return tuple(result)
+        return cover_tiles(self.ranges, index, m, n)
+
+
+@lru_cache(maxsize=64)
+def cover_tiles(ranges: tuple[Range, ...], index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
+    """``FlatCover(ranges).tiles(index, m, n)``; the last results are kept."""
+    base = index * m * n
+    result = []
+    for start, stop in ranges:
+        a, b = max(start, base), min(stop, base + m * n)
+        result.append(flat_tiles(n, a - base, b - base, a - start) if a < b else ())
+    return tuple(result)
 
 
 def check_cover(name: str, m: int, n: int, tiles: Sequence[Sequence[Tile]]) -> None:
@@ -183,12 +191,14 @@ def check_cover(name: str, m: int, n: int, tiles: Sequence[Sequence[Tile]]) -> N
             raise ValueError(f"{name}: row {edges[band]}, columns {reached}..{n} are held by no rank")
 
 
+@lru_cache(maxsize=64)
 def row_ranges(rows: int, width: int, world: int) -> tuple[Range, ...]:
     """FSDP2's rule, which is ``torch.chunk``'s: runs of ceil(rows / world) rows, the last ones shorter or empty."""
     chunk = -(-rows // world)
     return tuple(pairwise(min(rank * chunk, rows) * width for rank in range(world + 1)))
 
 
+@lru_cache(maxsize=64)
 def even_ranges(numel: int, world: int) -> tuple[Range, ...]:
     """ZeRO-3's rule: each rank holds ceil(numel / world) elements; (0, 0) for one that holds only padding."""
     return cut_ranges(0, numel, -(-numel // world), world)
@@ -202,9 +212,12 @@ def cut_ranges(start: int, numel: int, partition: int, world: int) -> tuple[Rang
         partition: elements of one rank.
         world: how many partitions the buffer has.
     """
-    result = []
-    for rank in range(world):
+    result: list[Range] = [(0, 0)] * world
+    if not numel:
+        return tuple(result)
+    for rank in range(start // partition, min(world, -(-(start + numel) // partition))):
         low = max(start, rank * partition) - start
         high = min(start + numel, (rank + 1) * partition) - start
-        result.append((low, high) if low < high else (0, 0))
+        if low < high:
+            result[rank] = (low, high)
     return tuple(result)

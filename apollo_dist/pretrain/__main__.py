@@ -9,16 +9,23 @@ import sys
 import threading
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 
 from apollo_dist.pretrain.distributed import Ranks, SetupError, process_group
 from apollo_dist.pretrain.settings import Settings, help_text, load_settings
+from apollo_dist.pretrain.stop import Requests, listening
 from apollo_dist.pretrain.train import train
+from apollo_dist.pretrain.watchdog import SLOW, Watchdog
 
 LAST_WORDS_SECONDS = 30.0  # how long a rank that ends with an error waits for the others to say it too
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Train as the arguments say; the exit code: 0, or 2 after an error that all ranks agreed on."""
+def main(arguments: Sequence[str], heard: Requests | None = None) -> int:
+    """Train as the arguments say; ``heard`` takes signals already, else this listens to them until it returns.
+
+    The exit code: 0 after a finished run, 2 after an error that all ranks agreed on, 85 after a run that stopped
+    because it was asked to. (A rank that waits too long ends with 86, see ``watchdog``.)
+    """
     if "--help" in arguments or "-h" in arguments:
         print(help_text())
         return 0
@@ -35,17 +42,23 @@ def main(arguments: Sequence[str]) -> int:
             raise ValueError(problem)
         return settings
 
+    limit, folder = (settings.config.step_timeout, settings.config.output_folder) if settings else (0.0, Path())
+    watchdog = Watchdog(limit, os.environ.get("RANK", "0"), folder)
     try:
-        with process_group(settings.config.timeout_minutes if settings else 10.0) as ranks:
+        with (
+            listening() if heard is None else contextlib.nullcontext(heard) as requests,
+            watchdog,
+            process_group(settings.config.timeout_minutes if settings else 10.0) as ranks,
+        ):
             _configure_logging(ranks)
             try:
-                train(ranks.together(check), ranks)
+                return train(ranks.together(check), ranks, requests, watchdog)
             except SetupError as error:
+                watchdog.mark("the other ranks' last words", SLOW)
                 return _end_together(error, ranks)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
 def _end_together(error: SetupError, ranks: Ranks) -> int:
@@ -71,10 +84,10 @@ def _configure_logging(ranks: Ranks) -> None:
     logging.getLogger("apollo_dist").setLevel(level)
 
 
-def _run() -> int:
+def _run(heard: Requests) -> int:
     """`main`, and what Python would do about its exceptions."""
     try:
-        return main(sys.argv[1:])
+        return main(sys.argv[1:], heard)
     except SystemExit as left:
         return left.code if isinstance(left.code, int) else 1
     except KeyboardInterrupt:
@@ -85,7 +98,9 @@ def _run() -> int:
 
 
 if __name__ == "__main__":
-    code = _run()
+    # To the end: a launcher sends the others SIGTERM when the first rank is gone, and they have their own exit code.
+    signals = listening()
+    code = _run(signals.__enter__())
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -37,6 +38,8 @@ class Checkpoints:
         self._facts, self._place = (json.loads(json.dumps(each)) for each in (facts, place))  # as they read back
         self._ranks = ranks
         self._pending: checkpoint.Pending | None = None
+        self._newest: Path | None = None
+        self.step: int | None = None  # of the newest checkpoint that this run has loaded, or begun to save
 
     def require_none(self) -> None:
         """Raise SetupError if there are any: a new run must not mix with an old one's; collective."""
@@ -66,12 +69,18 @@ class Checkpoints:
                 background=self._background, tokenizer=data.tokenizer,
             )
         )  # fmt: skip
-        self._pending = saved if isinstance(saved, checkpoint.Pending) else None
+        self.step = step
+        if isinstance(saved, checkpoint.Pending):
+            self._pending = saved
+        else:
+            self._newest = saved
 
-    def finish(self) -> None:
-        """Wait for a save in the background. Collective."""
+    def finish(self) -> Path | None:
+        """Wait for a save in the background; the newest checkpoint that this run has loaded or saved. Collective."""
         if self._pending is not None:
-            _together(self._pending.wait)
+            self._newest = _together(self._pending.wait)
+            self._pending = None
+        return self._newest
 
     def find(self) -> checkpoint.Found:
         """The newest good checkpoint, every byte of it checked; collective.
@@ -89,6 +98,7 @@ class Checkpoints:
     def load(self, found: checkpoint.Found, engine: Engine, data: Data) -> list[str]:
         """Continue from a checkpoint that `find` found; lines for the log. Collective."""
         _together(lambda: checkpoint.load(found, engine.trained, engine.optimizer))
+        self._newest, self.step = found.path, found.step
         state = found.extra
         groups = engine.optimizer.param_groups
         here = {

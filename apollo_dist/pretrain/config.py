@@ -11,18 +11,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-ENGINES = ("deepspeed", "fsdp2", "ddp")
+ENGINES = ("deepspeed", "fsdp1", "fsdp2", "ddp")
+FSDP1_STRATEGIES = ("full", "grad_op", "hybrid", "none")
 PRECISIONS = ("fp32", "bf16")
 TOKEN_DTYPES = ("uint8", "uint16", "uint32")
 
 # Keys that may differ between a run and its resumption: they say where and how often to write, never what to compute.
 RUN_KEYS = frozenset({
     "background_checkpoints", "checkpoint_every", "deepspeed_config", "eval_every", "eval_sequences",
-    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "resume", "stop_after", "tensorboard",
-    "timeout_minutes", "wandb",
+    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "resume", "step_timeout", "stop_after",
+    "tensorboard", "timeout_minutes", "wandb",
 })  # fmt: skip
 # Keys that say where and in which pieces to compute: a resumed run may change them, and changes rounding with them.
-PLACE_KEYS = frozenset({"engine", "micro_batch_size"})
+PLACE_KEYS = frozenset({"engine", "fsdp1_strategy", "layerwise", "micro_batch_size"})
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -167,9 +168,11 @@ class Config:
     optimizer: AdamWConfig | JsonOptimizer
     data: DataConfig
     recipe: str = option("name of a recipe, or the path of a YAML file", "tiny")
-    engine: str = option("deepspeed (the default if a --deepspeed_config is given), fsdp2 or ddp", "ddp")
+    engine: str = option("deepspeed (the default if a --deepspeed_config is given), fsdp1, fsdp2 or ddp", "ddp")
+    fsdp1_strategy: str = option("what fsdp1 shards: full, grad_op, hybrid (full within each node) or none", "full")
+    layerwise: bool = option("update inside the backward pass: fsdp2, or ddp in a single process", False)
     deepspeed_config: str | None = option("DeepSpeed's JSON; ds_configs/README.md says what it decides", None)
-    precision: str = option("fp32, or bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp2", "fp32")
+    precision: str = option("fp32, or bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp", "fp32")
     seed: int = option("of the initial weights, the order of the data and the projections", 0)
     sequence_length: int = option("tokens per sequence")
     batch_size: int = option("sequences per step, over all ranks")
@@ -189,11 +192,13 @@ class Config:
     resume: bool = option("continue from the newest checkpoint in the output folder", False)
     stop_after: int | None = option("stop, with a checkpoint, after this step of the schedule", None)
     timeout_minutes: float = option("a collective that takes longer ends the job", 10.0)
+    step_timeout: float = option("seconds for a step before every rank ends with its stacks; 0: no watchdog", 0.0)
     tensorboard: bool = option("write TensorBoard events too (needs tensorboard)", False)
     wandb: str | None = option("log to this Weights & Biases project too (needs wandb)", None)
 
     def __post_init__(self) -> None:
         _one_of(ENGINES, "engine", self.engine)
+        _one_of(FSDP1_STRATEGIES, "fsdp1_strategy", self.fsdp1_strategy)
         _one_of(PRECISIONS, "precision", self.precision)
         _at_least(
             1,
@@ -213,6 +218,7 @@ class Config:
             max_skipped_steps=self.max_skipped_steps,
             eval_every=self.eval_every,
             checkpoint_every=self.checkpoint_every,
+            step_timeout=self.step_timeout,
         )
         _require(
             0 <= self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, f"in [0, steps), steps {self.steps}"
@@ -224,6 +230,23 @@ class Config:
                 f"engine is {self.engine!r} and deepspeed_config {self.deepspeed_config!r}: "
                 "--engine deepspeed needs --deepspeed_config FILE, and no other engine takes one"
             )
+
+        if self.layerwise:
+            self._check_layerwise()
+
+    def _check_layerwise(self) -> None:
+        if self.engine not in ("fsdp2", "ddp"):
+            raise ValueError(
+                f"--layerwise with --engine {self.engine}: gradients are not ready inside the backward pass; take "
+                "fsdp2, or ddp in a single process"
+            )
+        if self.gradient_clipping:
+            raise ValueError(
+                f"--layerwise with gradient_clipping {self.gradient_clipping}: the norm of all gradients is known only "
+                "after they have been used; pass --gradient_clipping 0, the limiter of APOLLO takes its part"
+            )
+        if not isinstance(self.optimizer, ApolloMiniConfig):
+            raise ValueError(f"--layerwise is for apollo and apollo-mini; the optimizer is {self.optimizer.name}")
 
     @property
     def output_folder(self) -> Path:

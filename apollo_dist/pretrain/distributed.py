@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -45,6 +45,10 @@ class Ranks:
             error = caught
         self.share(error)
         return result[0]
+
+    def on_first(self, work: Callable[[], T]) -> T:
+        """What ``work`` (local) returns on rank 0, which alone runs it; picklable. Collective; fails as `together`."""
+        return cast(T, self.gather(self.together(lambda: work() if self.first else None))[0])
 
     def share(self, error: Exception | None) -> None:
         """Raise SetupError on every rank if any has an ``error``; collective.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,8 @@ from apollo_dist.pretrain.data.packed import Windows
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.base import Engine
 from apollo_dist.pretrain.model import token_losses
+
+CHECK_EVERY = 8  # forward passes between two questions whether to go on
 
 
 @dataclass(frozen=True)
@@ -41,13 +44,22 @@ def spread(available: int, wanted: int | None) -> list[int]:
 
 @torch.no_grad()
 def evaluate(
-    engine: Engine, windows: Windows, micro: int, ranks: Ranks, sequences: int | None, bytes_per_token: float | None
-) -> Evaluation:
+    engine: Engine,
+    windows: Windows,
+    micro: int,
+    ranks: Ranks,
+    sequences: int | None,
+    bytes_per_token: float | None,
+    go_on: Callable[[], bool] = lambda: True,
+) -> Evaluation | None:
     """Evaluate on ``sequences`` windows (all if None), ``micro`` at a time; collective.
 
     Window j goes to rank ``j % world``. Sums and counts travel, not means, so an uneven split does not matter; every
     rank makes the same number of forward passes, since those of FSDP and ZeRO-3 are collectives: where a rank has no
     window left it repeats its first batch, or window 0, with weight zero.
+
+    Before the first pass and every few ones ``go_on`` is asked, a collective; where it says no, the evaluation is given
+    up and None returned.
 
     Raises SetupError on every rank where one could not read its windows.
     """
@@ -57,7 +69,10 @@ def evaluate(
     total = torch.zeros(3, dtype=torch.float64, device=ranks.device)  # losses, tokens, batches that could not be read
     problem: Exception | None = None
     engine.train(False)
-    for start in range(0, passes * micro, micro):
+    for number, start in enumerate(range(0, passes * micro, micro)):
+        if number % CHECK_EVERY == 0 and not go_on():
+            engine.train(True)
+            return None
         batch = mine[start : start + micro]
         try:
             tokens = windows.batch(batch or mine[:micro] or chosen[:1]).to(ranks.device)

@@ -65,7 +65,7 @@ class Metrics:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._loggers.append(_TensorBoard(SummaryWriter(str(folder / "tensorboard"))))
+            self._loggers.append(_TensorBoard(SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)))
         if config.wandb is not None:
             import wandb  # type: ignore[import-not-found,unused-ignore]
 

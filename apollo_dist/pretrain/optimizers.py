@@ -12,13 +12,22 @@ from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from apollo_dist import APOLLO, APOLLOMini
+from apollo_dist import layerwise as in_backward
 from apollo_dist.pretrain.config import AdamWConfig, ApolloConfig, ApolloMiniConfig, Config, JsonOptimizer
 
 
-def build_optimizer(config: AdamWConfig | JsonOptimizer, model: nn.Module, seed: int) -> torch.optim.Optimizer:
-    """The optimizer for ``model`` as the engine has wrapped it; ``seed`` is that of the projections."""
+def build_optimizer(
+    config: AdamWConfig | JsonOptimizer, model: nn.Module, seed: int, *, layerwise: bool = False
+) -> torch.optim.Optimizer:
+    """The optimizer for ``model`` as the engine has wrapped it; ``seed`` is that of the projections.
+
+    With ``layerwise`` it updates inside the backward pass, which `Config` allows for APOLLO only.
+    """
     assert isinstance(config, AdamWConfig)  # DeepSpeed makes the other kind itself
     options = dataclasses.asdict(config)
+    if layerwise:
+        mini = not isinstance(config, ApolloConfig)
+        return in_backward.attach(model, mini=mini, **options, seed=seed)
     if isinstance(config, ApolloConfig):
         return APOLLO(model, **options, seed=seed)
     if isinstance(config, ApolloMiniConfig):

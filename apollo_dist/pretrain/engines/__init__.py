@@ -1,4 +1,4 @@
-"""DeepSpeed, FSDP2 and DDP behind one protocol."""
+"""DeepSpeed, FSDP and DDP behind one protocol."""
 
 from apollo_dist.pretrain.engines.base import Engine, build_engine
 

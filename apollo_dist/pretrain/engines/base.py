@@ -63,6 +63,14 @@ def build_engine(config: Config, json: DeepSpeedJson | None, plan: BatchPlan, mo
 
         assert json is not None
         return DeepSpeed(config, json, plan, model, ranks)
+    if config.layerwise:
+        from apollo_dist.pretrain.engines.layerwise import Layerwise
+
+        return Layerwise(config, plan, model, ranks)
+    if config.engine == "fsdp1":
+        from apollo_dist.pretrain.engines.fsdp1 import FSDP1
+
+        return FSDP1(config, plan, model, ranks)
     if config.engine == "fsdp2":
         from apollo_dist.pretrain.engines.fsdp2 import FSDP2
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import contextlib
 from contextlib import AbstractContextManager
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from apollo_dist.pretrain.batching import BatchPlan
@@ -21,13 +20,8 @@ class DDP(NativeEngine):
     def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         self._ddp = DistributedDataParallel(model.to(ranks.device), device_ids=ids)
-        self._autocast = config.precision == "bf16"
         super().__init__(config, plan, self._ddp, ranks)
-
-    def logits(self, tokens: Tensor) -> Tensor:
-        """See `Engine`."""
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
-            return super().logits(tokens)
+        self._autocast = config.precision == "bf16"
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """See `Engine`."""

@@ -22,15 +22,20 @@ class FSDP2(NativeEngine):
     """``precision: bf16`` computes in bf16, reduces gradients in fp32, and keeps the sharded weights in fp32."""
 
     def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
-        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
-        low = torch.bfloat16 if config.precision == "bf16" else None
-        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
-        for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=policy)
-        fully_shard(model, mesh=mesh, mp_policy=policy)
-        super().__init__(config, plan, model.to(ranks.device), ranks)
+        super().__init__(config, plan, shard(config, model, ranks), ranks)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """See `Engine`."""
         cast(FSDPModule, self.module).set_requires_gradient_sync(last)
         return contextlib.nullcontext()
+
+
+def shard(config: Config, model: nn.Module, ranks: Ranks) -> nn.Module:
+    """``model``, sharded over all ranks, on their devices."""
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    low = torch.bfloat16 if config.precision == "bf16" else None
+    policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    return model.to(ranks.device)

@@ -1,9 +1,10 @@
-"""What DDP and FSDP2 share: PyTorch's own backward, clipping and step."""
+"""What DDP and FSDP share: PyTorch's own backward, clipping and step."""
 
 from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
@@ -18,10 +19,11 @@ class NativeEngine:
 
     def __init__(self, config: Config, plan: BatchPlan, wrapped: nn.Module, ranks: Ranks) -> None:
         self.module = self.trained = wrapped
-        self.optimizer = build_optimizer(config.optimizer, wrapped, config.seed)
+        self.optimizer = build_optimizer(config.optimizer, wrapped, config.seed, layerwise=config.layerwise)
         self.schedule = schedule(config)(self.optimizer)
         self._clip = config.gradient_clipping
         self._accumulation = plan.accumulation
+        self._autocast = False  # to bf16
 
     def train(self, mode: bool) -> None:
         """See `Engine`."""
@@ -29,7 +31,8 @@ class NativeEngine:
 
     def logits(self, tokens: Tensor) -> Tensor:
         """See `Engine`."""
-        output: Tensor = self.module(input_ids=tokens).logits
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
+            output: Tensor = self.module(input_ids=tokens).logits
         return output
 
     def backward(self, loss: Tensor) -> None:
@@ -38,15 +41,19 @@ class NativeEngine:
 
     def update(self) -> bool:
         """See `Engine`."""
-        norm = gradient_norm(self.module)
-        finite = math.isfinite(norm)
+        finite = math.isfinite(self.clipped_norm())
         if finite:
-            if self._clip:
-                nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
             self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         return finite
+
+    def clipped_norm(self) -> float:
+        """The norm of all gradients, the same on every rank; they are clipped then, as configured."""
+        norm = gradient_norm(self.module)
+        if self._clip and math.isfinite(norm):
+            nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
+        return norm
 
 
 def gradient_norm(module: nn.Module) -> float:

@@ -1,0 +1,314 @@
+"""What one rank sends and receives, piece by piece, from a plan. Integers only, and only this rank's view.
+
+Both ends of a message list its parts alike: matrices in the plan's order, in each the segments in channel order, and of
+elements the holder's tiles in their order.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from ..layout.tiles import Range
+from .division import ChannelSet, Division, held_channels
+from .plan import MatrixPlan, Plan, sends_elements, sum_by_holder
+
+
+class Projected(NamedTuple):
+    """A rank's part of a matrix's low-rank gradient: channels from ``position`` on in what it projects."""
+
+    matrix: int
+    position: int
+    channels: int
+    numbers: int
+
+
+class Elements(NamedTuple):
+    """Gradient elements: channels ``first .. last`` of one of the rank's tiles, counted from the tile's first one.
+
+    They travel row by row, as they lie in the tile.
+    """
+
+    matrix: int
+    tile: int
+    first: int
+    last: int
+    numbers: int
+
+
+class Scales(NamedTuple):
+    """Scaling factors of owned shared channels, from ``position`` on."""
+
+    matrix: int
+    position: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Channels:
+    """Which channels of one matrix a rank deals with.
+
+    Attributes:
+        alone: held by this rank only, and so owned by it.
+        shared_held: held by this rank and others.
+        shared_owned: those of ``shared_held`` that this rank owns.
+        projected: those of ``shared_held`` whose part of R this rank sends; of the others it sends elements.
+        arriving: hull of the columns of P for the elements that this rank is sent to project; (0, 0) without any.
+    """
+
+    alone: ChannelSet
+    shared_held: ChannelSet
+    shared_owned: ChannelSet
+    projected: ChannelSet
+    arriving: Range
+
+    @property
+    def owned(self) -> ChannelSet:
+        """The channels whose low-rank state lives here, in the order it is stored: ``alone``, then shared ones."""
+        return self.alone + self.shared_owned
+
+    @property
+    def held(self) -> ChannelSet:
+        """The channels this rank holds any element of: ``alone``, then ``shared_held``."""
+        return self.alone + self.shared_held
+
+
+@dataclass
+class Route:
+    """What travels between this rank and one other in exchange 1."""
+
+    send: list[Projected | Elements] = field(default_factory=list)
+    send_numbers: int = 0
+    receive_numbers: int = 0
+    # Projected parts: (offset in what this peer sends, offset in the accumulator, length).
+    sums: list[tuple[int, int, int]] = field(default_factory=list)
+
+    def add(self, piece: Projected | Elements) -> None:
+        """Send one piece more."""
+        self.send.append(piece)
+        self.send_numbers += piece.numbers
+
+    def expect(self, numbers: int) -> int:
+        """Receive so many numbers more; returns their offset."""
+        self.receive_numbers += numbers
+        return self.receive_numbers - numbers
+
+    def expect_sum(self, numbers: int, target: int) -> None:
+        """Receive numbers more, which add to the accumulator at ``target``; neighbours are taken in one go."""
+        offset = self.expect(numbers)
+        if self.sums:
+            last_offset, last_target, length = self.sums[-1]
+            if last_offset + length == offset and last_target + length == target:
+                self.sums[-1] = (last_offset, last_target, length + numbers)
+                return
+        self.sums.append((offset, target, numbers))
+
+
+@dataclass
+class Block:
+    """Elements of the same channels from several tiles, which together are one operand of a product with P.
+
+    Attributes:
+        first, last: position of the channels in ``shared_owned``.
+        inner: for each part its range along the projected dimension, ascending.
+        places: for each part (peer, offset in what it sends).
+    """
+
+    first: int
+    last: int
+    inner: list[Range] = field(default_factory=list)
+    places: list[tuple[int, int]] = field(default_factory=list)
+
+
+class First:
+    """Exchange 1 as one rank of a plan sees it.
+
+    Attributes:
+        routes: one for each rank.
+        sum_numbers: size of the accumulator of projected parts.
+        owned: for each matrix (offset in the accumulator, channels) of each owned share.
+        blocks: for each matrix the elements that come to be projected.
+        channels: for each matrix the channels this rank deals with.
+    """
+
+    def __init__(self, plan: Plan, rank: int) -> None:
+        self.routes = [Route() for _ in range(plan.world_size)]
+        self.sum_numbers = 0
+        self.owned: list[list[tuple[int, int]]] = []
+        self.blocks: list[list[Block]] = []
+        self.channels: list[Channels] = []
+        for i, matrix in enumerate(plan.matrices):
+            alone, shared = held_channels(matrix.division, rank)
+            nothing = ChannelSet(())
+            self.owned.append([])
+            self.blocks.append([])
+            if not matrix.shared:
+                self.channels.append(Channels(alone, nothing, nothing, nothing, (0, 0)))
+                continue
+            projected = self._sends(i, matrix, rank)
+            owned = self._receives(i, matrix, rank, plan.world_size)
+            hull = [edge for block in self.blocks[i] for part in block.inner for edge in part]
+            arriving = (min(hull), max(hull)) if hull else (0, 0)
+            self.channels.append(Channels(alone, shared, owned, projected, arriving))
+
+    def _sends(self, i: int, matrix: MatrixPlan, rank: int) -> ChannelSet:
+        """What this rank sends of one matrix; returns the channels of which it sends its part of R."""
+        division, shares = matrix.division, matrix.shares
+        found = division.overlaps(shares.starts, shares.stops, division.tiles_of(rank))
+        elements = np.bincount(found.range, found.elements, minlength=len(shares.starts)).astype(np.int64)
+        whole = sends_elements(matrix.spec, elements, shares.counts)
+        parts: dict[int, list[Elements]] = defaultdict(list)
+        for at, share in enumerate(found.range.tolist()):
+            if whole[share]:
+                tile, first, last = (int(values[at]) for values in (found.tile, found.first, found.last))
+                origin = int(division.start[tile])
+                piece = Elements(i, int(division.number[tile]), first - origin, last - origin, int(found.elements[at]))
+                parts[share].append(piece)
+        ranges: list[Range] = []
+        position = 0
+        for share in np.nonzero(elements)[0].tolist():
+            route = self.routes[int(shares.owners[share])]
+            if whole[share]:
+                for piece in parts[share]:
+                    route.add(piece)
+                continue
+            start, stop = int(shares.starts[share]), int(shares.stops[share])
+            count = stop - start
+            route.add(Projected(i, position, count, count * matrix.spec.numbers_per_channel))
+            ranges.append((start, stop))
+            position += count
+        return ChannelSet.merged(ranges)
+
+    def _receives(self, i: int, matrix: MatrixPlan, rank: int, world: int) -> ChannelSet:
+        """What this rank receives of one matrix; returns the shared channels that it owns."""
+        division, shares = matrix.division, matrix.shares
+        mine = shares.owners == rank
+        starts, stops = shares.starts[mine], shares.stops[mine]
+        counts = stops - starts
+        found = division.overlaps(starts, stops)
+        parts: dict[tuple[int, int], list[int]] = defaultdict(list)
+        for at, key in enumerate(zip(found.range.tolist(), division.rank[found.tile].tolist(), strict=True)):
+            parts[key].append(at)
+        held = sum_by_holder(found.range, division.rank[found.tile], found.elements, world)
+        whole = sends_elements(matrix.spec, held[2], counts[held[0]])
+        positions = np.cumsum(counts) - counts
+        targets = []
+        for count in counts.tolist():
+            targets.append(self.sum_numbers)
+            self.owned[i].append((self.sum_numbers, count))
+            self.sum_numbers += count * matrix.spec.numbers_per_channel
+        blocks: dict[tuple[int, int], Block] = {}
+        for share, holder, elements in zip(held[0].tolist(), held[1].tolist(), whole.tolist(), strict=True):
+            route = self.routes[holder]
+            if not elements:
+                route.expect_sum(int(counts[share]) * matrix.spec.numbers_per_channel, targets[share])
+                continue
+            shift = int(positions[share] - starts[share])
+            for at in parts[share, holder]:
+                tile = int(found.tile[at])
+                key = (int(found.first[at]) + shift, int(found.last[at]) + shift)
+                block = blocks.setdefault(key, Block(*key))
+                block.inner.append((int(division.inner_start[tile]), int(division.inner_stop[tile])))
+                block.places.append((holder, route.expect(int(found.elements[at]))))
+        self.blocks[i] = [_ascending(block) for block in blocks.values()]
+        return ChannelSet.merged(list(zip(starts.tolist(), stops.tolist(), strict=True)))
+
+
+def _ascending(block: Block) -> Block:
+    order = sorted(range(len(block.inner)), key=block.inner.__getitem__)
+    return Block(block.first, block.last, [block.inner[k] for k in order], [block.places[k] for k in order])
+
+
+def held_shares(matrix: MatrixPlan, rank: int) -> list[int]:
+    """The shares of a matrix that a rank holds any element of, in channel order."""
+    division: Division = matrix.division
+    found = division.overlaps(matrix.shares.starts, matrix.shares.stops, division.tiles_of(rank))
+    shares: list[int] = np.unique(found.range).tolist()
+    return shares
+
+
+class Second:
+    """Exchange 2 as one rank of a plan sees it, if it is an all-to-all.
+
+    A peer's message is its norm terms, then its scaling factors.
+
+    Attributes:
+        send: for each rank the scaling factors that go there.
+        terms: for each rank the places in the terms, (matrices, columns) row by row, of matrices that both hold; equal
+            lists are one object.
+        send_numbers, receive_numbers: for each rank.
+        scales: for each matrix (offset in what arrives, count) of each held share.
+    """
+
+    def __init__(self, plan: Plan, rank: int, columns: int) -> None:
+        world = plan.world_size
+        self.send: list[list[Scales]] = [[] for _ in range(world)]
+        self.terms = _common_terms(plan, rank, columns)
+        self.send_numbers = [len(places) for places in self.terms]
+        self.receive_numbers = list(self.send_numbers)
+        incoming: list[list[tuple[int, int, int]]] = [[] for _ in plan.matrices]
+        for i, matrix in _with_scales(plan):
+            for share in held_shares(matrix, rank):
+                owner, count = int(matrix.shares.owners[share]), int(matrix.shares.counts[share])
+                incoming[i].append((owner, self.receive_numbers[owner], count))
+                self.receive_numbers[owner] += count
+            position = 0
+            for share in np.nonzero(matrix.shares.owners == rank)[0].tolist():
+                count = int(matrix.shares.counts[share])
+                for holder in matrix.run_of(share).holders.tolist():
+                    self.send[holder].append(Scales(i, position, count))
+                    self.send_numbers[holder] += count
+                position += count
+        base = np.concatenate(([0], np.cumsum(self.receive_numbers))).tolist()
+        self.scales = [[(base[owner] + offset, count) for owner, offset, count in parts] for parts in incoming]
+
+
+class Reduced:
+    """Exchange 2 as one rank of a plan sees it, if it is an all-reduce: all scaling factors, then all terms.
+
+    Attributes:
+        owned: (what this rank writes, offset in the block).
+        scales: for each matrix (offset in the block, count) of each held share.
+        terms: the places in the terms that are summed.
+    """
+
+    def __init__(self, plan: Plan, rank: int, columns: int) -> None:
+        self.owned: list[tuple[Scales, int]] = []
+        self.scales: list[list[tuple[int, int]]] = [[] for _ in plan.matrices]
+        self.terms = [i * columns + column for i, column in plan.term_places]
+        base = 0
+        for i, matrix in _with_scales(plan):
+            counts = matrix.shares.counts
+            offsets = (base + np.cumsum(counts) - counts).tolist()
+            self.scales[i] = [(offsets[share], int(counts[share])) for share in held_shares(matrix, rank)]
+            position = 0
+            for share in np.nonzero(matrix.shares.owners == rank)[0].tolist():
+                self.owned.append((Scales(i, position, int(counts[share])), offsets[share]))
+                position += int(counts[share])
+            base += int(counts.sum())
+
+
+def _with_scales(plan: Plan) -> Iterator[tuple[int, MatrixPlan]]:
+    for i, matrix in enumerate(plan.matrices):
+        if matrix.shared and matrix.spec.channel_scales:
+            yield i, matrix
+
+
+def _common_terms(plan: Plan, rank: int, columns: int) -> list[list[int]]:
+    """For each rank the places in the terms of matrices that it and ``rank`` hold."""
+    common = np.zeros((len(plan.matrices), plan.world_size), dtype=bool)
+    for i, matrix in enumerate(plan.matrices):
+        if rank in matrix.participants:
+            common[i, matrix.participants] = True
+    known: dict[bytes, list[int]] = {}
+    found = []
+    for key, held in zip(map(bytes, np.packbits(common, axis=0).T), common.T, strict=True):
+        if key not in known:
+            chosen = np.nonzero(held)[0].tolist()
+            known[key] = [i * columns + column for i in chosen for column in plan.matrices[i].spec.terms]
+        found.append(known[key])
+    return found

@@ -1,0 +1,40 @@
+"""FSDP2's modules as the backward pass sees them: whose gradients are reduced together, and whether they are at all.
+
+Reads attributes of FSDP2 that are not public (verified on torch 2.13).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+
+def _groups(model: nn.Module) -> Iterator[Any]:
+    """FSDP2's parameter groups in ``model``, each once: a ``fully_shard`` of several modules makes one."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    seen: set[int] = set()
+    for module in model.modules() if fsdp is not None else ():
+        if isinstance(module, fsdp.FSDPModule):
+            for group in module._get_fsdp_state()._fsdp_param_groups:
+                if id(group) not in seen:
+                    seen.add(id(group))
+                    yield group
+
+
+def reduced_together(model: nn.Module) -> list[list[Tensor]]:
+    """The sharded parameters of ``model``, divided as FSDP2 reduces their gradients; empty without FSDP2.
+
+    In a backward pass the gradients of one list become ready one after the other, with no other's in between.
+    """
+    return [[one.sharded_param for one in group.fsdp_params] for group in _groups(model)]
+
+
+def reduces_gradients(model: nn.Module) -> bool:
+    """Whether a backward pass now leaves reduced, sharded gradients; False after ``set_requires_gradient_sync(False)``.
+
+    True without FSDP2.
+    """
+    return all(group.reduce_grads and group.all_reduce_grads for group in _groups(model))
