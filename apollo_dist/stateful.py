@@ -125,6 +125,8 @@ class StatefulOptimizer(Optimizer):
             given = given if changed is None else changed
         # Nothing changes on any rank before all have read it.
         groups, pending, slots = run_together(lambda: self._read(given), self._process_group)
+        if self._by_parameter:
+            self.state = defaultdict(dict)
         self._init_state()
         self._pending, self._slots, self.param_groups = pending, slots, groups
         if pending or slots:
@@ -219,12 +221,13 @@ class StatefulOptimizer(Optimizer):
         return any(m.name == name and not p.requires_grad for p in self._given if (m := self._members.get(id(p))))
 
     def _show(self) -> None:
-        """Fill ``state`` for other tools to look at."""
-        tensors = [p for group in self.param_groups for p in group["params"]] if self._pending else []
-        shown = {p: self._pending.get(self._name(p)) for p in tensors}
+        """Fill ``state`` for other tools to look at; under DeepSpeed it is left to that."""
+        if not (self._pending or self._by_parameter):
+            return
+        shown = {p: self._pending.get(self._name(p)) for p in self._tensors()} if self._pending else {}
         self.state = defaultdict(dict, {p: state for p, state in shown.items() if state is not None})
         self._stacks = []
-        for build in self._builds.values() if self._by_parameter else ():
+        for build in self._builds.values():
             for tensor, state, counter in parameter_state.show(build):
                 self.state[tensor] = state
                 if counter is not None:

@@ -206,7 +206,6 @@ def test_fsdp1s_own_state_dict_is_refused(tmp_path):
         if name.endswith("trained") and not name.startswith("set"):
             assert message.startswith("ValueError"), (name, message)
             assert "apollo_dist.checkpoint.save(folder, model, optimizer)" in message, name
-    print(first)
 
 
 # Copies of a sharded optimizer.
