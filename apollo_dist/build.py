@@ -80,7 +80,8 @@ def fingerprint(
     facts: dict[str, object] = {"seed": seed, "number of parameter groups": len(groups)}
     for i, (group, held) in enumerate(zip(groups, members, strict=True)):
         for key in OPTIONS:
-            facts[f"{key} of parameter group {i}"] = group[key]
+            value = group[key]
+            facts[f"{key} of parameter group {i}"] = value.item() if isinstance(value, Tensor) else value
         for m in held:
             facts[f"parameter {m.name}"] = (m.shape, str(m.dtype), f"group {i}")
         facts[f"number of parameters in group {i}"] = len(held)

@@ -25,10 +25,19 @@ LOW_RANK_DEFAULTS: dict[str, Any] = {
     "scale_front": False,
     "disable_nl": False,
 }
-COMMON = ("lr", "betas", "eps", "weight_decay")
+COMMON = ("lr", "betas", "eps", "weight_decay", "maximize")
 OPTIONS = (*COMMON, "rank", *LOW_RANK_DEFAULTS)
 # Keys that torch's schedulers and other tools add to groups; they mean nothing here and are let through.
 FOREIGN = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
+# Keywords of torch's own optimizers: what asks for nothing that is not done anyway, and why the rest is refused.
+_TORCH_KEYWORDS: dict[str, tuple[tuple[Any, ...], str]] = {
+    "foreach": ((None,), "APOLLO always takes its tensors in batches, and has no other way"),
+    "fused": ((None, True), "APOLLO's kernels are always fused"),
+    "capturable": ((False,), "step() counts in Python, so a CUDA graph would repeat one and the same step"),
+    "differentiable": ((False,), "the step works in place, outside of autograd"),
+    "amsgrad": ((False,), "APOLLO has no maximum of second moments"),
+    "decoupled_weight_decay": ((True,), "APOLLO's weight decay is always decoupled"),
+}
 # Set by the optimizer on groups that come without a rank when no group has one: members are chosen by name.
 CHOOSE = "choose_by_name"
 
@@ -125,6 +134,20 @@ def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
             raise ValueError(f"unknown {what} {key!r}.{hint} Supported: {', '.join(known)}")
 
 
+def drop_torch_keywords(given: dict[str, Any], where: str) -> None:
+    """Take the keywords of torch's optimizers out of ``given``: those that ask for what APOLLO does anyway.
+
+    Raises:
+        ValueError: for a value that asks for something else, with the reason.
+    """
+    for key, (accepted, reason) in _TORCH_KEYWORDS.items():
+        if key in given:
+            value = given.pop(key)
+            if not any(value is one for one in accepted):
+                hint = " or ".join(map(str, accepted))
+                raise ValueError(f"{where}: {key}={value!r} is not supported: {reason}. Leave it out, or pass {hint}")
+
+
 def validate_options(options: Mapping[str, Any], where: str) -> None:
     """Raise ValueError, naming the value and ``where`` it stands, if a group's options make no sense."""
 
@@ -138,7 +161,14 @@ def validate_options(options: Mapping[str, Any], where: str) -> None:
             refuse(key, "a number")
         return float(value)
 
-    if not number("lr") >= 0.0:
+    lr = options["lr"]
+    if isinstance(lr, torch.Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            refuse("lr", "a number, or a tensor of one floating-point number")
+        number_of_lr = float(lr)
+    else:
+        number_of_lr = number("lr")
+    if not number_of_lr >= 0.0:
         refuse("lr", ">= 0")
     betas = options["betas"]
     numbers = isinstance(betas, (tuple, list)) and all(isinstance(beta, (int, float)) for beta in betas)
@@ -147,6 +177,8 @@ def validate_options(options: Mapping[str, Any], where: str) -> None:
     for key in ("eps", "weight_decay"):
         if not number(key) >= 0.0:
             refuse(key, ">= 0")
+    if not isinstance(options["maximize"], bool):
+        refuse("maximize", "True or False")
     rank = options["rank"]
     if rank is None:
         return
@@ -231,8 +263,8 @@ def param_groups(
         model: the model, wrapped or not. Frozen parameters are left out.
         rank: r of the low-rank group.
         exclude: a regular expression; matching names go to AdamW.
-        options: further options of both groups (lr, betas, eps, weight_decay) or of the low-rank group (scale,
-            scale_type, update_proj_gap, proj, proj_type, scale_front, disable_nl).
+        options: further options of both groups (lr, betas, eps, weight_decay, maximize) or of the low-rank group
+            (scale, scale_type, update_proj_gap, proj, proj_type, scale_front, disable_nl).
 
     Returns:
         Groups whose ``params`` are (name, parameter) pairs.

@@ -21,6 +21,7 @@ from .deepspeed import NOT_IN_BACKWARD
 from .layout import dtensor, fsdp2, zero_engine
 from .optimizer import APOLLO, APOLLOMini
 from .present import PresentModel
+from .stateful import called_to_make_state
 from .step import step_adam, step_unit
 from .unit import AdamTensor, Unit
 
@@ -204,12 +205,16 @@ class LayerwiseAPOLLO(APOLLO):
                 loss = closure()
         if not self._handles:
             raise ValueError("this optimizer was detached: attach a new one")
+        if not self._builds and called_to_make_state():
+            self.prepare()
+            return loss
         if hasattr(self, "found_inf"):
             raise ValueError(_fp16("GradScaler scales the loss"))
         if self._waiting is not None:
             self._update(self._waiting)
         self._check_finished()
         self._fired.clear()
+        self._count_stacks()
         return loss
 
     def _check_finished(self) -> None:

@@ -187,6 +187,8 @@ class Matrix:
                     squares[channels].addcmul_(lengths, lengths)
             if norms is not None and squares is not None:
                 torch.sqrt(squares, out=norms[alone:])
+        if self.group["maximize"]:
+            low_rank.neg_()
 
     def shared_scale(self, owned: Tensor | None) -> Tensor | None:
         """What exchange 2 carries: the scaling factors over ``shared_owned``."""
@@ -266,18 +268,23 @@ class Matrix:
             factor: scalar; the limiter's factor, times the tensor's scaling factor where it has one.
         """
         group = self.group
-        size = group["lr"] * rule.bias_correction(self.state["step"], group["betas"]) * group["scale"] ** 0.5
-        decay = group["lr"] * group["weight_decay"]
+        # Of the negated gradient R is made in ``complete``; norms do not differ.
+        sign = 1.0 if group["maximize"] else -1.0
+        size = rule.step_size(group["lr"], self.state["step"], group["betas"], factor)
+        value = sign * group["scale"] ** 0.5
         coefficient = factor if scale is None else (scale * factor)[:, None]
+        if isinstance(size, Tensor):
+            coefficient = coefficient * size
+        else:
+            value *= size
         stored = self.holding.weight()
         weights, copied = self._split(stored)
         work = [weight.to(self.holding.compute_dtype) for weight in weights]
         for number, rows, position in self._held.parts:
             by = coefficient if scale is None else _take(coefficient, position)
-            _take(work[number], rows).addcmul_(_take(grads[number], rows), by, value=-size)
+            _take(work[number], rows).addcmul_(_take(grads[number], rows), by, value=value)
+        rule.decay(work, group["lr"], group["weight_decay"])
         for weight, updated in zip(weights, work, strict=True):
-            if decay:
-                updated.mul_(1.0 - decay)
             if updated is not weight:
                 weight.copy_(updated)
         if copied is not None:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from .agreement import agree, run_together
 from .build import Build, build, check_unique, fingerprint
@@ -22,6 +21,7 @@ from .groups import (
     check_known,
     check_matrix,
     choose,
+    drop_torch_keywords,
     member,
     name_pattern,
     param_groups,
@@ -31,8 +31,8 @@ from .groups import (
 from .layout import zero, zero_engine
 from .nonfinite import NonFiniteGuard
 from .present import PresentModel, check_not_replaced
+from .stateful import StatefulOptimizer, called_to_make_state, given_twice
 from .step import step_adam, step_unit
-from .unit import Slot
 
 logger = logging.getLogger("apollo_dist")
 
@@ -41,7 +41,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-class APOLLO(Optimizer):
+class APOLLO(StatefulOptimizer):
     r"""APOLLO (arXiv 2412.05270), exact under every layout: plain, DDP, FSDP2, HSDP and DeepSpeed ZeRO.
 
     Low-rank matrices follow the rule in ``apollo_dist.rule``; all other parameters take AdamW with the same lr, betas,
@@ -52,7 +52,7 @@ class APOLLO(Optimizer):
             groups, where a group with ``rank`` is low-rank and one without is AdamW; if no group has ``rank``, or for
             parameters without groups, members are chosen by name (without names, every matrix). Parameters may come
             as (name, parameter) pairs; under DeepSpeed the engine knows their names.
-        lr: learning rate.
+        lr: learning rate, a number or a tensor of one (which a step never waits for).
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and acts on the new weight.
         rank: r, for a model or for groups chosen by name. At most min(m, n) of every matrix.
         scale: the update is multiplied by its square root.
@@ -64,6 +64,7 @@ class APOLLO(Optimizer):
         scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
             a ratio.
         disable_nl: turn the norm-growth limiter off.
+        maximize: follow the negated gradients.
         exclude: where matrices are chosen by name, a regular expression of names to leave to AdamW.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
@@ -76,6 +77,8 @@ class APOLLO(Optimizer):
             optimizer was built are found in it. It is not kept alive.
         process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
             is built and at the first step, so every one of them must build it.
+        unknown: keywords of torch's optimizers (foreach, fused, capturable, differentiable, amsgrad) where they ask
+            for what is done anyway; all others are errors.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -84,7 +87,7 @@ class APOLLO(Optimizer):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,
@@ -98,6 +101,7 @@ class APOLLO(Optimizer):
         proj_type: str = "std",
         scale_front: bool = False,
         disable_nl: bool = False,
+        maximize: bool = False,
         exclude: str | None = None,
         cache_projection: bool | str = "auto",
         skip_nonfinite: bool = False,
@@ -109,7 +113,7 @@ class APOLLO(Optimizer):
         options = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale,
             "scale_type": scale_type, "update_proj_gap": update_proj_gap, "proj": proj, "proj_type": proj_type,
-            "scale_front": scale_front, "disable_nl": disable_nl,
+            "scale_front": scale_front, "disable_nl": disable_nl, "maximize": maximize,
         }  # fmt: skip
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
         self._process_group = process_group
@@ -118,16 +122,17 @@ class APOLLO(Optimizer):
         self._members: dict[int, Member] = {}
         # Keeps the given parameters alive, so that their ids stay theirs.
         self._given: list[Tensor] = []
-        self._slots: dict[str, Slot] = {}
-        self._restored = False
-        self._builds: dict[tuple[Any, ...], Build] = {}
+        self._init_state()
         self._engine: zero.Engine | None = None
+        self._constructed = False
         run_together(lambda: self._construct(params, options, unknown), process_group)
         facts = {"skip_nonfinite": skip_nonfinite, "max_skipped_steps": max_skipped_steps}
         agree({**facts, **fingerprint(seed, self.param_groups, self._members_of_groups())}, process_group)
+        self._constructed = True
 
     def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
         """The local part of construction; may fail on one rank only."""
+        drop_torch_keywords(unknown, type(self).__name__)
         check_known(unknown, [*OPTIONS, *_ARGUMENTS], "argument")
         validate_options(options, type(self).__name__)
         self._guard.check()
@@ -157,25 +162,42 @@ class APOLLO(Optimizer):
                             check_matrix(m.name, m.shape, group["rank"])
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; with ``rank`` it is low-rank, without it is AdamW.
+        """Add a parameter group; with ``rank`` it is low-rank, without it is AdamW. Every rank must call it.
 
         If the optimizer was built from groups without any rank, members are chosen by name here as well.
 
         Raises:
-            ValueError: for unknown keys, bad values, or parameters that cannot be low-rank in a group with ``rank``.
+            ValueError: on all ranks alike, for unknown keys, bad values, parameters that are there already, or that
+                cannot be low-rank in a group with ``rank``, or if ranks differ. The optimizer is then as it was.
         """
+        if not self._constructed:
+            self._add_group(param_group)
+            return
+        groups, given, members = len(self.param_groups), len(self._given), dict(self._members)
+        try:
+            run_together(lambda: self._add_group(param_group), self._process_group)
+            agree(fingerprint(self.seed, self.param_groups, self._members_of_groups()), self._process_group)
+        except ValueError:
+            del self.param_groups[groups:], self._given[given:]
+            self._members = members
+            raise
+
+    def _add_group(self, param_group: dict[str, Any]) -> None:
+        """The local part of ``add_param_group``."""
         group = dict(param_group)
+        number = len(self.param_groups)
+        drop_torch_keywords(group, f"parameter group {number}")
         check_known(group, [*OPTIONS, *FOREIGN], "parameter group key")
         pairs = self._model.named(split_params(group["params"]))
         explicit = group.get("rank") is not None
         group["rank"] = group.get("rank", self.defaults["rank"] if self._choose else None)
         if self._choose and not explicit:
             group[CHOOSE] = True
-        number = len(self.param_groups)
         validate_options({**self.defaults, **group}, f"parameter group {number}")
-        added = {}
-        for i, (name, tensor) in enumerate(pairs):
-            added[id(tensor)] = member(len(self._given) + i, name, tensor)
+        found = [member(len(self._given) + i, name, tensor) for i, (name, tensor) in enumerate(pairs)]
+        tensors = [tensor for _, tensor in pairs]
+        given_twice(zip((m.name for m in found), tensors, strict=True), self._members)
+        added = dict(zip(map(id, tensors), found, strict=True))
         check_unique(m.name for m in [*self._members.values(), *added.values()])
         if explicit:
             if not pairs:
@@ -183,10 +205,10 @@ class APOLLO(Optimizer):
             for m in added.values():
                 check_matrix(m.name, m.shape, group["rank"])
         group.pop("param_names", None)
-        group["params"] = [tensor for _, tensor in pairs]
+        group["params"] = tensors
         super().add_param_group(group)
         self._members.update(added)
-        self._given += group["params"]
+        self._given += tensors
 
     def _members_of_groups(self) -> list[list[Member]]:
         return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]
@@ -270,11 +292,13 @@ class APOLLO(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        making_state = not self._builds and called_to_make_state()
         current = self._current()
-        if current is not None and not self._must_skip(current):
+        if current is not None and not making_state and not self._must_skip(current):
             for unit in current.units:
                 step_unit(unit, self.seed)
             step_adam(current.adam)
+            self._count_stacks()
         return loss
 
     def _must_skip(self, current: Build) -> bool:
@@ -301,7 +325,9 @@ class APOLLO(Optimizer):
         # A build of the same parameters under other tensors is out of date.
         names = built.names()
         self._builds = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
+        self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
         self._builds[self._key()] = built
+        self._show()
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.info("%s: %s", type(self).__name__, built.summary())
         return built
@@ -331,43 +357,11 @@ class APOLLO(Optimizer):
             cache_projection=self.cache_projection,
         )
 
-    def _slot(self, name: str) -> Slot:
-        if self._restored and name not in self._slots:
-            raise ValueError(f"the loaded state has nothing for {name}; it is from another model or other groups")
-        return self._slots.setdefault(name, {})
-
-    def state_bytes(self) -> int:
-        """Bytes of optimizer state that this rank holds; 0 before the first step."""
-        tensors = (t for slot in self._slots.values() for t in slot.values() if isinstance(t, Tensor))
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def state_dict(self) -> dict[str, Any]:
-        """This rank's state, keyed by parameter name, and the parameter groups.
-
-        Under sharded layouts each rank's differs, and loads only on the same rank of the same world size. Projections
-        are not part of it: they follow from the seed.
-        """
-        result = super().state_dict()
-        result["state"] = {name: dict(slot) for name, slot in self._slots.items()}
-        return result
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue from ``state_dict``, exactly. States keep their dtypes; they are checked at the next step.
-
-        Raises:
-            ValueError: if the parameter groups differ in number or size.
-        """
-        super().load_state_dict({**state_dict, "state": {}})
-        self._slots = {
-            name: {key: value.clone() if isinstance(value, Tensor) else value for key, value in slot.items()}
-            for name, slot in state_dict["state"].items()
-        }
-        self._restored = bool(self._slots)
-        self._builds = {}
-
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:
     """Parameters, named parameters or groups as a list of groups."""
+    if isinstance(params, (set, frozenset)):
+        split_params(params)  # which refuses it
     items = [params] if isinstance(params, Tensor) else list(params)
     if not items:
         raise ValueError("APOLLO got an empty parameter list")
@@ -387,7 +381,7 @@ class APOLLOMini(APOLLO):
     def __init__(
         self,
         params: Any,
-        lr: float = 1e-2,
+        lr: float | Tensor = 1e-2,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-6,
         weight_decay: float = 0.0,

@@ -36,6 +36,27 @@ def bias_correction(step: int, betas: tuple[float, float]) -> float:
     return math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
 
 
+def step_size(lr: float | Tensor, step: int, betas: tuple[float, float], like: Tensor) -> float | Tensor:
+    """The learning rate times the bias correction at ``step``.
+
+    A tensor ``lr`` (one number, on the device of ``like`` or on the CPU) is not waited for: the result is then a scalar
+    tensor of the dtype of ``like``, where lr is.
+    """
+    correction = bias_correction(step, betas)
+    return lr.reshape(()).to(like.dtype) * correction if isinstance(lr, Tensor) else lr * correction
+
+
+def decay(weights: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:
+    """Decoupled weight decay, in place, on weights of one device and dtype."""
+    if not weight_decay or not weights:
+        return
+    if isinstance(lr, Tensor):
+        factor = 1.0 - lr.reshape(()).to(weights[0].dtype) * weight_decay
+        torch._foreach_mul_(weights, factor.to(weights[0].device, non_blocking=True))
+    else:
+        torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
+
+
 def normalize(
     exp_avg: Tensor, exp_avg_sq: Tensor, low_rank: Tensor, out: Tensor, *, betas: tuple[float, float], eps: float
 ) -> None:
@@ -133,16 +154,17 @@ def adamw(
     exp_avg_sqs: list[Tensor],
     *,
     step: int,
-    lr: float,
+    lr: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    maximize: bool = False,
 ) -> None:
     r"""AdamW, in place, for tensors without a low rank: the rule above with :math:`U = M / (\sqrt{V} + \epsilon)`.
 
     All lists have equal lengths and tensors of one device and dtype. This form puts the bias correction outside of
     :math:`\epsilon` as the low-rank rule does; torch's puts it inside, so its fused kernel gets
-    :math:`\epsilon / \sqrt{1 - \beta_2^t}`. Decay acts on the new weight.
+    :math:`\epsilon / \sqrt{1 - \beta_2^t}`. Decay acts on the new weight. ``maximize`` negates the gradients.
     """
     if not weights:
         return
@@ -160,10 +182,10 @@ def adamw(
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
-        lr=lr,
+        # The kernel of an accelerator reads a tensor as float32.
+        lr=lr.reshape(()).float() if isinstance(lr, Tensor) and lr.device.type != "cpu" else lr,
         weight_decay=0.0,
         eps=eps / math.sqrt(1.0 - betas[1] ** step),
-        maximize=False,
+        maximize=maximize,
     )
-    if weight_decay:
-        torch._foreach_mul_(weights, 1.0 - lr * weight_decay)
+    decay(weights, lr, weight_decay)

@@ -71,6 +71,7 @@ def step_adam(tensors: list[AdamTensor]) -> None:
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
         )
         for stored, updated in zip(weights, work, strict=True):
             if updated.data_ptr() != stored.data_ptr():

@@ -98,7 +98,7 @@ def test_exclude_acts_on_names_and_is_refused_where_it_cannot() -> None:
     shapes = []
     for optimizer in (by_model, by_name):
         optimizer.step()
-        state = optimizer.state_dict()["state"]
+        state = optimizer.named_state()
         shapes.append({name: slot["exp_avg"].shape for name, slot in state.items() if "last_norm" in slot})
     assert shapes[0] == shapes[1]
     assert set(shapes[0]) == {n for n in low_rank_names(dict(model.named_parameters())) if "gate" in n or "up" in n}

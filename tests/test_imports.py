@@ -22,6 +22,8 @@ ALLOWED = {
     "exchange.plan": ("exchange.division", "exchange.owners", "layout.tiles"),
     "exchange": ("layout.holding", "layout.tiles"),
     "groups": ("layout",),
+    "division": ("exchange", "layout", "matrix", "unit"),
+    "parameter_state": ("agreement", "build", "division", "exchange", "layout", "unit"),
     "after_import": (),
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),

@@ -68,16 +68,16 @@ def test_moments_of_bf16_weights_are_float32():
     reference = Reference(dict(model.named_parameters()), RANKS, draw_dtype=torch.float32)
     give(model, 0)
     optimizer.step()
-    moments = [s[key] for s in optimizer.state_dict()["state"].values() for key in ("exp_avg", "exp_avg_sq")]
+    moments = [s[key] for s in optimizer.named_state().values() for key in ("exp_avg", "exp_avg_sq")]
     assert {m.dtype for m in moments} == {torch.float32}
     # 0.999 v rounds back to v in bf16: with zero gradients it would never decay.
-    before = optimizer.state_dict()["state"]["0.weight"]["exp_avg_sq"].clone()
+    before = optimizer.named_state()["0.weight"]["exp_avg_sq"].clone()
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()
-    after = optimizer.state_dict()["state"]["0.weight"]["exp_avg_sq"]
+    after = optimizer.named_state()["0.weight"]["exp_avg_sq"]
     assert torch.allclose(after, before * 0.999, rtol=1e-6, atol=0)
-    assert reference.weights.keys() == optimizer.state_dict()["state"].keys()
+    assert reference.weights.keys() == optimizer.named_state().keys()
 
 
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
@@ -90,7 +90,7 @@ def test_zero_first_gradient_does_not_arm_the_limiter(scale_type):
         p.grad = zeros[name]
     optimizer.step()
     reference.step(zeros)
-    assert float(optimizer.state_dict()["state"]["0.weight"]["last_norm"]) == 0.0
+    assert float(optimizer.named_state()["0.weight"]["last_norm"]) == 0.0
     before = model[0].weight.detach().clone()
     compare(model, optimizer, reference, [1])
     # An armed limiter would let the norm reach some 1e-8.
@@ -98,10 +98,10 @@ def test_zero_first_gradient_does_not_arm_the_limiter(scale_type):
     # A zero gradient later on leaves it armed as it was.
     for name, p in model.named_parameters():
         p.grad = zeros[name]
-    last = float(optimizer.state_dict()["state"]["0.weight"]["last_norm"])
+    last = float(optimizer.named_state()["0.weight"]["last_norm"])
     optimizer.step()
     reference.step(zeros)
-    assert float(optimizer.state_dict()["state"]["0.weight"]["last_norm"]) == last > 0
+    assert float(optimizer.named_state()["0.weight"]["last_norm"]) == last > 0
     compare(model, optimizer, reference, [2, 3])
 
 
@@ -129,7 +129,7 @@ def test_projections_are_never_saved_and_caching_changes_nothing():
             give(model, step)
             optimizer.step()
         results.append([p.detach().clone() for p in model.parameters()])
-        for slot in optimizer.state_dict()["state"].values():
+        for slot in optimizer.named_state().values():
             assert set(slot) <= {"step", "exp_avg", "exp_avg_sq", "last_norm", "held"}
     for other in results[1:]:
         assert all(torch.equal(p, q) for p, q in zip(results[0], other, strict=True))

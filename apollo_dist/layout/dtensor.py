@@ -68,9 +68,9 @@ def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Cover]:
     if len(axes) == 1 and type(placements[axes[0]]) is Shard and placements[axes[0]].dim % len(shape) == 0:  # type: ignore[attr-defined]
         return group, FlatCover(row_ranges(shape[0], parameter.numel() // max(shape[0], 1), group.size))
     assert group.process_group is not None
-    places = _places(mesh)
+    stands = places(mesh)
     ranks = dist.get_process_group_ranks(group.process_group)
-    return group, GridCover(tuple(_runs(parameter, places[rank]) for rank in ranks))
+    return group, GridCover(tuple(_runs(parameter, stands[rank]) for rank in ranks))
 
 
 def _group(name: str, mesh: DeviceMesh, axes: list[int]) -> dist.ProcessGroup:
@@ -86,7 +86,7 @@ def _group(name: str, mesh: DeviceMesh, axes: list[int]) -> dist.ProcessGroup:
     return mesh[names]._flatten().get_group()
 
 
-def _places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
+def places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
     """Where each global rank stands in the mesh."""
     return dict(zip(mesh.mesh.flatten().tolist(), product(*map(range, mesh.mesh.shape)), strict=True))
 
