@@ -8,9 +8,10 @@ from collections.abc import Sequence
 
 from . import lint
 from .checkpoint import export, verify
+from .planner import command as plan
 
 # Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
-COMMANDS = (lint, verify, export)
+COMMANDS = (lint, verify, export, plan)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
