@@ -144,7 +144,8 @@ class Options:
         if self.layerwise and not (self.engine in ("fsdp2", "hsdp") or (self.engine == "ddp" and self.world == 1)):
             raise ValueError(
                 "layerwise: DDP, FSDP1 and ZeRO have not reduced a gradient yet when it is ready in the backward "
-                f"pass, so an update there would not be exact; use fsdp2 or one process, not {self.engine} on {self.world} ranks"
+                f"pass, so an update there would not be exact; use fsdp2 or one process, not {self.engine} on "
+                f"{self.world} ranks"
             )
         if self.bucket_view and self.engine != "ddp":
             raise ValueError(f"bucket_view is an option of DDP; got engine {self.engine!r}")
