@@ -76,7 +76,8 @@ def native(engine: str, world: int) -> dict[str, dict[str, int]]:
         gradients = memory_of(p.grad for p in module.parameters())
         optimizer.step()
         found[kind] = {
-            "weights": weights, "gradients": gradients, "masters": 0, "state": state(optimizer), "sent": sent(optimizer),
+            "weights": weights, "gradients": gradients, "masters": 0, "state": state(optimizer),
+            "sent": sent(optimizer),
         }  # fmt: skip
     return found
 

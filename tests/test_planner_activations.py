@@ -58,10 +58,11 @@ def measure(config: ModelConfig, precision: str, attention: str, checkpointing: 
         most[0] = max(most[0], layer[0].bytes)
         layer[0] = Saved(model)
 
-    with torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-            losses = token_losses(model(input_ids=tokens[0]).logits, tokens[1])
-            loss = losses.mean()
+    with (
+        torch.autograd.graph.saved_tensors_hooks(saved.pack, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+    ):
+        loss = token_losses(model(input_ids=tokens[0]).logits, tokens[1]).mean()
     forward = saved.bytes
     for block in decoder_layers(model):
         block.input_layernorm.register_forward_pre_hook(begin)
