@@ -8,10 +8,11 @@ from collections.abc import Sequence
 
 from . import lint, preflight
 from .checkpoint import export, verify
+from .planner import command as plan
 
 # Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
 # With the default ``takes_more``, arguments that the parser does not know reach it as ``more``.
-COMMANDS = (lint, verify, export, preflight)
+COMMANDS = (lint, verify, export, plan, preflight)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ from apollo_dist.pretrain.config import AdamWConfig, ApolloConfig, ApolloMiniCon
 from apollo_dist.pretrain.engines.deepspeed_json import reconcile
 from apollo_dist.pretrain.settings import help_text, known_keys, load_settings
 
-RECIPES = ["tiny", "60M", "130M", "350M", "1B", "7B", "13B"]
+RECIPES = ["tiny", "60M", "130M", "350M", "1B", "7B", "13B", "70B"]
 
 
 @pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini", "adamw"])
@@ -73,6 +73,7 @@ def test_another_optimizer_takes_its_own_section() -> None:
         ("--steps 0", "steps is 0: it must be at least 1"),
         ("--warmup_steps 600", r"warmup_steps is 600: it must be in \[0, steps\)"),
         ("--model.num_heads 3", "model.hidden_size is 128"),
+        ("--model.num_kv_heads 3", "model.num_kv_heads is 3: it must be a divisor of num_heads 4"),
         ("--precision fp8", "precision is 'fp8': it must be one of fp32, bf16"),
         ("--engine fsdp", "engine is 'fsdp': it must be one of deepspeed, fsdp2, ddp"),
         ("--engine deepspeed", "--engine deepspeed needs --deepspeed_config"),

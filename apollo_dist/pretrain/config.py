@@ -47,13 +47,14 @@ def _one_of(choices: tuple[str, ...], key: str, value: str) -> None:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the LLaMA: untied embeddings, no biases, as many key-value heads as heads."""
+    """Shape of the LLaMA: untied embeddings, no biases."""
 
     vocab_size: int = option("tokens in the vocabulary (256 for bytes)")
     hidden_size: int = option("width of the residual stream")
     intermediate_size: int = option("width of the MLP")
     num_layers: int = option("transformer blocks")
     num_heads: int = option("attention heads")
+    num_kv_heads: int | None = option("heads of keys and values, each for several of queries; default: num_heads", None)
     norm_eps: float = option("epsilon of RMSNorm", 1e-6)
     init_std: float = option("standard deviation of the initial weights", 0.02)
 
@@ -65,11 +66,23 @@ class ModelConfig:
             intermediate_size=self.intermediate_size,
             num_layers=self.num_layers,
             num_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+        )
+        _require(
+            self.num_heads % self.kv_heads == 0,
+            "model.num_kv_heads",
+            self.num_kv_heads,
+            f"a divisor of num_heads {self.num_heads}",
         )
         head = self.hidden_size / self.num_heads
         _require(
             head % 2 == 0, "model.hidden_size", self.hidden_size, f"an even multiple of num_heads {self.num_heads}"
         )
+
+    @property
+    def kv_heads(self) -> int:
+        """``num_kv_heads``, or by default as many as ``num_heads``."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
 
 @dataclass(frozen=True)

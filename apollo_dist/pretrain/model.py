@@ -23,7 +23,7 @@ def build_model(config: ModelConfig, sequence_length: int, seed: int) -> nn.Modu
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_layers,
         num_attention_heads=config.num_heads,
-        num_key_value_heads=config.num_heads,
+        num_key_value_heads=config.kv_heads,
         max_position_embeddings=sequence_length,
         rms_norm_eps=config.norm_eps,
         initializer_range=config.init_std,
