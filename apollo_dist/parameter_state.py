@@ -25,7 +25,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from .agreement import run_together
 from .build import Build
-from .division import Division, LowRank
+from .state_division import Division, LowRank
 from .exchange.collectives import device_for
 from .layout.holding import Holding
 from .unit import AdamTensor, Unit
