@@ -25,9 +25,9 @@ from torch.distributed.tensor.placement_types import Placement
 
 from .agreement import run_together
 from .build import Build
-from .state_division import Division, LowRank
 from .exchange.collectives import device_for
 from .layout.holding import Holding
+from .state_division import Division, LowRank
 from .unit import AdamTensor, Unit
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
