@@ -40,16 +40,19 @@ def fsdp2(model: nn.Module, kind: str, world: int) -> nn.Module:
     return fully_shard(model, **options)
 
 
-def tensor_parallel(model: nn.Module, kind: str, mesh: DeviceMesh) -> nn.Module:
-    """Divide the linear layers over ``mesh["tp"]``: rows, columns, or alternating; norms and embedding have no plan."""
+def tensor_parallel(model: nn.Module, kind: str, mesh: DeviceMesh, least: int) -> nn.Module:
+    """Divide the linear layers over ``mesh["tp"]``: rows, columns, or alternating; norms and embedding have no plan.
+
+    Nor have matrices with fewer than ``least`` rows or columns to divide.
+    """
     for i, block in enumerate(model.layers):
         dim = {"rows": 0, "columns": 1}.get(kind, i % 2)
         for name, p in list(block.named_parameters()):
             if not name.startswith("linear.") and name != "weight":
                 continue
             matrix = block.linear.weight if name.startswith("linear.") else p
-            if matrix.shape[dim] < 2:
-                continue  # FSDP2 cannot reduce what is empty on a rank: "_chunk_cat expects non-empty tensor"
+            if matrix.shape[dim] < least:
+                continue
             placement = Shard(dim) if p.dim() > 1 else Replicate() if dim else Shard(0)
             divided = nn.Parameter(distribute_tensor(p.detach(), mesh["tp"], [placement]), p.requires_grad)
             owner, leaf = (block.linear, name[7:]) if name.startswith("linear.") else (block, name)
@@ -60,7 +63,8 @@ def tensor_parallel(model: nn.Module, kind: str, mesh: DeviceMesh) -> nn.Module:
 def tp(model: nn.Module, kind: str, world: int) -> nn.Module:
     """Tensor parallelism in pairs, with FSDP2 around it where there are more ranks."""
     mesh = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("dp", "tp"))
-    model = tensor_parallel(model, kind, mesh)
+    # FSDP2 cannot reduce what is empty on a rank: "_chunk_cat expects non-empty tensor".
+    model = tensor_parallel(model, kind, mesh, least=2 if world > 2 else 1)
     if world > 2:
         for block in model.layers:
             fully_shard(block, mesh=mesh["dp"])
