@@ -13,12 +13,13 @@ import torch
 from apollo_dist.pretrain import step, train
 from apollo_dist.pretrain.__main__ import main
 from apollo_dist.pretrain.distributed import Ranks, SetupError
+from apollo_dist.pretrain.optimizers import local
 from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import load_settings
 
 from .pretrain_runs import SMALL, SMALL_APOLLO, ZERO2, losses, write_text
 from .ranks import run_ranks
-from .test_pretrain_nonfinite import spoil, weights
+from .test_pretrain_nonfinite import spoil
 
 # Two steps under each, one after the other; beside it one that stays under DDP.
 LEGS = {
@@ -75,6 +76,11 @@ def moving(rank: int, world: int, folder: Path) -> dict[str, object]:
     return found
 
 
+def weights(run: Run) -> torch.Tensor:
+    """Those of the optimizer: after a forward pass alone the module shows FSDP2's unsharded copies."""
+    return torch.cat([local(p).detach().flatten() for g in run.engine.optimizer.param_groups for p in g["params"]])
+
+
 def not_finite(run: Run, here: bool, what: str) -> dict[str, object]:
     """Two steps, of which the first has a loss, or gradients alone, that are not finite on one rank."""
     original = step.token_losses
@@ -85,6 +91,7 @@ def not_finite(run: Run, here: bool, what: str) -> dict[str, object]:
         for _ in range(2):
             before = weights(run)
             step.train_step(run)
+            assert torch.isfinite(weights(run)).all()
             found["moved"].append(not torch.equal(before, weights(run)))
     except SetupError as error:
         found["error"] = str(error)
