@@ -6,11 +6,12 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import lint
+from . import lint, preflight
 from .checkpoint import export, verify
 
 # Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
-COMMANDS = (lint, verify, export)
+# With the default ``takes_more``, arguments that the parser does not know reach it as ``more``.
+COMMANDS = (lint, verify, export, preflight)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +20,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for module in COMMANDS:
         module.add_parser(subparsers)
-    parsed = parser.parse_args(arguments)
+    parsed, more = parser.parse_known_args(arguments)
+    if more and not getattr(parsed, "takes_more", False):
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    parsed.more = more
     code: int = parsed.run(parsed)
     return code
 

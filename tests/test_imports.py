@@ -23,6 +23,7 @@ ALLOWED = {
     "after_import": (),
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),
+    "preflight": ("pretrain",),
 }
 PUBLIC = {
     "apollo_dist",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import time
@@ -13,9 +14,12 @@ from pathlib import Path
 import psutil
 import pytest
 
-from apollo_dist.pretrain.stop import STOPPED
+from apollo_dist.checkpoint import folder as checkpoint_folder
+from apollo_dist.pretrain.__main__ import main
+from apollo_dist.pretrain.metrics import Metrics
+from apollo_dist.pretrain.stop import SIGNALS, STOPPED
 
-from .pretrain_runs import SMALL, SMALL_APOLLO, command, environment, rows, write_text
+from .pretrain_runs import SMALL, SMALL_APOLLO, command, environment, losses, rows, validations, write_text
 
 STEPS = 60
 
@@ -27,11 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return base
 
 
-def arguments(output: str, *more: str) -> list[str]:
-    """A run of 60 steps that validates every 20."""
-    given = {word.split("=")[0] for word in more} | {"--steps", "--eval_every"}
-    kept = [word for word in [*SMALL, *SMALL_APOLLO] if word.split("=")[0] not in given]
-    return [*kept, f"--steps={STEPS}", "--eval_every=20", "--data=text", f"--output={output}", *more]
+def arguments(output: str, *more: str, steps: int = STEPS, eval_every: int = 20) -> list[str]:
+    kept = [word for word in [*SMALL, *SMALL_APOLLO] if word.split("=")[0] not in ("--steps", "--eval_every")]
+    return [*kept, f"--steps={steps}", f"--eval_every={eval_every}", "--data=text", f"--output={output}", *more]
 
 
 @contextlib.contextmanager
@@ -120,3 +122,156 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_for_bit(folder: 
     assert curve(output) == curve(folder / "straight")
     elapsed = [row["elapsed"] for row in rows(output)]
     assert elapsed == sorted(elapsed)
+
+
+@pytest.mark.slow
+def test_signals_under_the_deepspeed_launcher(folder: Path) -> None:
+    (folder / "zero2.json").write_text('{"zero_optimization": {"stage": 2}}')
+    output, log = folder / "zero2", folder / "zero2.log"
+    given = arguments("zero2", "--deepspeed_config=zero2.json", steps=100000, eval_every=0)
+    with started("deepspeed", 2, given, folder) as job:
+        wait_for(lambda: steps_done(output) >= 3, job, log)
+        worker(job, 0).send_signal(signal.SIGUSR1)
+        assert job.wait(timeout=60) == STOPPED, log.read_text()[-3000:]
+    assert json.loads((output / "stopped.json").read_text())["reason"] == "SIGUSR1"
+    assert json.loads((output / "stopped.json").read_text())["step"] == steps_done(output)
+
+
+def test_a_signal_during_the_set_up_ends_before_the_first_step(folder: Path) -> None:
+    output, log = folder / "early", folder / "early.log"
+    with started("python", 1, arguments("early"), folder) as job:
+        wait_for(lambda: heard(job.pid), job, log)
+        os.kill(job.pid, signal.SIGTERM)
+        assert job.wait(timeout=60) == STOPPED, log.read_text()[-3000:]
+    record = json.loads((output / "stopped.json").read_text())
+    assert (record["step"], record["reason"], record["checkpoint"]) == (0, "SIGTERM", None)
+    assert "nothing to save yet" in log.read_text()
+    assert losses(output) == {}
+    with started("python", 1, arguments("early", "--resume", "--stop_after=1"), folder) as job:
+        assert job.wait(timeout=60) == 0, log.read_text()[-3000:]
+    assert "nothing to resume: the run before was stopped before its first step" in log.read_text()
+    assert sorted(losses(output)) == [1]
+    assert (output / "checkpoints" / "step_00000001").exists()
+
+
+def heard(pid: int) -> bool:
+    """Whether a process handles SIGTERM by itself."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    (caught,) = (line.split()[1] for line in status.splitlines() if line.startswith("SigCgt"))
+    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+
+
+# Runs inside this process, whose requests are made when a step is written down.
+
+
+@pytest.fixture
+def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], object]], None]:
+    """Do something, once, right after a step of the run has been written down."""
+    original = Metrics.train
+
+    def install(step: int, work: Callable[[], object]) -> None:
+        def train(self: Metrics, row: dict[str, float], device: object) -> None:
+            original(self, row, device)  # type: ignore[arg-type]
+            if row["step"] == step:
+                work()
+
+        monkeypatch.setattr(Metrics, "train", train)
+
+    return install
+
+
+@pytest.fixture
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch, one_process: None) -> None:
+    monkeypatch.chdir(folder)
+
+
+AtStep = Callable[[int, Callable[[], object]], None]
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_stop_file_ends_the_run_and_is_removed(
+    folder: Path, at_step: AtStep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = folder / "file"
+    output.mkdir()
+    (output / "STOP").touch()  # of some earlier day
+    at_step(5, (output / "STOP").touch)
+    assert main(arguments("file")) == STOPPED
+    printed = capsys.readouterr().out
+    assert "removed file/STOP, made before this run started" in printed
+    assert "stopped after step 6 (STOP), saved in file/checkpoints/step_00000006" in printed
+    assert not (output / "STOP").exists()
+    assert sorted(losses(output)) == [1, 2, 3, 4, 5, 6]
+    assert not (output / "finished.json").exists()
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_save_file_leaves_a_checkpoint_and_the_run_goes_on(folder: Path, at_step: AtStep) -> None:
+    output = folder / "save"
+    at_step(5, (output / "SAVE").touch)
+    assert main(arguments("save", steps=10)) == 0
+    assert [path.name for path in (output / "checkpoints").glob("step_*")] == ["step_00000006"]
+    assert not (output / "SAVE").exists()
+    assert json.loads((output / "finished.json").read_text())["checkpoint"] == "save/checkpoints/step_00000006"
+    assert main(arguments("save", "--resume", steps=10)) == 0
+    assert sorted(losses(output)) == list(range(1, 11))
+
+
+@pytest.mark.usefixtures("inside")
+def test_more_signals_while_the_checkpoint_is_written(
+    folder: Path, at_step: AtStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    at_step(5, lambda: os.kill(os.getpid(), signal.SIGUSR1))
+    published = checkpoint_folder.publish
+
+    def publish(*given: object) -> Path:
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        return published(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(checkpoint_folder, "publish", publish)
+    assert main(arguments("twice", "--checkpoint_every=6", "--background_checkpoints")) == STOPPED
+    record = json.loads((folder / "twice" / "stopped.json").read_text())
+    assert record["step"] == 6
+    assert record["reason"] == "SIGUSR1"
+    assert sorted(path.name for path in (folder / "twice" / "checkpoints").iterdir()) == ["latest", "step_00000006"]
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_validation_is_given_up_for_a_stop_and_made_up_for(
+    folder: Path, at_step: AtStep, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = {"steps": 6, "eval_every": 6}
+    more = ("--micro_batch_size=1", "--final_eval_sequences=12")
+    assert main(arguments("valid", *more, **short)) == 0
+    at_step(6, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert main(arguments("given_up", *more, **short)) == STOPPED
+    assert validations(folder / "given_up") == {}
+    assert json.loads((folder / "given_up" / "stopped.json").read_text())["step"] == 6
+    monkeypatch.undo()
+    monkeypatch.chdir(folder)
+    assert main(arguments("given_up", *more, "--resume", **short)) == 0
+    assert curve(folder / "given_up") == curve(folder / "valid")
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_request_after_the_last_step_finishes_the_run(folder: Path, at_step: AtStep) -> None:
+    at_step(6, (folder / "last" / "STOP").touch)
+    assert main(arguments("last", steps=6, eval_every=0)) == 0
+    assert not (folder / "last" / "STOP").exists()
+    assert not (folder / "last" / "stopped.json").exists()
+
+
+@pytest.mark.usefixtures("inside")
+def test_a_stop_whose_checkpoint_cannot_be_written_is_an_error(
+    folder: Path, at_step: AtStep, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = folder / "blocked"
+    output.mkdir()
+    (output / "checkpoints").write_text("a file where the folder should be")
+    at_step(5, (output / "STOP").touch)
+    assert main(arguments("blocked")) == 2
+    assert "checkpoints" in capsys.readouterr().err
+    assert not (output / "stopped.json").exists()

@@ -19,6 +19,7 @@ from apollo_dist.pretrain.metrics import Metrics, check_loggers
 from apollo_dist.pretrain.model import build_model, model_facts
 from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import Settings
+from apollo_dist.pretrain.snapshot import snapshot
 from apollo_dist.pretrain.step import train_step
 from apollo_dist.pretrain.stop import FINISHED_FILE, Requests, clear
 from apollo_dist.pretrain.watchdog import SLOW, Watchdog
@@ -66,6 +67,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     watchdog = watchdog or Watchdog(0.0, str(ranks.rank), settings.config.output_folder)
     config, json, plan = ranks.together(lambda: _decide(settings, ranks.world))
     watchdog.folder = config.output_folder
+    watchdog.meet(ranks)
     _agree({**config.computed(), "deepspeed JSON": None if json is None else json.values})
     cleared = ranks.on_first(lambda: clear(config.output_folder))
     if ranks.first:
@@ -90,6 +92,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     resumed = [] if found is None else checkpoints.load(found, engine, data)
     step = 0 if found is None else found.step
     metrics = ranks.together(lambda: Metrics(config, ranks.first, step))
+    snapshot(settings, config, json, plan, ranks, step)
     name = type(engine.optimizer).__name__
     for note in json.notes if json is not None else ():
         metrics.say(note)

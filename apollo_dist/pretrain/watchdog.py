@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import os
+import signal
 import socket
 import sys
 import threading
@@ -17,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+
+from apollo_dist.pretrain.distributed import Ranks
 
 HUNG = 86  # exit code of a rank that waited too long
 SLOW = 10.0  # set-up, the first step, validation, a checkpoint and the end may take this many times the limit
@@ -30,7 +33,8 @@ class Watchdog:
 
     Works while the main thread is inside a collective, a kernel or a system call. Where a thread keeps Python's lock
     all that time, faulthandler's timer, which needs none, writes the stacks to standard error 10 s later and ends the
-    process with exit code 1. A process that was suspended (SIGSTOP) meanwhile counts as one that waited.
+    process with exit code 1. A process that was suspended (SIGSTOP) for that long counts as one that waited: ranks that
+    end wake the others of their machine, so that these end too, and launchers need not wait until they may kill them.
 
     Args:
         limit: seconds for a step; 0 switches it off.
@@ -43,6 +47,14 @@ class Watchdog:
         self._limit, self._rank = limit, rank
         self._awaited = ("", 0.0, 0.0)  # task, when it began, seconds allowed; replaced as a whole
         self._over = threading.Event()
+        self._neighbours: list[int] = []  # process ids
+
+    def meet(self, ranks: Ranks) -> None:
+        """Learn which other ranks run on this machine; collective."""
+        namespace = Path("/proc/self/ns/pid")
+        machine = (socket.gethostname(), str(namespace.readlink()) if namespace.exists() else "")
+        everyone = ranks.gather((machine, os.getpid()))
+        self._neighbours = [pid for other, pid in everyone if other == machine and pid != os.getpid()]
 
     def __enter__(self) -> Watchdog:
         if self._limit:
@@ -63,19 +75,29 @@ class Watchdog:
             faulthandler.dump_traceback_later(allowed + NET_SECONDS, exit=True, file=_standard_error())
 
     def _watch(self) -> None:
-        while not self._over.wait(min(1.0, self._limit / 10)):
+        while True:
+            asleep, now = self._awaited, time.monotonic()
+            if self._over.wait(min(1.0, self._limit / 10)):
+                return
+            before, now = now, time.monotonic()
+            # Once awake, a suspended process may soon be past what it was to do meanwhile.
+            if now - before > asleep[2] + 1.0:
+                self._end(f"was suspended for {now - before:.0f} s during {asleep[0]}")
             task, began, allowed = self._awaited
-            if time.monotonic() - began > allowed:
-                self._end(task, allowed)
+            if now - began > allowed:
+                self._end(f"waited {allowed:g} s for {task}")
 
-    def _end(self, task: str, allowed: float) -> None:
+    def _end(self, what: str) -> None:
         message = (
-            f"watchdog: rank {self._rank} on {socket.gethostname()} waited {allowed:g} s for {task}; "
+            f"watchdog: rank {self._rank} on {socket.gethostname()} {what}; "
             f"ends with exit code {HUNG}. Stacks of its threads:\n"
         ).encode()
         _briefly(lambda: _dump(_standard_error(), message))
         _briefly(lambda: self._dump_to_file(message))
         time.sleep(LAST_WORDS_SECONDS)
+        for pid in self._neighbours:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGCONT)
         os._exit(HUNG)
 
     def _dump_to_file(self, message: bytes) -> None:
