@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2034  # what is set here is read by the scripts that source this file
-# What the launch scripts share: the environment of a job, the options, and when a run is continued. Sourced by
-# slurm_fsdp.sbatch, slurm_deepspeed.sbatch, hostfile_deepspeed.sh, single_node.sh and, on every node, node.sh.
+# What the launch scripts share: the environment of a job and its options. Sourced by slurm_fsdp.sbatch,
+# slurm_deepspeed.sbatch, hostfile_deepspeed.sh, single_node.sh and, on every node, node.sh; attempt.sh has the rest.
 #
 # Site settings (account, partition, modules, container) are read from launch/site.env; launch/site.env.example
 # explains them.
@@ -121,96 +121,4 @@ parse_options() {
 show() {
     printf '%q ' "$@" | sed 's/ $//; s/\\{node\\}/{node}/g'
     printf '\n'
-}
-
-# ---- one attempt, and whether to make another ---------------------------------------------------------------------
-
-# newest_step: the step of the newest checkpoint, or 0.
-newest_step() {
-    local folder newest=0 step
-    for folder in "$output"/checkpoints/step_*; do
-        step="${folder##*/step_}" && step="${step%%_*}"
-        if [[ -d "$folder" && "$step" =~ ^[0-9]+$ ]] && ((10#$step > newest)); then newest=$((10#$step)); fi
-    done
-    printf '%d\n' "$newest"
-}
-
-# pretrain_options: prints, one a line, what pretrain is called with. It resumes exactly if there is a checkpoint.
-pretrain_options() {
-    printf '%s\n' "${train_options[@]+"${train_options[@]}"}" --output "$output" --step_timeout "$step_timeout"
-    if [[ " ${train_options[*]-} " != *" --resume"[\ =]* ]] && compgen -G "$output/checkpoints/step_*" >/dev/null; then
-        printf '%s\n' --resume
-    fi
-}
-
-# begin_attempt NAME: makes OUTPUT/logs/NAME, with a file whose age tells this attempt's files from older ones.
-begin_attempt() {
-    attempt_folder="$output/logs/$1"
-    mkdir -p "$attempt_folder" || die "cannot write in $output: pass --output FOLDER"
-    : >"$attempt_folder/started"
-    step_before="$(newest_step)"
-}
-
-newer() { [[ -f "$output/$1" && "$output/$1" -nt "$attempt_folder/started" ]]; }
-
-# trained_a_step: whether this attempt got further than the checkpoint that it began with.
-trained_a_step() {
-    local last
-    newer metrics.jsonl || return 1
-    last="$(sed -n 's/.*"step": \([0-9]*\).*/\1/p' "$output/metrics.jsonl" | tail -n 1)"
-    ((${last:-0} > step_before))
-}
-
-# outcome: prints how the attempt ended: finished, stopped (the user's STOP), asked (by a signal), failed (after at
-# least one step, so that another attempt has a chance) or broken. Launchers report one code for many reasons, so the
-# files that pretrain leaves decide.
-outcome() {
-    if newer finished.json; then
-        echo finished
-    elif newer stopped.json && grep -q '"reason": "[^"]*STOP' "$output/stopped.json"; then
-        echo stopped
-    elif [[ -n "$asked" ]] || newer stopped.json; then
-        echo asked
-    elif trained_a_step; then
-        echo failed
-    else
-        echo broken
-    fi
-}
-
-# ---- processes and signals ----------------------------------------------------------------------------------------
-
-asked="" child=""
-
-# ask: the trap. Passes USR1 on to the child every 5 seconds: what is still starting up does not hear the first one.
-ask() {
-    if [[ -n "$asked" ]]; then return; fi
-    asked=1
-    say "asked to stop: the ranks save after their current step"
-    if [[ -n "$child" ]]; then repeat_usr1 "$child" & fi
-}
-
-repeat_usr1() {
-    trap - USR1 TERM
-    while kill -USR1 "$1" 2>/dev/null; do sleep 5; done
-}
-
-# wait_for PID: waits for a child and returns its exit code. A trap ends the shell's `wait` early; its last one returns
-# what it remembers.
-wait_for() {
-    local code=0
-    while kill -0 "$1" 2>/dev/null; do wait "$1" || true; done
-    wait "$1" || code=$?
-    return "$code"
-}
-
-# await COMMAND: runs it in the background, so that traps run at once, and returns its exit code.
-await() {
-    local code=0
-    "$@" &
-    child=$!
-    if [[ -n "$asked" ]]; then repeat_usr1 "$child" & fi
-    wait_for "$child" || code=$?
-    child=""
-    return "$code"
 }

@@ -1,4 +1,5 @@
 #!/usr/bin/env bash
+# shellcheck disable=SC2329  # functions that a trap calls
 # One node's share of a job: started once on every node, it runs the launcher that its arguments name, with caches of
 # its own; "{node}" in an argument stands for this node's number in the job.
 #
@@ -10,6 +11,8 @@
 set -euo pipefail
 # shellcheck source=launch/env.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/env.sh"
+# shellcheck source=launch/attempt.sh
+source "$(dirname -- "${BASH_SOURCE[0]}")/attempt.sh"
 set_environment
 
 node="${SLURM_NODEID:-0}"
@@ -25,7 +28,7 @@ descendants() {
     for pid in "${children[@]+"${children[@]}"}"; do descendants "$pid"; done
 }
 
-# shellcheck disable=SC2329  # the trap
+# pass_on: the trap.
 pass_on() {
     local pids
     mapfile -t pids < <(descendants "$launcher")

@@ -95,8 +95,15 @@ conclude() {
             ;;
     esac
     say "ended ($how, exit code $1) with the newest checkpoint at step $(newest_step)"
-    if [[ "$(scontrol show job "$job" | grep -o 'JobState=[A-Z]*')" == JobState=CANCELLED ]]; then
+    local now
+    now="$(scontrol show job "$job")" || die "scontrol show job $job failed; submit the job with --output $output to go on"
+    if [[ "$now" == *JobState=CANCELLED* ]]; then
         say "the job was cancelled: not queued again; submit it with --output $output to go on"
+        exit 1
+    fi
+    # A node that was cut off may come back while the job already runs elsewhere.
+    if [[ ! "$now" =~ Restarts=${restart}[^0-9] ]]; then
+        say "SLURM has started this job anew meanwhile: this start ends"
         exit 1
     fi
     if ((restart >= max_requeues)); then
