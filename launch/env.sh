@@ -101,7 +101,7 @@ parse_options() {
         if [[ "$1" == *=* ]]; then
             value="${1#*=}"
         else
-            (($# > 1)) || die "$word needs a value"
+            [[ $# -gt 1 && "$2" != --* ]] || die "$word needs a value"
             value="$2" && shift
         fi
         shift

@@ -50,7 +50,7 @@ class Cluster:
 
     def __init__(self, folder: Path, prefix: Path, nodes: int) -> None:
         self.folder, self.nodes = folder, nodes
-        self._environment = _environment(prefix)
+        self.environment = _environment(prefix)
 
     def __enter__(self) -> Cluster:
         self._control("up", self.folder, self.nodes)
@@ -61,7 +61,7 @@ class Cluster:
 
     def _control(self, *words: object) -> None:
         done = subprocess.run(
-            ["bash", str(SCRIPT), *map(str, words)], env=self._environment, capture_output=True, text=True, timeout=120
+            ["bash", str(SCRIPT), *map(str, words)], env=self.environment, capture_output=True, text=True, timeout=120
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -72,7 +72,7 @@ class Cluster:
     def try_run(self, *words: object, **options: str) -> subprocess.CompletedProcess[str]:
         """Run a command on the login node, with ``options`` in its environment."""
         return subprocess.run(
-            self.command(*words), env={**self._environment, **options}, cwd=ROOT, capture_output=True, text=True
+            self.command(*words), env={**self.environment, **options}, cwd=ROOT, capture_output=True, text=True
         )
 
     def run(self, *words: object, **options: str) -> str:
@@ -91,18 +91,20 @@ class Cluster:
         answer = self.run("sbatch", "--parsable", f"--output={log}", *words, **options)
         return Job(self, answer.strip())
 
-    def ranks(self, output: Path) -> dict[int, psutil.Process]:
-        """The processes that train into ``output``, by rank."""
-        found = {}
-        for process in psutil.process_iter():
-            try:
-                words = process.cmdline()
-                # Rank processes alone: launchers have the same words behind their own.
-                if "-m" in words and words[words.index("-m") + 1] == "apollo_dist.pretrain" and str(output) in words:
-                    found[int(process.environ()["RANK"])] = process
-            except (psutil.Error, KeyError):
-                continue
-        return found
+
+def ranks(output: Path) -> dict[int, psutil.Process]:
+    """The processes that train into ``output``, by rank."""
+    found = {}
+    for process in psutil.process_iter():
+        try:
+            words = process.cmdline()
+            # Rank processes alone: launchers have the same words behind their own.
+            head = words[1:4] if words[1:2] == ["-u"] else ["-u", *words[1:3]]
+            if head == ["-u", "-m", "apollo_dist.pretrain"] and str(output) in " ".join(words):
+                found[int(process.environ()["RANK"])] = process
+        except (psutil.Error, KeyError):
+            continue
+    return found
 
 
 class Job:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from .pretrain_runs import losses
-from .slurm_cluster import Cluster, Job, fetch, reason_to_skip, steps_done
+from .slurm_cluster import Cluster, Job, ranks, steps_done
 
 pytestmark = pytest.mark.slow
 
@@ -28,14 +28,8 @@ PATIENCE = 400  # seconds, on a machine that has more to do
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    reason = reason_to_skip()
-    folder = tmp_path_factory.mktemp("slurm")
-    prefix = Path(os.environ.get("SLURM_PREFIX") or folder / "packages")
-    reason = reason or fetch(prefix)
-    if reason:
-        pytest.skip(reason)
-    with Cluster(folder / "cluster", prefix, 2) as made:
+def cluster(slurm_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", slurm_packages, 2) as made:
         yield made
 
 
@@ -112,7 +106,7 @@ def test_goes_on_after_kill_9(cluster: Cluster, engine: str, undisturbed: dict[i
     output = tmp_path / "run"
     job = submit(cluster, engine, output, options=["--skip_preflight"])
     in_training(job, output, 27)
-    cluster.ranks(output)[1].kill()
+    ranks(output)[1].kill()
     job.wait_for(lambda: job.fact("Restarts") == "1", 60, "requeue")
     job.wait(PATIENCE)
     assert stops(job) == ([], [25]), job.log
