@@ -111,7 +111,8 @@ inner() { # DIR NODES: the first process of the cluster's namespaces
         on_node "$1" "$i" bash -c "ip addr add 10.77.0.$i/24 dev eth0; ip link set eth0 up"
     done
     set_paths "$1"
-    "$prefix/usr/sbin/munged" --key-file="$1/munge/key" --socket="$1/munge/socket" --pid-file="$1/munge/munged.pid" \
+    # --force: the folders above may be closed to others, as pytest's are.
+    "$prefix/usr/sbin/munged" --force --key-file="$1/munge/key" --socket="$1/munge/socket" --pid-file="$1/munge/munged.pid" \
         --log-file="$1/munge/log" --seed-file="$1/munge/seed"
     "$(server slurmctld)" -c -i
     for i in $(seq "$2"); do on_node "$1" "$i" "$(server slurmd)" -N "n$i" -d "$(server slurmstepd)"; done
@@ -131,6 +132,7 @@ up() { # DIR NODES
     disown
     for i in $(seq 300); do
         if [[ "$(enter "$1" sinfo -h -N -t idle -p debug -o %N 2>/dev/null | sort -u | wc -l)" == "$2" ]]; then return; fi
+        kill -0 "$(cat "$1/run/outer.pid")" 2>/dev/null || break
         sleep 0.1
     done
     echo "the cluster did not come up; its logs:" >&2

@@ -129,3 +129,14 @@ def test_goes_on_after_a_node_was_cut_off(
     job.wait(PATIENCE)
     assert stops(job) == ([], [25]), job.log
     assert losses(output) == undisturbed
+
+
+def test_a_cancelled_job_stays_away(cluster: Cluster, engine: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    job = submit(cluster, engine, output, options=["--skip_preflight"])
+    in_training(job, output)
+    cluster.run("scancel", job.number)
+    job.wait(60, "CANCELLED")
+    time.sleep(8)  # longer than a job that was queued again is held back
+    assert job.fact("JobState") == "CANCELLED", job.log
+    assert not ranks(output)
