@@ -3,16 +3,17 @@
 # What the launch scripts share: the environment of a job and its options. Sourced by slurm_fsdp.sbatch,
 # slurm_deepspeed.sbatch, hostfile_deepspeed.sh, single_node.sh and, on every node, node.sh; attempt.sh has the rest.
 #
-# Site settings (account, partition, modules, container) are read from launch/site.env; launch/site.env.example
-# explains them.
+# Site settings (account, partition, modules, container) are read from launch/site.env, or the file APOLLO_SITE;
+# launch/site.env.example explains them.
 
 APOLLO_ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
 APOLLO_VENV="${APOLLO_VENV:-$APOLLO_ROOT/.venv}"
 APOLLO_SRUN=()      # more options for srun, set in site.env
 APOLLO_CONTAINER=() # what comes before the launcher's command line, set in site.env
-if [[ -f "$APOLLO_ROOT/launch/site.env" ]]; then
+APOLLO_SITE="${APOLLO_SITE:-$APOLLO_ROOT/launch/site.env}"
+if [[ -f "$APOLLO_SITE" ]]; then
     # shellcheck source=launch/site.env.example
-    source "$APOLLO_ROOT/launch/site.env"
+    source "$APOLLO_SITE"
 fi
 
 # say TEXT: one line of progress, with the time, since a job's log has none.

@@ -97,8 +97,11 @@ conclude() {
     say "ended ($how, exit code $1) with the newest checkpoint at step $(newest_step)"
     local now
     now="$(scontrol show job "$job")" || die "scontrol show job $job failed; submit the job with --output $output to go on"
-    if [[ "$now" == *JobState=CANCELLED* ]]; then
-        say "the job was cancelled: not queued again; submit it with --output $output to go on"
+    # Still running, unless SLURM is ending it: scancel, or a save that outlasted the time limit. What was preempted or
+    # lost a node SLURM queues again by itself.
+    if [[ "$now" != *JobState=RUNNING* ]]; then
+        say "SLURM is ending this job (scancel, or its time is over): not queued again from here;" \
+            "submit it with --output $output to go on"
         exit 1
     fi
     # A node that was cut off may come back while the job already runs elsewhere.

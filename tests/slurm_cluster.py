@@ -42,7 +42,13 @@ def fetch(prefix: Path) -> str | None:
 def _environment(prefix: Path) -> dict[str, str]:
     dropped = ("SLURM_", "SBATCH_", "PYTEST_")
     kept = {key: value for key, value in environment().items() if not key.startswith(dropped)}
-    return {**kept, "SLURM_PREFIX": str(prefix), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
+    return {
+        **kept,
+        "SLURM_PREFIX": str(prefix),
+        "APOLLO_SITE": "/dev/null",
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+    }
 
 
 class Cluster:

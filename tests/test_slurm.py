@@ -122,8 +122,7 @@ def test_goes_on_after_a_node_was_cut_off(
     cluster.run("ip", "link", "set", "v2", "down")
     try:
         job.wait_for(lambda: job.fact("Restarts") == "1", 120, "requeue")
-        time.sleep(3)
-        assert job.fact("JobState") == "PENDING"  # there is one node
+        job.wait_for(lambda: job.fact("JobState") == "PENDING", 60, "place in the queue")  # there is one node
     finally:
         cluster.run("ip", "link", "set", "v2", "up")
     job.wait(PATIENCE)
@@ -139,4 +138,5 @@ def test_a_cancelled_job_stays_away(cluster: Cluster, engine: str, tmp_path: Pat
     job.wait(60, "CANCELLED")
     time.sleep(8)  # longer than a job that was queued again is held back
     assert job.fact("JobState") == "CANCELLED", job.log
+    assert "not queued again" in job.log
     assert not ranks(output)

@@ -116,7 +116,7 @@ class Shell:
 
     def __init__(self, cluster: Cluster, folder: Path) -> None:
         self._marker, self._log = folder / "marker", folder / "shell.log"
-        kept = {key: text for key, text in cluster.environment.items() if key != "PYTHONPATH"}
+        kept = {key: text for key, text in cluster.environment.items() if key not in ("PYTHONPATH", "APOLLO_SITE")}
         self._output = self._log.open("w")
         self._shell = subprocess.Popen(
             cluster.command("bash"), env=kept, cwd=ROOT, stdin=subprocess.PIPE, stdout=self._output,
