@@ -94,6 +94,14 @@ await() {
     return "$code"
 }
 
+# follow FOLDER: shows what rank 0 writes, where the deepspeed launcher puts each rank's output into a file in FOLDER.
+follow() {
+    local log
+    trap - USR1 TERM
+    until log="$(compgen -G "$1/*_rank0.log")"; do sleep 0.5 && kill -0 $$ 2>/dev/null || return 0; done
+    tail -n +1 --pid=$$ -f "$log"
+}
+
 # ---- attempts without a scheduler ---------------------------------------------------------------------------------
 
 # run_here: preflight, then attempts until the run is over. The script that calls this defines
@@ -121,6 +129,7 @@ run_here() {
         if [[ -z "$asked" ]]; then
             show "${command[@]}" >&2
             await "${command[@]}" || code=$?
+            sleep "${follows:-0}"
         fi
         case "$(outcome)" in
             finished) say "finished; everything is in $output" && return ;;

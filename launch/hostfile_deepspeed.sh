@@ -59,19 +59,26 @@ launcher() {
     command=(
         env DS_ENV_FILE="$(realpath -m -- "$log_folder")/environment" setsid
         deepspeed --hostfile "$hostfile" --launcher pdsh --force_multi --master_addr "$master" --master_port "$1"
-        --no_local_rank --log_level warning --enable_each_rank_log "$log_folder/$2" --module "$3"
+        --no_local_rank --log_level warning
     )
+    # Each rank's log is a file then; preflight's table is for whoever started this.
+    if [[ "$2" == apollo_dist.pretrain ]]; then command+=(--enable_each_rank_log "$(realpath -m -- "$log_folder")/ranks"); fi
+    command+=(--module "$2")
 }
 
+follows=2
 commands() {
     local port arguments
     port=$(($(port_for $$) + 2 * ($1 % 5)))
     mapfile -t arguments < <(pretrain_options)
-    if [[ -d "$log_folder" ]]; then write_environment "$log_folder/environment"; fi
-    launcher "$port" preflight apollo_dist
+    if [[ -d "$log_folder" ]]; then
+        write_environment "$log_folder/environment"
+        follow "$log_folder/ranks" &
+    fi
+    launcher "$port" apollo_dist
     check=("${command[@]}" preflight --output "$output" --nodes "${#slots[@]}" --ranks_per_node "$ranks_per_node"
         "${preflight_options[@]+"${preflight_options[@]}"}" "${train_options[@]}")
-    launcher $((port + 1)) ranks apollo_dist.pretrain
+    launcher $((port + 1)) apollo_dist.pretrain
     command+=("${arguments[@]}")
 }
 

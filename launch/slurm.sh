@@ -4,6 +4,9 @@
 # slurm_fsdp.sbatch and slurm_deepspeed.sbatch, which define
 #
 #   launcher PORT NAME MODULE   fills the array `command` with this launcher's command line, up to the module's arguments
+#   prepare                     makes what the launcher needs in $log_folder
+#
+# and set `follows` to the seconds that what is shown of a rank's own log may lag behind.
 
 # read_allocation: the job's numbers, from SLURM. Outside of a job, for --dry-run, from the script's own #SBATCH lines.
 read_allocation() {
@@ -78,6 +81,7 @@ run_job() {
     if [[ -z "$asked" ]]; then
         show "${command[@]}" >&2
         await "${command[@]}" || code=$?
+        sleep "${follows:-0}"
     fi
     conclude "$code"
 }

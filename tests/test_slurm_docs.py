@@ -76,15 +76,21 @@ def test_a_script_without_its_repository_says_so(cluster: Cluster, tmp_path: Pat
 
 @pytest.mark.parametrize("script", BATCH)
 def test_what_cannot_work_is_not_queued_again(cluster: Cluster, script: str, tmp_path: Path) -> None:
-    words = ["--nodes=2", "--gpus-per-node=0", f"launch/{script}", "--recipe=tiny", "--batch_size=3"]
+    words = ["--nodes=2", "--gpus-per-node=0", f"launch/{script}", "--recipe=tiny"]
+    cases = {
+        "preflight failed": ["--min_bandwidth=100000"],
+        "failed before its first step": ["--skip_preflight", "--batch_size=3"],
+    }
     jobs = [
-        cluster.submit(*words, f"--output={tmp_path / name}", *options)
-        for name, options in (("checked", []), ("unchecked", ["--skip_preflight"]))
+        cluster.submit(*words, f"--output={tmp_path / str(number)}", *options)
+        for number, options in enumerate(cases.values())
     ]
-    for job, message in zip(jobs, ("preflight failed", "failed before its first step"), strict=True):
-        job.wait(200, "FAILED")
+    for job, message in zip(jobs, cases, strict=True):
+        job.wait(300, "FAILED")
         assert message in job.log
         assert job.fact("Restarts") == "0"
+    assert "bandwidth" in jobs[0].log
+    assert "batch_size 3 does not divide by 2 ranks" in jobs[1].log
 
 
 def blocks(section: str) -> list[str]:
