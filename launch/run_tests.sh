@@ -32,11 +32,7 @@ say "ruff format"
 ruff format --check .
 say "mypy"
 mypy
-if command -v shellcheck >/dev/null; then
-    say "shellcheck"
-    shellcheck -x launch/*.sh benchmarks/*.sh
-else
-    say "shellcheck is not installed: the scripts are not checked"
-fi
+say "shellcheck"
+shellcheck -x launch/*.sh launch/*.sbatch launch/site.env.example benchmarks/*.sh tests/*.sh
 say "pytest"
 python -m pytest "${pytest_args[@]+"${pytest_args[@]}"}"

@@ -3,10 +3,24 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+
+from .slurm_cluster import fetch, reason_to_skip
+
+
+@pytest.fixture(scope="session")
+def slurm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SLURM, sshd and pdsh, unpacked once for all tests; in ``SLURM_PREFIX`` if that is set. Skips without them."""
+    prefix = Path(os.environ.get("SLURM_PREFIX") or tmp_path_factory.mktemp("packages"))
+    reason = reason_to_skip() or fetch(prefix)
+    if reason:
+        pytest.skip(reason)
+    return prefix
 
 
 @pytest.fixture

@@ -1,0 +1,142 @@
+"""The batch scripts on a real SLURM cluster of two nodes: to completion, and through everything that ends a job."""
+
+from __future__ import annotations
+
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from .pretrain_runs import losses
+from .slurm_cluster import Cluster, Job, ranks, steps_done
+
+pytestmark = pytest.mark.slow
+
+SCRIPTS = {"fsdp": "launch/slurm_fsdp.sbatch", "deepspeed": "launch/slurm_deepspeed.sbatch"}
+SIZES = ["--nodes=2", "--gpus-per-node=0"]  # no GPU here: a rank for each node
+# Some tenths of a second a step on two cores: SLURM needs up to 30 s to notice that a time limit is near.
+STEPS = int(os.environ.get("APOLLO_TEST_STEPS", "110"))
+TRAINING = (
+    f"--recipe tiny --steps {STEPS} --warmup_steps 10 --batch_size 8 --eval_every 0 --final_eval_sequences 4 "
+    "--checkpoint_every 25"
+).split()
+ENGINES = {"fsdp": ["--engine", "fsdp2"], "deepspeed": ["--deepspeed_config", "ds_configs/zero2.json"]}
+PATIENCE = 400  # seconds, on a machine that has more to do
+
+
+@pytest.fixture(scope="module")
+def cluster(slurm_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", slurm_packages, 2) as made:
+        yield made
+
+
+@pytest.fixture(scope="module", params=sorted(SCRIPTS))
+def engine(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def submit(cluster: Cluster, engine: str, output: Path, *sbatch: str, options: list[str] | None = None) -> Job:
+    words = [*SIZES, "--time=30", *sbatch, SCRIPTS[engine], *ENGINES[engine], *TRAINING]
+    return cluster.submit(*words, "--output", output, *(options or []))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster: Cluster, engine: str, tmp_path_factory: pytest.TempPathFactory) -> dict[int, float]:
+    """(a) The losses of a job that nobody disturbs, preflight included."""
+    output = tmp_path_factory.mktemp("undisturbed") / engine
+    job = submit(cluster, engine, output, options=["--min_bandwidth", "0.0001"])
+    job.wait(PATIENCE)
+    assert job.fact("Restarts") == "0"
+    assert (output / "finished.json").exists(), job.log
+    assert "2 node(s) x 1 rank(s) on n1 n2" in job.log
+    found = losses(output)
+    assert sorted(found) == list(range(1, STEPS + 1))
+    return found
+
+
+def stops(job: Job) -> tuple[list[int], list[int]]:
+    """After which steps the starts of a job were stopped, and after which they went on."""
+    stopped = [int(step) for step in re.findall(r"stopped after step (\d+)", job.log)]
+    return stopped, [int(step) for step in re.findall(r"resumed after step (\d+)", job.log)]
+
+
+def in_training(job: Job, output: Path, step: int = 3) -> None:
+    job.wait_for(lambda: steps_done(output) >= step, PATIENCE, f"step {step}")
+
+
+def test_runs_to_completion(undisturbed: dict[int, float]) -> None:
+    assert undisturbed[STEPS] < undisturbed[1]
+
+
+def test_goes_on_after_the_time_limit(
+    cluster: Cluster, engine: str, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    job = submit(cluster, engine, output, "--signal=B:USR1@10", options=["--skip_preflight"])
+    in_training(job, output)
+    # SLURM looks every 30 s whether the signal is due, and a limit is in whole minutes: so move this start's end.
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 38))
+    cluster.run("scontrol", "update", f"JobId={job.number}", f"EndTime={end}")
+    job.wait_for(lambda: job.fact("Restarts") == "1", 100, "requeue")
+    reached = steps_done(output)
+    job.wait(PATIENCE)
+    stopped, resumed = stops(job)
+    assert stopped == resumed == [reached], job.log
+    assert 3 <= reached < STEPS
+    assert losses(output) == undisturbed
+
+
+def test_goes_on_after_preemption(cluster: Cluster, engine: str, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    job = submit(cluster, engine, output, options=["--skip_preflight"])
+    in_training(job, output)
+    urgent = cluster.submit("--partition=urgent", *SIZES, "--exclusive", "--wrap=sleep 1")
+    urgent.wait(120)
+    reached = steps_done(output)
+    job.wait(PATIENCE)
+    stopped, resumed = stops(job)
+    assert stopped == resumed == [reached], job.log
+    assert losses(output) == undisturbed
+
+
+def test_goes_on_after_kill_9(cluster: Cluster, engine: str, undisturbed: dict[int, float], tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    job = submit(cluster, engine, output, options=["--skip_preflight"])
+    in_training(job, output, 27)
+    ranks(output)[1].kill()
+    job.wait_for(lambda: job.fact("Restarts") == "1", 60, "requeue")
+    job.wait(PATIENCE)
+    assert stops(job) == ([], [25]), job.log
+    assert losses(output) == undisturbed
+
+
+def test_goes_on_after_a_node_was_cut_off(
+    cluster: Cluster, engine: str, undisturbed: dict[int, float], tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    job = submit(cluster, engine, output, options=["--skip_preflight"])
+    in_training(job, output, 27)
+    cluster.run("ip", "link", "set", "v2", "down")
+    try:
+        job.wait_for(lambda: job.fact("Restarts") == "1", 120, "requeue")
+        job.wait_for(lambda: job.fact("JobState") == "PENDING", 60, "place in the queue")  # there is one node
+    finally:
+        cluster.run("ip", "link", "set", "v2", "up")
+    job.wait(PATIENCE)
+    assert stops(job) == ([], [25]), job.log
+    assert losses(output) == undisturbed
+
+
+def test_a_cancelled_job_stays_away(cluster: Cluster, engine: str, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    job = submit(cluster, engine, output, options=["--skip_preflight"])
+    in_training(job, output)
+    cluster.run("scancel", job.number)
+    job.wait(60, "CANCELLED")
+    time.sleep(8)  # longer than a job that was queued again is held back
+    assert job.fact("JobState") == "CANCELLED", job.log
+    assert "not queued again" in job.log
+    assert not ranks(output)
