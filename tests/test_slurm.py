@@ -81,6 +81,7 @@ def test_goes_on_after_the_time_limit(
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 38))
     cluster.run("scontrol", "update", f"JobId={job.number}", f"EndTime={end}")
     job.wait_for(lambda: job.fact("Restarts") == "1", 100, "requeue")
+    cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")  # the end moved the limit, too
     reached = steps_done(output)
     job.wait(PATIENCE)
     stopped, resumed = stops(job)
