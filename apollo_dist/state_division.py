@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from .exchange.collectives import device_for
-from .layout.dtensor import places
+from .layout.dtensor import places, shard_mesh
 from .layout.grid import Runs, chunk
 from .layout.holding import Holding, ShardGroup
 from .layout.tiles import Range
@@ -47,16 +47,9 @@ class LowRank:
     def mesh(self) -> DeviceMesh | None:
         """Of a DTensor parameter's moments: the parameter's, or where several axes shard that, those axes as one.
 
-        DTensor makes a tensor whole wrongly that two axes divide unevenly along one dimension.
+        Two axes may divide channels unevenly, which torch may put together wrongly (``layout.dtensor.shard_group``).
         """
-        if not isinstance(self.tensor, DTensor):
-            return None
-        mesh = self.tensor.device_mesh
-        axes = [i for i, p in enumerate(self.tensor.placements) if not isinstance(p, Replicate) and mesh.size(i) > 1]
-        if len(axes) < 2:
-            return mesh
-        assert mesh.mesh_dim_names is not None  # the layout sees to it
-        return mesh[tuple(mesh.mesh_dim_names[axis] for axis in axes)]._flatten()
+        return shard_mesh(self.tensor) if isinstance(self.tensor, DTensor) else None
 
     @property
     def placements(self) -> list[Placement]:

@@ -22,6 +22,9 @@ from .grid import GridCover, Runs, chunk, strided_chunk
 from .holding import WHOLE, Cover, Holding, ShardGroup, whole_cover
 from .tiles import FlatCover, row_ranges
 
+# The process groups that were made, with the default group of that time and their ranks.
+_groups: list[tuple[object, tuple[int, ...], dist.ProcessGroup]] = []
+
 
 def read(name: str, parameter: DTensor) -> Holding:
     """The holding of a DTensor parameter.
@@ -61,29 +64,47 @@ def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Cover]:
             f"{name}: placements {placements} are not supported; APOLLO reads Shard and Replicate on any mesh axes. "
             f"Redistribute the parameter so that it has no {type(unsupported[0]).__name__}"
         )
-    axes = [axis for axis, p in enumerate(placements) if type(p) is not Replicate and mesh.size(axis) > 1]
-    if not axes:
+    process_group = shard_group(parameter)
+    if process_group is None:
         return WHOLE, whole_cover(parameter.numel())
-    group = ShardGroup.of(_group(name, mesh, axes))
-    if len(axes) == 1 and type(placements[axes[0]]) is Shard and placements[axes[0]].dim % len(shape) == 0:  # type: ignore[attr-defined]
+    group = ShardGroup.of(process_group)
+    sharded = [p for axis, p in enumerate(placements) if type(p) is not Replicate and mesh.size(axis) > 1]
+    if len(sharded) == 1 and type(sharded[0]) is Shard and sharded[0].dim % len(shape) == 0:
         return group, FlatCover(row_ranges(shape[0], parameter.numel() // max(shape[0], 1), group.size))
-    assert group.process_group is not None
     stands = places(mesh)
-    ranks = dist.get_process_group_ranks(group.process_group)
+    ranks = dist.get_process_group_ranks(process_group)
     return group, GridCover(tuple(_runs(parameter, stands[rank]) for rank in ranks))
 
 
-def _group(name: str, mesh: DeviceMesh, axes: list[int]) -> dist.ProcessGroup:
-    """The process group of the ranks that differ along ``axes`` only."""
-    if len(axes) == 1:
-        return mesh.get_group(axes[0])
-    if not mesh.mesh_dim_names:
-        raise ValueError(
-            f"{name} is sharded on {len(axes)} axes of a device mesh without names; pass mesh_dim_names to "
-            "init_device_mesh"
-        )
-    names = tuple(mesh.mesh_dim_names[axis] for axis in axes)
-    return mesh[names]._flatten().get_group()
+def shard_group(parameter: DTensor) -> dist.ProcessGroup | None:
+    """The process group over the mesh axes that shard a parameter; None where none does.
+
+    Over several axes it is made here, a collective of its ranks, and kept. Flattening the mesh would make it as well,
+    but changes the mesh: once two axes have been flattened, torch 2.13 puts a DTensor that they divide unevenly along
+    one dim together in a wrong order (``full_tensor``), whosever it is.
+    """
+    mesh = parameter.device_mesh
+    axes = [axis for axis, p in enumerate(parameter.placements) if type(p) is not Replicate and mesh.size(axis) > 1]
+    if len(axes) < 2:
+        return mesh.get_group(axes[0]) if axes else None
+    mine = mesh.get_coordinate()
+    assert mine is not None
+    ranks = tuple(mesh.mesh[tuple(slice(None) if i in axes else at for i, at in enumerate(mine))].flatten().tolist())
+    world = dist.group.WORLD
+    known = next((made for default, of, made in _groups if default is world and of == ranks), None)
+    if known is None:
+        known = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert known is not None
+        _groups[:] = [*(group for group in _groups if group[0] is world), (world, ranks, known)]
+    return known
+
+
+def shard_mesh(parameter: DTensor) -> DeviceMesh:
+    """The parameter's mesh; where several axes shard it, a mesh of one axis over its shard group."""
+    mesh, group = parameter.device_mesh, shard_group(parameter)
+    if group is None or any(mesh.get_group(axis) is group for axis in range(mesh.ndim)):
+        return mesh
+    return DeviceMesh.from_group(group, mesh.device_type)
 
 
 def places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
