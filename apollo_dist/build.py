@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,9 @@ from .groups import CHOOSE, OPTIONS, Member, abbreviate, check_matrix, choose
 from .layout import detect, zero
 from .layout.holding import Holding, canonical_name
 from .unit import AdamTensor, Slot, Unit, specs_of
+
+# A low-rank matrix: where it is, what the planner needs to know of it, its parameter group.
+Entry = tuple[Holding, MatrixSpec, dict[str, Any]]
 
 
 @dataclass
@@ -114,27 +118,17 @@ def build(
     if engine.driver is not None:
         refuse(engine.driver)
     names = _names(members, engine)
-
-    def name_of(tensor: Tensor) -> str:
-        try:
-            return names[id(tensor)]
-        except KeyError:
-            raise ValueError(
-                f"a parameter of shape {tuple(tensor.shape)} is not one that the optimizer was built with. Build "
-                "APOLLO after the model is wrapped or sharded; under DeepSpeed, call optimizer.attach(engine)"
-            ) from None
-
     by_name = any(group.get(CHOOSE) for group in groups)
     chosen = _choice(members, names, engine, exclude) if by_name else None
     result = Build([tensor for group in groups for tensor in group["params"]])
     if chosen is not None:
         result.chosen = f"; chosen: {abbreviate(name for name in names.values() if name in chosen)}"
     parts = {names[key]: m.part for key, m in members.items()}
-    entries: dict[tuple[Any, ...], list[tuple[Holding, MatrixSpec, dict[str, Any]]]] = {}
+    entries: dict[tuple[Any, ...], list[Entry]] = {}
     seen: list[list[Member]] = []
     for group in groups:
         seen.append([])
-        for holding in detect.read(group["params"], name_of, engine):
+        for holding in detect.read(group["params"], partial(_name_of, names), engine):
             seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
             result.holdings.append((holding, group))
             if is_low_rank(group, holding.name, chosen):
@@ -148,12 +142,24 @@ def build(
     result.groups = list(groups)
     result.facts = fingerprint(seed, groups, seen)
     for i, listed in enumerate(entries.values()):
-        cache = listed[0][0].device.type == "cpu" if cache_projection == "auto" else bool(cache_projection)
-        unit = Unit(listed)
-        unit.load(slots, cache)
-        result.units.append(unit)
-        result.facts[f"exchange plan {i}"] = unit.plan.digest
+        result.units.append(_unit(listed, slots, cache_projection))
+        result.facts[f"exchange plan {i}"] = result.units[-1].plan.digest
     return result
+
+
+def _name_of(names: Mapping[int, str], tensor: Tensor) -> str:
+    if id(tensor) not in names:
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} is not one that the optimizer was built with. Build "
+            "APOLLO after the model is wrapped or sharded; under DeepSpeed, call optimizer.attach(engine)"
+        )
+    return names[id(tensor)]
+
+
+def _unit(entries: Sequence[Entry], slots: Callable[[str], Slot], cache_projection: bool | str) -> Unit:
+    unit = Unit(entries)
+    unit.load(slots, unit.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
+    return unit
 
 
 def _choice(
