@@ -28,6 +28,7 @@ ALLOWED = {
     "deepspeed": ("after_import", "layout", "refusals"),
     "refusals": (),
     "hugging_face": ("after_import", "layout"),
+    "planner": ("estimate", "exchange", "groups", "layout", "optimizer", "pretrain"),
     "preflight": ("pretrain",),
 }
 PUBLIC = {
