@@ -75,7 +75,7 @@ def test_another_optimizer_takes_its_own_section() -> None:
         ("--model.num_heads 3", "model.hidden_size is 128"),
         ("--model.num_kv_heads 3", "model.num_kv_heads is 3: it must be a divisor of num_heads 4"),
         ("--precision fp8", "precision is 'fp8': it must be one of fp32, bf16"),
-        ("--engine fsdp", "engine is 'fsdp': it must be one of deepspeed, fsdp2, ddp"),
+        ("--engine fsdp", "engine is 'fsdp': it must be one of deepspeed, fsdp1, fsdp2, ddp"),
         ("--engine deepspeed", "--engine deepspeed needs --deepspeed_config"),
         ("--engine ddp --deepspeed_config x.json", "no other engine takes one"),
         ("--data x --dataset y", "both given: choose one"),
