@@ -75,9 +75,8 @@ def tp(model: nn.Module, kind: str, world: int) -> nn.Module:
 def whole(wrapped: nn.Module) -> dict[str, torch.Tensor]:
     """The whole weights by their own names, on every rank."""
     if not isinstance(wrapped, FullyShardedDataParallel):
-        return {
-            name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in wrapped.named_parameters()
-        }
+        named = {name.removeprefix("module."): p for name, p in wrapped.named_parameters()}  # DDP's prefix
+        return {name: (p.full_tensor() if isinstance(p, DTensor) else p).detach() for name, p in named.items()}
     with FullyShardedDataParallel.summon_full_params(wrapped, writeback=False):
         named = {name.replace("_fsdp_wrapped_module.", ""): p for name, p in wrapped.named_parameters()}
         return {name: p.detach().clone() for name, p in named.items()}
