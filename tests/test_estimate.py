@@ -78,6 +78,7 @@ def measure(rank: int, world: int) -> dict[str, tuple[int, int]]:
     return found
 
 
+@pytest.mark.slow
 def test_states_are_as_estimated_and_halve():
     largest: dict[tuple[str, int], int] = {}
     for world in (2, 4):

@@ -76,7 +76,7 @@ FOUR += [("fsdp2", "dim 1"), ("tp", "alternating"), ("tp", "columns")]
         (1, [("fsdp1", "full")]),
         (2, TWO[:5]),
         (2, TWO[5:]),
-        (3, [("fsdp1", "full"), ("fsdp1", "one flat")]),
+        pytest.param(3, [("fsdp1", "full"), ("fsdp1", "one flat")], marks=pytest.mark.slow),
         pytest.param(4, FOUR[:4], marks=pytest.mark.slow),
         pytest.param(4, FOUR[4:], marks=pytest.mark.slow),
     ],

@@ -99,7 +99,8 @@ def test_stage_3_equals_the_reference(world):
     judge(world, MATRIX)
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 4])
 def test_further_engines_equal_the_reference(world):
     judge(world, FURTHER)
 

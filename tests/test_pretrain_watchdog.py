@@ -65,6 +65,7 @@ def test_a_log_folder_that_cannot_be_written_does_not_keep_it_alive(tmp_path: Pa
     assert "in waits_here" in done.stderr
 
 
+@pytest.mark.slow
 def test_steps_within_the_limit_and_an_end_of_its_own_are_left_alone(tmp_path: Path) -> None:
     done, _ = program("slow", 1.0, tmp_path)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
