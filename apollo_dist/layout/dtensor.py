@@ -29,7 +29,7 @@ _groups: list[tuple[object, tuple[int, ...], dist.ProcessGroup]] = []
 def read(name: str, parameter: DTensor) -> Holding:
     """The holding of a DTensor parameter.
 
-    Where several mesh axes shard it, the process group over them is made, a collective, unless the mesh has it already.
+    Where several mesh axes shard it, the process group over them is made the first time: a collective.
 
     Raises:
         ValueError: for placements other than ``Shard``, ``_StridedShard`` and ``Replicate``, or if the local tensor is
