@@ -35,8 +35,9 @@ server() { # NAME: its path; Debian's alternatives are not set up
 
 fetch() { # PREFIX
     mkdir -p "$1/.packages" && cd "$1/.packages"
-    apt-get -q -o APT::Sandbox::User=root download "${packages[@]}"
-    local file
+    local file download=(apt-get -q -o APT::Sandbox::User=root download "${packages[@]}")
+    # A machine that was just made has no list of packages yet.
+    "${download[@]}" || { apt-get -q update && "${download[@]}"; }
     for file in *.deb; do dpkg -x "$file" ..; done
     mv ../usr/bin/pdsh.bin ../usr/bin/pdsh # in the place of a script that only chooses rsh or ssh
 }
