@@ -20,7 +20,8 @@ FSDP1 = {
 def fsdp1(model: nn.Module, kind: str, world: int) -> nn.Module:
     options = {"use_orig_params": True, "device_id": torch.device("cpu"), **FSDP1[kind]}
     if kind == "hybrid":
-        options["device_mesh"] = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        # Shards of one rank each are no case: FSDP1 then takes NO_SHARD, and averages nothing over the replicas.
+        options["device_mesh"] = init_device_mesh("cpu", (world // 2, 2), mesh_dim_names=("replicate", "shard"))
     if kind != "one flat":
         for i, block in enumerate(model.layers):
             model.layers[i] = FullyShardedDataParallel(block, **options)

@@ -64,7 +64,7 @@ def all_cases(rank: int, world: int, kinds: list[tuple[str, str]]) -> dict[str, 
     }
 
 
-TWO = [("fsdp1", kind) for kind in FSDP1 if kind != "hybrid"]
+TWO = [("fsdp1", kind) for kind in FSDP1]
 TWO += [("fsdp2", "dim 1"), ("fsdp2", "offload"), ("fsdp2", "kept"), ("tp", "rows"), ("tp", "columns")]
 FOUR = [("fsdp1", kind) for kind in ("full", "grad op", "none", "hybrid", "one flat")]
 FOUR += [("fsdp2", "dim 1"), ("tp", "alternating"), ("tp", "columns")]
