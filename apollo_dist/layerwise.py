@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .agreement import run_together, world_of
 from .build import Build
 from .deepspeed import NOT_IN_BACKWARD
-from .layout import dtensor, fsdp2, zero_engine
+from .layout import dtensor, fsdp1, fsdp2, zero_engine
 from .optimizer import APOLLO, APOLLOMini
 from .present import PresentModel
 from .stateful import called_to_make_state
@@ -316,7 +316,7 @@ def _check_model(model: Any, options: dict[str, Any]) -> None:
                 f"{name or 'the model'} is wrapped in DistributedDataParallel, where gradients are ready before they "
                 "are averaged over the ranks. Use FSDP2 (fully_shard), or in one process the bare model"
             )
-        if any(getattr(p, "_fsdp_flattened", False) for p in module.parameters(recurse=False)):
+        if any(map(fsdp1.is_flattened, module.parameters(recurse=False))):
             raise ValueError(
                 f"{name or 'the model'} is sharded by FSDP1, which never tells when a parameter's gradient is ready. "
                 "Use FSDP2 (fully_shard)"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..layout.tiles import Range, Tile
+from ..layout.tiles import Range, Tile, joined
 
 Integers = npt.NDArray[np.int64]
 
@@ -50,13 +50,7 @@ class ChannelSet:
     @staticmethod
     def merged(ranges: Sequence[Range]) -> ChannelSet:
         """The channels of the given ranges, which come in channel order; neighbours become one range."""
-        joined: list[Range] = []
-        for start, stop in ranges:
-            if joined and joined[-1][1] == start:
-                joined[-1] = (joined[-1][0], stop)
-            else:
-                joined.append((start, stop))
-        return ChannelSet(tuple(joined))
+        return ChannelSet(joined(ranges))
 
 
 @dataclass(frozen=True, eq=False)

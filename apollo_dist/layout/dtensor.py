@@ -68,7 +68,7 @@ def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Cover]:
     if process_group is None:
         return WHOLE, whole_cover(parameter.numel())
     group = ShardGroup.of(process_group)
-    sharded = [p for axis, p in enumerate(placements) if type(p) is not Replicate and mesh.size(axis) > 1]
+    sharded = [placements[axis] for axis in _sharding_axes(parameter)]
     if len(sharded) == 1 and type(sharded[0]) is Shard and sharded[0].dim % len(shape) == 0:
         return group, FlatCover(row_ranges(shape[0], parameter.numel() // max(shape[0], 1), group.size))
     stands = places(mesh)
@@ -84,7 +84,7 @@ def shard_group(parameter: DTensor) -> dist.ProcessGroup | None:
     one dim together in a wrong order (``full_tensor``), whosever it is.
     """
     mesh = parameter.device_mesh
-    axes = [axis for axis, p in enumerate(parameter.placements) if type(p) is not Replicate and mesh.size(axis) > 1]
+    axes = _sharding_axes(parameter)
     if len(axes) < 2:
         return mesh.get_group(axes[0]) if axes else None
     mine = mesh.get_coordinate()
@@ -101,10 +101,18 @@ def shard_group(parameter: DTensor) -> dist.ProcessGroup | None:
 
 def shard_mesh(parameter: DTensor) -> DeviceMesh:
     """The parameter's mesh; where several axes shard it, a mesh of one axis over its shard group."""
-    mesh, group = parameter.device_mesh, shard_group(parameter)
-    if group is None or any(mesh.get_group(axis) is group for axis in range(mesh.ndim)):
+    mesh = parameter.device_mesh
+    if len(_sharding_axes(parameter)) < 2:
         return mesh
+    group = shard_group(parameter)
+    assert group is not None
     return DeviceMesh.from_group(group, mesh.device_type)
+
+
+def _sharding_axes(parameter: DTensor) -> list[int]:
+    """The mesh axes that divide a parameter."""
+    mesh = parameter.device_mesh
+    return [axis for axis, p in enumerate(parameter.placements) if type(p) is not Replicate and mesh.size(axis) > 1]
 
 
 def places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from .tiles import Box, Range, Tile
+from .tiles import Box, Range, Tile, joined
 
 Runs = tuple[Range, ...]
 
@@ -96,7 +96,7 @@ def chunk(along: Runs, pieces: int, index: int) -> Runs:
 
 def strided_chunk(along: Runs, pieces: int, index: int, factor: int) -> Runs:
     """The same for DTensor's ``_StridedShard``: each of ``factor`` chunks is cut, and part ``index`` of all kept."""
-    return _joined([run for k in range(factor) for run in chunk(chunk(along, factor, k), pieces, index)])
+    return joined([run for k in range(factor) for run in chunk(chunk(along, factor, k), pieces, index)])
 
 
 def _positions(along: Runs, first: int, last: int) -> Runs:
@@ -108,14 +108,3 @@ def _positions(along: Runs, first: int, last: int) -> Runs:
             found.append((start + low, start + high))
         at += stop - start
     return tuple(found)
-
-
-def _joined(runs: Sequence[Range]) -> Runs:
-    """The same indices in the same order, neighbouring runs merged."""
-    merged: list[Range] = []
-    for start, stop in runs:
-        if merged and merged[-1][1] == start:
-            merged[-1] = (merged[-1][0], stop)
-        else:
-            merged.append((start, stop))
-    return tuple(merged)

@@ -19,6 +19,17 @@ from itertools import pairwise
 Range = tuple[int, int]
 
 
+def joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
+    """The same indices in the same order, ranges that follow each other made one."""
+    found: list[Range] = []
+    for start, stop in ranges:
+        if found and found[-1][1] == start:
+            found[-1] = (found[-1][0], stop)
+        else:
+            found.append((start, stop))
+    return tuple(found)
+
+
 @dataclass(frozen=True, slots=True)
 class Tile:
     """Rows ``row .. row + height`` and columns ``column .. column + width`` of a matrix.
