@@ -44,11 +44,12 @@ def philox_4x32_10(
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(_ROUNDS):
-        # int64 products wrap modulo 2**64; the shift is arithmetic, so both halves are masked.
+        # int64 products wrap modulo 2**64; the shift is arithmetic, so both halves are masked. Only what broadcasts is
+        # not done in place.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((p1 >> 32) & _MASK32) ^ c1 ^ k0
-        c2 = ((p0 >> 32) & _MASK32) ^ c3 ^ k1
-        c1, c3 = p1 & _MASK32, p0 & _MASK32
+        c0 = ((p1 >> 32).bitwise_and_(_MASK32) ^ c1).bitwise_xor_(k0)
+        c2 = ((p0 >> 32).bitwise_and_(_MASK32) ^ c3).bitwise_xor_(k1)
+        c1, c3 = p1.bitwise_and_(_MASK32), p0.bitwise_and_(_MASK32)
         k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
     return c0, c1, c2, c3
 
@@ -123,10 +124,11 @@ def _columns(
     columns of a slab need no neighbours. The base normals do not depend on the rank.
     """
     quads = math.ceil(rank / 4)
-    columns = torch.arange(start, stop, dtype=torch.int64, device=device).expand(quads, -1).contiguous()
-    rows = torch.arange(quads, dtype=torch.int64, device=device)[:, None].expand_as(columns).contiguous()
+    # Shapes broadcast: the first rounds mix few numbers only.
+    columns = torch.arange(start, stop, dtype=torch.int64, device=device)
+    rows = torch.arange(quads, dtype=torch.int64, device=device)[:, None]
     k0, k1, c2, c3 = identity
-    words = philox_4x32_10((columns, rows, torch.full_like(rows, c2), torch.full_like(rows, c3)), (k0, k1))
+    words = philox_4x32_10((columns, rows, torch.full_like(rows[:1], c2), torch.full_like(rows[:1], c3)), (k0, k1))
     normals = torch.empty((quads, 4, stop - start), dtype=torch.float64, device=device)
     for pair in (0, 2):
         # 24 bits each, in (0, 1] for the radius (log never sees 0) and in [0, 1) turns for the angle.
