@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import rule
-from .exchange.collectives import TERMS
 from .matrix import GRADIENT, LOW_RANK, NORMALIZED, Matrix
 
 # How many gradient elements a batch may have, which bounds the memory that converted gradients take, and how many
@@ -25,6 +24,9 @@ _ACCELERATOR = 1 << 26
 
 # The gradients of a batch's matrices: for each the tiles' views, or None where a matrix has no gradient.
 Gradients = list[list[Tensor] | None]
+
+# A tensor, or its norm, and where its square belongs: the matrix in its batch, and the column of the norm terms.
+_Norm = tuple[Tensor, int, int]
 
 
 class Batch:
@@ -42,6 +44,10 @@ class Batch:
         self._rows = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
         spec, holding = matrices[0].spec, matrices[0].holding
         self._chunks = _runs([c * spec.rank for c in self.counts], _NUMBERS.get(holding.device.type, _ACCELERATOR))
+        # The most channels in a chunk, and for each chunk how its matrices divide them.
+        self._most = max(self._rows[chunk[-1]].stop - self._rows[chunk[0]].start for chunk in self._chunks)
+        self._sizes = [self._divided(chunk) for chunk in self._chunks]
+        self._none: tuple[None, ...] = (None,) * len(self.matrices)
         self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
         self.exp_avg = torch.zeros((ends[-1], spec.rank), **self._kind)
         self.exp_avg_sq = torch.zeros((ends[-1], spec.rank), **self._kind)
@@ -55,6 +61,11 @@ class Batch:
             for key, place in places.items():
                 place.copy_(m.state[key])
             m.state.update(places)
+
+    def _divided(self, chunk: range) -> list[int]:
+        """The channels of each matrix of a chunk, and what is left of the memory for the largest one."""
+        counts = self.counts[chunk.start : chunk.stop]
+        return [*counts, self._most - sum(counts)]
 
     def gradients(self, active: Sequence[bool]) -> Gradients:
         """The gradients in the compute dtype; None for matrices that are not active.
@@ -76,64 +87,65 @@ class Batch:
             terms: (matrices of the unit, TERMS), written in place.
 
         Returns:
-            For each matrix of the batch its owned channels' scaling factors, (channels,), or None with tensor scaling.
+            For each matrix of the batch its owned channels' scaling factors, (channels, 1); None with tensor scaling.
         """
-        spec = self.matrices[0].spec
-        # By channel: norms of N, of R, and of G where they are needed; zeros where there is no gradient.
-        normalized, low_rank = torch.zeros((2, self.exp_avg.shape[0]), **self._kind).unbind()
-        norms = torch.empty_like(normalized) if spec.channel_norms else None
-        held: list[tuple[Tensor, int, int]] = []
-        for chunk in self._chunks:
-            held += self._update_moments(chunk, grads, seed, received, (normalized, low_rank, norms))
+        spec, group = self.matrices[0].spec, self.matrices[0].group
+        # By channel the norms of R, of N, and of G where they are needed; zeros where there is no gradient.
+        lengths = torch.zeros((2, self.exp_avg.shape[0]), **self._kind) if spec.channel_scales else None
+        of_grads = torch.empty(self.exp_avg.shape[0], **self._kind) if spec.channel_norms else None
+        own: Sequence[Tensor | None] = self._none if of_grads is None else torch.split(of_grads, self.counts)
+        norms: list[_Norm] = []
+        # R and N of one chunk at a time, in the same memory.
+        space = torch.empty((2, self._most, spec.rank), **self._kind)
+        for chunk, sizes in zip(self._chunks, self._sizes, strict=True):
+            parts = self._low_rank(chunk, grads, seed, received, torch.split(space, sizes, dim=1), own)
+            for rows, local in self._active_rows(chunk, grads):
+                low_rank, normalized = space[:, local].unbind()
+                moments = self.exp_avg[rows], self.exp_avg_sq[rows]
+                rule.normalize(*moments, low_rank, normalized, betas=group["betas"], eps=group["eps"])
+                if lengths is not None:
+                    torch.linalg.vector_norm(space[:, local], dim=2, out=lengths[:, rows])
+            norms += _norms(parts)
         mine = terms[self.first : self.first + len(self.matrices)]
-        if not spec.channel_scales:
-            parts = [*self._by_matrix(normalized, grads, NORMALIZED), *self._by_matrix(low_rank, grads, LOW_RANK)]
-            self._add_squares([*parts, *held], mine)
-            return [None] * len(self.matrices)
-        scale = rule.channel_scale(normalized, low_rank)
-        if norms is not None:
+        if lengths is None:
+            _add_squares(norms, mine)
+            return self._none
+        scale = rule.channel_scale(lengths[1], lengths[0])
+        if of_grads is not None:
             # The norm over a matrix's channels of s_c ||G_c|| is ||U||.
-            self._add_squares(self._by_matrix(norms.mul_(scale), grads, GRADIENT), mine)
-        return torch.split(scale, self.counts)
+            parts = [(part, k, GRADIENT) for k, part in enumerate(torch.split(of_grads.mul_(scale), self.counts))]
+            _add_squares(_norms([part for part in parts if grads[part[1]] is not None]), mine)
+        return torch.split(scale[:, None], self.counts)
 
-    def _update_moments(
+    def _low_rank(
         self,
         chunk: range,
         grads: Gradients,
         seed: int,
         received: Sequence[Any],
-        norms: tuple[Tensor, Tensor, Tensor | None],
-    ) -> list[tuple[Tensor, int, int]]:
-        """R and its moments for some of the matrices.
+        places: Sequence[Tensor],
+        norms: Sequence[Tensor | None],
+    ) -> list[_Norm]:
+        """R of some of the matrices, each into its place, (2, channels, r), where N is to come beside it.
 
-        Writes the channels' norms of N, R and G into ``norms``; returns what ``_add_squares`` is to add to ||G||^2
-        where the channels' norms of G are not needed.
+        Writes the norms of G by channel into ``norms``, one tensor a matrix. With tensor scaling it returns instead
+        what the norms of N, R and G are to be taken of, once N is there.
         """
-        spec, group = self.matrices[0].spec, self.matrices[0].group
-        start, stop = self._rows[chunk[0]].start, self._rows[chunk[-1]].stop
-        low_rank = torch.empty((stop - start, spec.rank), **self._kind)
-        held: list[tuple[Tensor, int, int]] = []
-        for k in chunk:
-            m, grad, rows = self.matrices[k], grads[k], self._rows[k]
+        spec = self.matrices[0].spec
+        parts: list[_Norm] = []
+        lines: list[_Norm] = []
+        for k, place in zip(chunk, places, strict=False):
+            grad, own = grads[k], norms[k]
             if grad is None:
                 continue
-            own = None if norms[2] is None else norms[2][rows]
-            m.complete(grad, low_rank[rows.start - start : rows.stop - start], own, seed, received[self.first + k])
-            if own is None and GRADIENT in spec.terms:  # now, while the gradient is in the cache
-                held += [(rule.line_norms(tile), k, GRADIENT) for tile in grad]
-        normalized = torch.zeros_like(low_rank)
-        for rows in self._active_rows(chunk, grads):
-            local = slice(rows.start - start, rows.stop - start)
-            tensors = [self.exp_avg[rows], self.exp_avg_sq[rows], low_rank[local], normalized[local]]
-            rule.normalize(*tensors, betas=group["betas"], eps=group["eps"])
-            torch.linalg.vector_norm(normalized[local], dim=1, out=norms[0][rows])
-            torch.linalg.vector_norm(low_rank[local], dim=1, out=norms[1][rows])
-        return held
-
-    def _by_matrix(self, channels: Tensor, grads: Gradients, column: int) -> list[tuple[Tensor, int, int]]:
-        """The part of each active matrix, as ``_add_squares`` takes it."""
-        parts = torch.split(channels, self.counts)
-        return [(part, k, column) for k, part in enumerate(parts) if grads[k] is not None]
+            low_rank, normalized = place.unbind()
+            self.matrices[k].complete(grad, low_rank, own, seed, received[self.first + k])
+            if not spec.channel_scales:
+                parts += [(normalized, k, NORMALIZED), (low_rank, k, LOW_RANK)]
+            if not spec.channel_scales and GRADIENT in spec.terms:  # now, while the gradient is in the cache
+                lines += [(rule.line_norms(tile), k, GRADIENT) for tile in grad]
+        # By column, so that matrices that follow each other are added together.
+        return [*parts[::2], *parts[1::2], *lines]
 
     def finish(
         self, grads: Gradients, owned: Sequence[Tensor | None], arriving: Sequence[Tensor | None], terms: Tensor
@@ -159,12 +171,17 @@ class Batch:
             else:
                 moved = torch.tensor([grad is not None for grad in grads], device=last.device)
                 self.last_norm.copy_(torch.where(moved, last, self.last_norm))
-        for i, (m, grad, by) in enumerate(zip(self.matrices, grads, factor.unbind(), strict=True), start=self.first):
-            if grad is not None:
-                m.apply(grad, m.held_scale(owned[i], arriving[i]), by)
+        active = [(k, grad) for k, grad in enumerate(grads) if grad is not None]
+        factors = factor.unbind()
+        by = [factors[k] for k, _ in active]
+        if spec.channel_scales and active:
+            scales = [self.matrices[k].held_scale(owned[self.first + k], arriving[self.first + k]) for k, _ in active]
+            by = list(torch._foreach_mul(scales, by))
+        for (k, grad), coefficient in zip(active, by, strict=True):
+            self.matrices[k].apply(grad, coefficient)
 
-    def _active_rows(self, chunk: range, grads: Gradients) -> list[slice]:
-        """The rows of a chunk's matrices with a gradient, neighbours merged."""
+    def _active_rows(self, chunk: range, grads: Gradients) -> list[tuple[slice, slice]]:
+        """The rows of a chunk's matrices with a gradient, neighbours merged; in the batch, and in the chunk."""
         runs: list[slice] = []
         for k in chunk:
             rows = self._rows[k]
@@ -174,21 +191,30 @@ class Batch:
                 runs[-1] = slice(runs[-1].start, rows.stop)
             else:
                 runs.append(rows)
-        return runs
+        start = self._rows[chunk[0]].start
+        return [(rows, slice(rows.start - start, rows.stop - start)) for rows in runs]
 
-    def _add_squares(self, held: list[tuple[Tensor, int, int]], out: Tensor) -> None:
-        """Add the squared norms of (tensor, matrix, column) to ``out``, (matrices, TERMS), in order."""
-        held = [item for item in held if item[0].numel()]
-        if not held:
-            return
-        squares = torch.stack(torch._foreach_norm([tensor for tensor, _, _ in held])).square_()
-        places = [(k, column) for _, k, column in held]
-        columns = range(TERMS)
-        if places == [(k, column) for column in columns for k in range(out.shape[0])]:
-            out.copy_(squares.view(TERMS, -1).t())
-            return
-        for square, (k, column) in zip(squares.unbind(), places, strict=True):
-            out[k, column] += square
+
+def _norms(parts: list[_Norm]) -> list[_Norm]:
+    """The norms of tensors, as scalars; empty ones are left out."""
+    parts = [part for part in parts if part[0].numel()]
+    if not parts:
+        return []
+    norms = torch._foreach_norm([tensor for tensor, _, _ in parts])
+    return [(norm, k, column) for norm, (_, k, column) in zip(norms, parts, strict=True)]
+
+
+def _add_squares(norms: list[_Norm], out: Tensor) -> None:
+    """Add the squares of scalars to ``out``, (matrices, TERMS), in order."""
+    if not norms:
+        return
+    squares = torch.stack([norm for norm, _, _ in norms]).square_()
+    first = 0
+    for last, ((_, k, column), following) in enumerate(zip(norms, [*norms[1:], None], strict=True), start=1):
+        if following is not None and following[1:] == (k + 1, column):
+            continue  # the next matrix of the same column is added together with this one
+        out[k + 1 - (last - first) : k + 1, column] += squares[first:last]
+        first = last
 
 
 def make_batches(matrices: Sequence[Matrix]) -> list[Batch]:

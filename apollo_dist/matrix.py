@@ -68,6 +68,10 @@ def _take(tensor: Tensor, rows: slice | None) -> Tensor:
     return tensor if rows is None else tensor[rows]
 
 
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
+
+
 class Matrix:
     """The part of one matrix that this rank works on.
 
@@ -106,7 +110,7 @@ class Matrix:
         Each is (channels of the tile, its inner extent): a tile of a wide matrix comes transposed. Low-precision
         gradients are converted anew in each phase, so that never more than one batch is kept in float32.
         """
-        return [view.to(self.holding.compute_dtype) for view in self._stored_gradients()]
+        return [_cast(view, self.holding.compute_dtype) for view in self._stored_gradients()]
 
     def _stored_gradients(self) -> list[Tensor]:
         grad = self.holding.grad()
@@ -146,7 +150,7 @@ class Matrix:
             return Partial(low_rank, norms, None)
         stored = self._stored_gradients()
         if count:
-            grads = [view.to(self.holding.compute_dtype) for view in stored]
+            grads = [_cast(view, self.holding.compute_dtype) for view in stored]
             self._project(grads, self._projected, seed, low_rank)
             if norms is not None:
                 self._channel_norms(grads, self._projected, norms)
@@ -172,9 +176,10 @@ class Matrix:
         """
         alone = self.channels.alone.count
         if alone:
-            self._project(grads, self._alone, seed, low_rank[:alone])
+            first = None if alone == low_rank.shape[0] else slice(alone)
+            self._project(grads, self._alone, seed, _take(low_rank, first))
             if norms is not None:
-                self._channel_norms(grads, self._alone, norms[:alone])
+                self._channel_norms(grads, self._alone, _take(norms, first))
         if received is not None and self.channels.shared_owned.count:
             low_rank[alone:] = received.low_rank
             squares = None if norms is None or received.norms is None else received.norms.to(norms.dtype)
@@ -191,8 +196,8 @@ class Matrix:
             low_rank.neg_()
 
     def shared_scale(self, owned: Tensor | None) -> Tensor | None:
-        """What exchange 2 carries: the scaling factors over ``shared_owned``."""
-        return None if owned is None else owned[self.channels.alone.count :]
+        """What exchange 2 carries: the scaling factors over ``shared_owned``, (channels,)."""
+        return None if owned is None else owned[self.channels.alone.count :, 0]
 
     def _project(self, grads: Sequence[Tensor], pieces: _Pieces, seed: int, out: Tensor) -> None:
         """Write this rank's part of R over a set of channels to ``out``, (channels, r).
@@ -234,54 +239,58 @@ class Matrix:
         """P^T of some ranges of the projected dimension, (their lengths, r), for elements of other ranks."""
         slab, _ = self._draw(seed)
         first = self._slab[0]
-        merged = ChannelSet.merged(inner).ranges
-        parts = [slab[:, a - first : b - first] for a, b in merged]
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).t()
+        parts = [slab[a - first : b - first, : self.spec.rank] for a, b in ChannelSet.merged(inner).ranges]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def _draw(self, seed: int) -> tuple[Tensor, list[Tensor]]:
-        """The slab of P that this rank needs in the current step, and the part of each tile."""
+        """P^T over the slab that this rank needs in the current step, and the part of each tile."""
         refresh = (self.state["step"] - 1) // self.group["update_proj_gap"]
         if self._drawn is not None and self._drawn[0] == refresh:
             return self._drawn[1:]
         self._drawn = None
         size, (first, last) = min(self.spec.m, self.spec.n), self._slab
-        slab = gaussian(seed, self.spec.name, refresh, self.spec.rank, size, first, last, **self._kind)
+        slab = rule.columns(gaussian(seed, self.spec.name, refresh, self.spec.rank, size, first, last, **self._kind))
         edges = [tile.inner(self.spec.tall) for tile in self.tiles]
-        drawn = [rule.columns(slab[:, a - first : b - first]) for a, b in edges]
+        drawn = [slab[a - first : b - first] for a, b in edges]
         if self._cache:
             self._drawn = (refresh, slab, drawn)
         return slab, drawn
 
-    def held_scale(self, owned: Tensor | None, received: Tensor | None) -> Tensor | None:
-        """The scaling factors of the held channels: this rank's own, then those received in exchange 2."""
-        if owned is None or received is None:
+    def held_scale(self, owned: Tensor | None, received: Tensor | None) -> Tensor:
+        """The scaling factors of the held channels, (channels, 1): this rank's own, then those of exchange 2, if any.
+
+        Args:
+            owned: what ``Batch.owner_step`` returned; not None, for this is with channel scaling.
+            received: (channels,).
+        """
+        assert owned is not None
+        if received is None:
             return owned
         alone = owned[: self.channels.alone.count]
-        return torch.cat([alone, received.to(owned.dtype)]) if received.numel() else alone
+        return torch.cat([alone, received.to(owned.dtype)[:, None]]) if received.numel() else alone
 
-    def apply(self, grads: Sequence[Tensor], scale: Tensor | None, factor: Tensor) -> None:
+    def apply(self, grads: Sequence[Tensor], factor: Tensor) -> None:
         """Update the local weights.
 
         Args:
             grads: what ``gradients`` returned.
-            scale: scaling factors of the held channels, or None with tensor scaling.
-            factor: scalar; the limiter's factor, times the tensor's scaling factor where it has one.
+            factor: of the gradient: the scaling factors of the held channels times the limiter's, (channels, 1), or
+                for the whole tensor, a scalar.
         """
         group = self.group
         # Of the negated gradient R is made in ``complete``; norms do not differ.
         sign = 1.0 if group["maximize"] else -1.0
         size = rule.step_size(group["lr"], self.state["step"], group["betas"], factor)
         value = sign * group["scale"] ** 0.5
-        coefficient = factor if scale is None else (scale * factor)[:, None]
         if isinstance(size, Tensor):
-            coefficient = coefficient * size
+            factor = factor * size
         else:
             value *= size
         stored = self.holding.weight()
         weights, copied = self._split(stored)
-        work = [weight.to(self.holding.compute_dtype) for weight in weights]
+        work = [_cast(weight, self.holding.compute_dtype) for weight in weights]
         for number, rows, position in self._held.parts:
-            by = coefficient if scale is None else _take(coefficient, position)
+            by = factor if factor.ndim == 0 else _take(factor, position)
             _take(work[number], rows).addcmul_(_take(grads[number], rows), by, value=value)
         rule.decay(work, group["lr"], group["weight_decay"])
         for weight, updated in zip(weights, work, strict=True):

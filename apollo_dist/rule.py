@@ -62,19 +62,18 @@ def normalize(
 ) -> None:
     r"""Update both moments in place with the low-rank gradient R and write N; all (channels, r).
 
-    ``out`` is zero on entry. One pass: torch's fused Adam kernel, asked to move a zero tensor by
-    :math:`M / (\sqrt{V} + \epsilon)`. Its bias corrections are always those of step 1, and its lr and eps are chosen to
-    cancel them.
+    One pass: torch's fused Adam kernel, asked to move a zero tensor by :math:`M / (\sqrt{V} + \epsilon)`. Its bias
+    corrections are always those of step 1, and its lr and eps are chosen to cancel them. The operator is called
+    itself, without the function around it in ``torch.optim``, which takes longer than the arithmetic on small tensors.
     """
     first, second = 1.0 - betas[0], math.sqrt(1.0 - betas[1])
-    adam(
-        [out],
+    torch._fused_adam_(
+        [out.zero_()],
         [low_rank],
         [exp_avg],
         [exp_avg_sq],
         [],
-        [torch.zeros((), dtype=torch.float32, device=low_rank.device)],
-        fused=True,
+        [torch.ones((), dtype=torch.float32, device=low_rank.device)],
         amsgrad=False,
         beta1=betas[0],
         beta2=betas[1],
@@ -86,13 +85,16 @@ def normalize(
 
 
 def columns(projection: Tensor) -> Tensor:
-    """P^T, (size, r), of a projection P, (r, size), as ``project`` takes it: on CPU a single column gets a zero beside.
+    """P^T of a projection P, (r, size), as ``project`` takes it: (size, r), or with r = 1 on CPU (size, 2).
 
-    For two columns BLAS takes less than half the time that it takes for one, unless memory is the limit.
+    A single column gets a zero beside it, since BLAS takes less than half the time for two, unless memory is the
+    limit. Several are copied, so that a row of P^T lies in one piece, which BLAS multiplies with a little faster.
     """
-    if projection.shape[0] == 1 and projection.device.type == "cpu":
-        projection = torch.cat([projection, torch.zeros_like(projection)])
-    return projection.t()
+    if projection.device.type != "cpu":
+        return projection.t()
+    if projection.shape[0] == 1:
+        return torch.cat([projection, torch.zeros_like(projection)]).t()
+    return projection.t().contiguous()
 
 
 def project(grad: Tensor, columns: Tensor, out: Tensor) -> None:
@@ -110,7 +112,7 @@ def channel_norms(grad: Tensor, out: Tensor) -> None:
     if grad.device.type == "cpu" and grad.stride(0) == 1 and grad.stride(1) != 1:
         # A wide matrix comes transposed. torch reduces over its strided dimension without vectorizing; sums of squares
         # over blocks of rows that stay in the cache are several times faster.
-        blocks = torch.split(grad.t(), 64)
+        blocks = torch.split(grad.t(), 128)
         squares = blocks[0].square()
         for block in blocks[1:]:
             squares[: block.shape[0]].addcmul_(block, block)
