@@ -57,6 +57,28 @@ def _mini() -> Candidate:
     return Candidate("APOLLO-Mini", make, lambda shapes, _: low_rank_bytes(shapes, 1), projected=True)
 
 
+class _Products(torch.optim.Optimizer):
+    """Only the matrix products of APOLLO, which no implementation of it can do without: R of every matrix, G P^T."""
+
+    def __init__(self, params: list[nn.Parameter], rank: int) -> None:
+        super().__init__(params, {})
+        self._columns = [torch.randn(rank, min(p.shape), dtype=torch.float32, device=p.device).t() for p in params]
+        self._low_rank = [torch.empty(max(p.shape), rank, dtype=torch.float32, device=p.device) for p in params]
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for p, columns, out in zip(self.param_groups[0]["params"], self._columns, self._low_rank, strict=True):
+            tall = p.shape[0] >= p.shape[1]
+            torch.mm((p.grad if tall else p.grad.t()).float(), columns, out=out)
+
+
+def _products(rank: int) -> Candidate:
+    def make(params: list[nn.Parameter], gap: int) -> torch.optim.Optimizer:
+        return _Products(params, rank)
+
+    return Candidate(f"matrix products of rank {rank}, nothing else", make, lambda shapes, size: 0)
+
+
 def low_rank_bytes(shapes: Sequence[tuple[int, int]], rank: int) -> int:
     """Two fp32 moments of ``rank`` numbers for each channel (index of the larger dimension), and one norm a matrix."""
     return sum(4 * (2 * max(m, n) * rank + 1) for m, n in shapes)
@@ -86,6 +108,7 @@ def candidates(rank: int) -> list[Candidate]:
         Candidate("SGD (torch)", lambda params, _: torch.optim.SGD(params, lr=1e-4), lambda shapes, size: 0),
         _mini(),
         _apollo(rank),
+        _products(rank),
     ]
     if importlib.util.find_spec("apollo_torch") is not None:
         found.append(_authors_package(1, "tensor", 128.0, "apollo-torch Mini"))

@@ -7,7 +7,7 @@
 #   bash benchmarks/gpu.sh
 #
 #   PYTHON=python3     the interpreter
-#   SHAPES="60M 350M 1B 7B"    DTYPES="fp32 bf16"    ROUNDS=9
+#   SHAPES="60M 350M 1B 7B"    DTYPES="fp32 bf16"    ROUNDS=15
 set -euo pipefail
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
@@ -52,7 +52,7 @@ EOF
             echo "left out: too large for this GPU"
             continue
         fi
-        "$python" benchmarks/step_time.py --device cuda --shapes "$shapes" --dtype "$dtype" --rounds "${ROUNDS:-9}" \
+        "$python" benchmarks/step_time.py --device cuda --shapes "$shapes" --dtype "$dtype" --rounds "${ROUNDS:-15}" \
             --write "$name-$shapes-$dtype" --results "$results" || status=$?
     done
 done
