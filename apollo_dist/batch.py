@@ -44,9 +44,8 @@ class Batch:
         self._rows = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
         spec, holding = matrices[0].spec, matrices[0].holding
         self._chunks = _runs([c * spec.rank for c in self.counts], _NUMBERS.get(holding.device.type, _ACCELERATOR))
-        # The most channels in a chunk, and for each chunk how its matrices divide them.
+        # The most channels in a chunk.
         self._most = max(self._rows[chunk[-1]].stop - self._rows[chunk[0]].start for chunk in self._chunks)
-        self._sizes = [self._divided(chunk) for chunk in self._chunks]
         self._none: tuple[None, ...] = (None,) * len(self.matrices)
         self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
         self.exp_avg = torch.zeros((ends[-1], spec.rank), **self._kind)
@@ -61,11 +60,6 @@ class Batch:
             for key, place in places.items():
                 place.copy_(m.state[key])
             m.state.update(places)
-
-    def _divided(self, chunk: range) -> list[int]:
-        """The channels of each matrix of a chunk, and what is left of the memory for the largest one."""
-        counts = self.counts[chunk.start : chunk.stop]
-        return [*counts, self._most - sum(counts)]
 
     def gradients(self, active: Sequence[bool]) -> Gradients:
         """The gradients in the compute dtype; None for matrices that are not active.
@@ -97,8 +91,10 @@ class Batch:
         norms: list[_Norm] = []
         # R and N of one chunk at a time, in the same memory.
         space = torch.empty((2, self._most, spec.rank), **self._kind)
-        for chunk, sizes in zip(self._chunks, self._sizes, strict=True):
-            parts = self._low_rank(chunk, grads, seed, received, torch.split(space, sizes, dim=1), own)
+        for chunk in self._chunks:
+            counts = self.counts[chunk.start : chunk.stop]
+            places = torch.split(space[:, : sum(counts)], counts, dim=1)
+            parts = self._low_rank(chunk, grads, seed, received, places, own)
             for rows, local in self._active_rows(chunk, grads):
                 low_rank, normalized = space[:, local].unbind()
                 moments = self.exp_avg[rows], self.exp_avg_sq[rows]
@@ -134,7 +130,7 @@ class Batch:
         spec = self.matrices[0].spec
         parts: list[_Norm] = []
         lines: list[_Norm] = []
-        for k, place in zip(chunk, places, strict=False):
+        for k, place in zip(chunk, places, strict=True):
             grad, own = grads[k], norms[k]
             if grad is None:
                 continue
