@@ -7,6 +7,7 @@ the model are laid on the parameters that it has now.
 
 from __future__ import annotations
 
+import gc
 import logging
 import weakref
 from collections.abc import Mapping, Sequence
@@ -131,9 +132,16 @@ def check_not_replaced(parameters: Sequence[Tensor]) -> None:
     The parameters are then none of any model's, and never get a gradient.
     """
     left = all(p.grad is None and not dtensor.is_dtensor(p) for p in parameters)
-    if left and dtensor.any_sharded_module():
+    if left and dtensor.any_sharded_module() and not _in_a_module(parameters):
         raise ValueError(
             f"none of the {len(parameters)} parameters has a gradient or is sharded, but a model in this process is: "
             "fully_shard replaced its parameters after the optimizer was built. Build APOLLO after fully_shard, or as "
             "APOLLO(model), which follows"
         )
+
+
+def _in_a_module(parameters: Sequence[Tensor]) -> bool:
+    """Whether some module has one of the parameters. Looks at every object of the process, so only before an error."""
+    wanted = {id(p) for p in parameters}
+    modules = (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module))
+    return any(id(p) in wanted for module in modules for p in vars(module).get("_parameters", {}).values())

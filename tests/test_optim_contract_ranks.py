@@ -233,3 +233,27 @@ def test_a_copy_of_a_sharded_optimizer_continues_exactly():
     for same in run_ranks(pickled, 2):
         assert len(same) > 20
         assert all(same)
+
+
+# A sharded model in the process that is not the optimizer's.
+
+
+def beside_a_sharded_model(rank, world):
+    """What a step without gradients says of a model beside a sharded one, and of the sharded one's old parameters."""
+    found = {}
+    for name, model in (("beside", Bag()), ("replaced", Bag())):
+        optimizer = APOLLO(groups_of(model, low_rank(model, 3)))
+        other = nn.Linear(3, 3)
+        fully_shard(model if name == "replaced" else other, mesh=init_device_mesh("cpu", (world,)))
+        try:
+            optimizer.step()
+            found[name] = "stepped"
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def test_a_sharded_model_of_another_optimizer_is_none_of_its_business():
+    (found,) = run_ranks(beside_a_sharded_model, 1)
+    assert found["beside"] == "stepped"
+    assert "fully_shard replaced its parameters" in found["replaced"]
