@@ -66,6 +66,7 @@ def all_cases(rank: int, world: int, kinds: list[tuple[str, str]]) -> dict[str, 
 
 TWO = [("fsdp1", kind) for kind in FSDP1]
 TWO += [("fsdp2", "dim 1"), ("fsdp2", "offload"), ("fsdp2", "kept"), ("tp", "rows"), ("tp", "columns")]
+QUICK = [("fsdp1", "full"), ("fsdp1", "one flat"), ("fsdp2", "dim 1"), ("tp", "rows")]
 FOUR = [("fsdp1", kind) for kind in ("full", "grad op", "none", "hybrid", "one flat")]
 FOUR += [("fsdp2", "dim 1"), ("tp", "alternating"), ("tp", "columns")]
 
@@ -74,8 +75,8 @@ FOUR += [("fsdp2", "dim 1"), ("tp", "alternating"), ("tp", "columns")]
     ("world", "kinds"),
     [
         (1, [("fsdp1", "full")]),
-        (2, TWO[:5]),
-        (2, TWO[5:]),
+        (2, QUICK),
+        pytest.param(2, [kind for kind in TWO if kind not in QUICK], marks=pytest.mark.slow),
         pytest.param(3, [("fsdp1", "full"), ("fsdp1", "one flat")], marks=pytest.mark.slow),
         pytest.param(4, FOUR[:4], marks=pytest.mark.slow),
         pytest.param(4, FOUR[4:], marks=pytest.mark.slow),

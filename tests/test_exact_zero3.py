@@ -105,6 +105,7 @@ def test_further_engines_equal_the_reference(world):
     judge(world, FURTHER)
 
 
+@pytest.mark.slow
 def test_hpz_equals_the_reference():
     judge(4, HPZ)
 
