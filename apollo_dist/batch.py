@@ -45,8 +45,7 @@ class Batch:
         spec, holding = matrices[0].spec, matrices[0].holding
         self._chunks = _runs([c * spec.rank for c in self.counts], _NUMBERS.get(holding.device.type, _ACCELERATOR))
         # The most channels in a chunk.
-        self._most = max(self._rows[chunk[-1]].stop - self._rows[chunk[0]].start for chunk in self._chunks)
-        self._none: tuple[None, ...] = (None,) * len(self.matrices)
+        self._most = max(sum(self.counts[chunk.start : chunk.stop]) for chunk in self._chunks)
         self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
         self.exp_avg = torch.zeros((ends[-1], spec.rank), **self._kind)
         self.exp_avg_sq = torch.zeros((ends[-1], spec.rank), **self._kind)
@@ -87,7 +86,8 @@ class Batch:
         # By channel the norms of R, of N, and of G where they are needed; zeros where there is no gradient.
         lengths = torch.zeros((2, self.exp_avg.shape[0]), **self._kind) if spec.channel_scales else None
         of_grads = torch.empty(self.exp_avg.shape[0], **self._kind) if spec.channel_norms else None
-        own: Sequence[Tensor | None] = self._none if of_grads is None else torch.split(of_grads, self.counts)
+        nothing = [None] * len(self.matrices)
+        own: Sequence[Tensor | None] = nothing if of_grads is None else torch.split(of_grads, self.counts)
         norms: list[_Norm] = []
         # R and N of one chunk at a time, in the same memory.
         space = torch.empty((2, self._most, spec.rank), **self._kind)
@@ -105,7 +105,7 @@ class Batch:
         mine = terms[self.first : self.first + len(self.matrices)]
         if lengths is None:
             _add_squares(norms, mine)
-            return self._none
+            return nothing
         scale = rule.channel_scale(lengths[1], lengths[0])
         if of_grads is not None:
             # The norm over a matrix's channels of s_c ||G_c|| is ||U||.
@@ -138,8 +138,8 @@ class Batch:
             self.matrices[k].complete(grad, low_rank, own, seed, received[self.first + k])
             if not spec.channel_scales:
                 parts += [(normalized, k, NORMALIZED), (low_rank, k, LOW_RANK)]
-            if not spec.channel_scales and GRADIENT in spec.terms:  # now, while the gradient is in the cache
-                lines += [(rule.line_norms(tile), k, GRADIENT) for tile in grad]
+                if GRADIENT in spec.terms:  # now, while the gradient is in the cache
+                    lines += [(rule.line_norms(tile), k, GRADIENT) for tile in grad]
         # By column, so that matrices that follow each other are added together.
         return [*parts[::2], *parts[1::2], *lines]
 

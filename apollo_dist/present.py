@@ -141,7 +141,7 @@ def check_not_replaced(parameters: Sequence[Tensor]) -> None:
 
 
 def _in_a_module(parameters: Sequence[Tensor]) -> bool:
-    """Whether some module has one of the parameters. Looks at every object of the process, so only before an error."""
+    """Whether some module has one of the parameters. Looks at every object of the process, so ask this last."""
     wanted = {id(p) for p in parameters}
     modules = (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module))
     return any(id(p) in wanted for module in modules for p in vars(module).get("_parameters", {}).values())

@@ -58,7 +58,7 @@ def _mini() -> Candidate:
 
 
 class _Products(torch.optim.Optimizer):
-    """Only the matrix products of APOLLO, which no implementation of it can do without: R of every matrix, G P^T."""
+    """The matrix products that no implementation of APOLLO can do without, and nothing else: R = G P^T, in fp32."""
 
     def __init__(self, params: list[nn.Parameter], rank: int) -> None:
         super().__init__(params, {})
@@ -70,13 +70,6 @@ class _Products(torch.optim.Optimizer):
         for p, columns, out in zip(self.param_groups[0]["params"], self._columns, self._low_rank, strict=True):
             tall = p.shape[0] >= p.shape[1]
             torch.mm((p.grad if tall else p.grad.t()).float(), columns, out=out)
-
-
-def _products(rank: int) -> Candidate:
-    def make(params: list[nn.Parameter], gap: int) -> torch.optim.Optimizer:
-        return _Products(params, rank)
-
-    return Candidate(f"matrix products of rank {rank}, nothing else", make, lambda shapes, size: 0)
 
 
 def low_rank_bytes(shapes: Sequence[tuple[int, int]], rank: int) -> int:
@@ -108,7 +101,11 @@ def candidates(rank: int) -> list[Candidate]:
         Candidate("SGD (torch)", lambda params, _: torch.optim.SGD(params, lr=1e-4), lambda shapes, size: 0),
         _mini(),
         _apollo(rank),
-        _products(rank),
+        Candidate(
+            f"matrix products of rank {rank}, nothing else",
+            lambda params, _: _Products(params, rank),
+            lambda shapes, size: 0,
+        ),
     ]
     if importlib.util.find_spec("apollo_torch") is not None:
         found.append(_authors_package(1, "tensor", 128.0, "apollo-torch Mini"))
