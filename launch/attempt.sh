@@ -57,6 +57,14 @@ outcome() {
     fi
 }
 
+# may_be_the_node PREFIX START: whether a start that failed before its first step deserves another one: the start before
+# it, with the same options, did not fail like that, so the reason may be a node. SLURM makes it so itself: a node that
+# was lost and comes back when the job may start again is told late to end the lost start, and ends the new one with it.
+may_be_the_node() {
+    : >"$attempt_folder/broken"
+    (($2 > 0)) && [[ ! -e "$output/logs/$1-$(($2 - 1))/broken" ]]
+}
+
 # ---- processes and signals ----------------------------------------------------------------------------------------
 
 asked="" child=""
@@ -134,7 +142,10 @@ run_here() {
         case "$(outcome)" in
             finished) say "finished; everything is in $output" && return ;;
             stopped | asked) say "stopped; the same command with --output $output goes on" && return ;;
-            broken) say "failed before its first step (exit code $code)" && return "$code" ;;
+            broken)
+                say "failed before its first step (exit code $code)"
+                may_be_the_node "$name" "$number" || return "$code"
+                ;;
         esac
         say "failed (exit code $code) with the newest checkpoint at step $(newest_step)"
         if ((number >= max_requeues)); then

@@ -73,12 +73,9 @@ run_job() {
     if [[ -n "$preflight" ]]; then
         show "${check[@]}" >&2
         await "${check[@]}" || code=$?
-        if ((code)) && [[ -z "$asked" ]]; then
-            say "preflight failed: not started, and not queued again"
-            exit "$code"
-        fi
+        if ((code)) && [[ -z "$asked" ]]; then say "preflight failed: training is not started"; fi
     fi
-    if [[ -z "$asked" ]]; then
+    if [[ -z "$asked" ]] && ((code == 0)); then
         show "${command[@]}" >&2
         await "${command[@]}" || code=$?
         sleep "${follows:-0}"
@@ -94,8 +91,11 @@ conclude() {
         finished) say "finished; everything is in $output" && exit 0 ;;
         stopped) say "stopped by $output/STOP: not queued again; submit it with --output $output to go on" && exit 0 ;;
         broken)
-            say "failed before its first step (exit code $1): not queued again, since another start would fail the same way"
-            exit "$1"
+            if ! may_be_the_node "$job" "$restart"; then
+                say "failed before its first step (exit code $1): not queued again, since another start would fail the same way"
+                exit "$1"
+            fi
+            say "failed before its first step (exit code $1), which the start before it did not: another one is worth a try"
             ;;
     esac
     say "ended ($how, exit code $1) with the newest checkpoint at step $(newest_step)"

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -160,35 +160,60 @@ def test_a_hostfile_without_hosts_is_an_error(tmp_path: Path) -> None:
     assert "is no file" in done.stderr
 
 
-@pytest.mark.slow
-def test_a_single_node_goes_on_after_kill_9_and_stops_when_asked(tmp_path: Path) -> None:
-    output = tmp_path / "run"
+Run = tuple[subprocess.Popen[bytes], Path, Path]
+
+
+@pytest.fixture
+def single_node(tmp_path: Path) -> Iterator[Run]:
+    """A run on two ranks after its twelfth step, its log, and its output; nothing of it outlives the test."""
+    output, path = tmp_path / "run", tmp_path / "log"
     options = (
         "--ranks_per_node=2 --recipe=tiny --batch_size=4 --sequence_length=64 --steps=2000 --warmup_steps=4 "
         "--eval_every=0 --final_eval_sequences=4 --checkpoint_every=10"
     ).split()
     words = ["bash", "launch/single_node.sh", *options, f"--output={output}"]
-    path = tmp_path / "log"
     with path.open("w") as log:
         job = subprocess.Popen(
             words, cwd=ROOT, env={**environment(), "APOLLO_SITE": os.devnull}, stdout=log, stderr=log
         )
     try:
         wait_for(job, lambda: steps_done(output) >= 12, path)
-        before = losses(output)
-        ranks(output)[1].kill()
-        wait_for(job, lambda: len(list((output / "logs").iterdir())) == 2, path)
-        wait_for(job, lambda: "resumed after step" in path.read_text() and steps_done(output) > max(before), path)
-        job.send_signal(signal.SIGTERM)
-        assert job.wait(120) == 0, path.read_text()
+        yield job, path, output
     finally:
         for process in [psutil.Process(job.pid), *ranks(output).values()] if job.poll() is None else []:
             process.kill()
+
+
+@pytest.mark.slow
+def test_a_single_node_goes_on_after_kill_9_and_stops_when_asked(single_node: Run) -> None:
+    job, log, output = single_node
+    before = losses(output)
+    kill_a_rank(job, log, output, start=0)
+    kill_a_rank(job, log, output, start=1)  # before its first step, which the first start reached
+    wait_for(job, lambda: "resumed after step" in log.read_text() and steps_done(output) > max(before), log)
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(120) == 0, log.read_text()
     assert not ranks(output)
     assert {step: losses(output)[step] for step in before} == before
     stopped = json.loads((output / "stopped.json").read_text())
     assert stopped["reason"] == "SIGUSR1"
     assert stopped["step"] == steps_done(output)
+
+
+@pytest.mark.slow
+def test_a_single_node_gives_up_after_two_starts_without_a_step(single_node: Run) -> None:
+    job, log, output = single_node
+    for start in range(3):
+        kill_a_rank(job, log, output, start)
+    assert job.wait(60) > 0, log.read_text()
+    assert log.read_text().count("failed before its first step") == 2
+    assert not ranks(output)
+
+
+def kill_a_rank(job: subprocess.Popen[bytes], log: Path, output: Path, start: int) -> None:
+    """Kill rank 1 of a start as soon as it exists."""
+    wait_for(job, lambda: len(list((output / "logs").iterdir())) == start + 1 and 1 in ranks(output), log)
+    ranks(output)[1].kill()
 
 
 def wait_for(job: subprocess.Popen[bytes], condition: Callable[[], bool], log: Path) -> None:

@@ -116,7 +116,12 @@ def test_goes_on_after_kill_9(cluster: Cluster, engine: str, undisturbed: dict[i
     in_training(job, output, 27)
     ranks(output)[1].kill()
     job.wait_for(lambda: job.fact("Restarts") == "1", 60, "requeue")
+    # And once more before the first step, as SLURM itself does it when a lost node comes back as the job starts again.
+    job.wait_for(lambda: 1 in ranks(output), PATIENCE, "second start")
+    ranks(output)[1].kill()
+    job.wait_for(lambda: job.fact("Restarts") == "2", 60, "requeue")
     job.wait(PATIENCE)
+    assert "failed before its first step" in job.log
     assert stops(job) == ([], [25]), job.log
     assert losses(output) == undisturbed
 
