@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import rule
+from .drawing import OWNING, Projections
 from .matrix import GRADIENT, LOW_RANK, NORMALIZED, Matrix
 
 # How many gradient elements a batch may have, which bounds the memory that converted gradients take, and how many
@@ -69,13 +70,13 @@ class Batch:
         return [m.gradients() if active[i] else None for i, m in enumerate(self.matrices, start=self.first)]
 
     def owner_step(
-        self, grads: Gradients, seed: int, received: Sequence[Any], terms: Tensor
+        self, grads: Gradients, projections: Projections, received: Sequence[Any], terms: Tensor
     ) -> Sequence[Tensor | None]:
         """Complete R over the owned channels, update their moments and write this rank's norm terms.
 
         Args:
             grads: of the batch's matrices; those without one are left alone.
-            seed: of the projections.
+            projections: of the unit, in the current step.
             received: for each matrix of the unit what ``Exchange.to_owners`` returned, or None.
             terms: (matrices of the unit, TERMS), written in place.
 
@@ -94,7 +95,7 @@ class Batch:
         for chunk in self._chunks:
             counts = self.counts[chunk.start : chunk.stop]
             places = torch.split(space[:, : sum(counts)], counts, dim=1)
-            parts = self._low_rank(chunk, grads, seed, received, places, own)
+            parts = self._low_rank(chunk, grads, projections, received, places, own)
             for rows, local in self._active_rows(chunk, grads):
                 low_rank, normalized = space[:, local].unbind()
                 moments = self.exp_avg[rows], self.exp_avg_sq[rows]
@@ -117,7 +118,7 @@ class Batch:
         self,
         chunk: range,
         grads: Gradients,
-        seed: int,
+        projections: Projections,
         received: Sequence[Any],
         places: Sequence[Tensor],
         norms: Sequence[Tensor | None],
@@ -135,7 +136,9 @@ class Batch:
             if grad is None:
                 continue
             low_rank, normalized = place.unbind()
-            self.matrices[k].complete(grad, low_rank, own, seed, received[self.first + k])
+            place_in_unit = self.first + k
+            projection = projections.of(place_in_unit, OWNING)
+            self.matrices[k].complete(grad, low_rank, own, projection, received[place_in_unit])
             if not spec.channel_scales:
                 parts += [(normalized, k, NORMALIZED), (low_rank, k, LOW_RANK)]
                 if GRADIENT in spec.terms:  # now, while the gradient is in the cache

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from . import rule
+from .drawing import Projection, Slab
 from .exchange.collectives import TERMS, Partial, Received
 from .exchange.division import ChannelSet
 from .exchange.plan import MatrixSpec
 from .exchange.routes import Channels
 from .layout.holding import Holding
 from .layout.tiles import Range, Tile
-from .projection import gaussian
 
 # Columns of a matrix's norm terms: ||N||^2, ||R||^2, and ||G||^2 (tensor) or sum_c s_c^2 ||G_c||^2 (channel).
 NORMALIZED, LOW_RANK, GRADIENT = range(TERMS)
@@ -89,20 +89,29 @@ class Matrix:
         channels: Channels,
         group: dict[str, Any],
         state: dict[str, Any],
-        cache_projection: bool,
     ) -> None:
         self.spec, self.holding, self.channels, self.group, self.state = spec, holding, channels, group, state
         self.tiles = spec.tiles[holding.group.rank]
-        self._cache = cache_projection
-        self._drawn: tuple[int, Tensor, list[Tensor]] | None = None
-        inner = [tile.inner(spec.tall) for tile in self.tiles]
-        if channels.arriving != (0, 0):
-            inner.append(channels.arriving)
-        self._slab: Range = (min(a for a, _ in inner), max(b for _, b in inner)) if inner else (0, 0)
         self._alone, self._projected, self._held = (
             _Pieces.of(self.tiles, spec.tall, chosen) for chosen in (channels.alone, channels.projected, channels.held)
         )
         self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
+
+    @property
+    def slab(self) -> Slab:
+        """What this rank needs of the projection."""
+        edges = tuple(tile.inner(self.spec.tall) for tile in self.tiles)
+        elements = self.channels.arriving != (0, 0)
+        inner = [*edges, self.channels.arriving] if elements else edges
+        columns = (min(a for a, _ in inner), max(b for _, b in inner)) if inner else (0, 0)
+        needed = bool(self._projected.parts), bool(self._alone.parts) or elements
+        return Slab(self.spec.name, self.spec.rank, columns, edges, needed)
+
+    @property
+    def refresh(self) -> int:
+        """How often the projection was redrawn before the current step, of those that ``begin_step`` counted."""
+        refresh: int = (self.state["step"] - 1) // self.group["update_proj_gap"]
+        return refresh
 
     def gradients(self) -> list[Tensor]:
         """The gradient of each tile, channels first, in the compute dtype.
@@ -138,10 +147,14 @@ class Matrix:
         self.state["step"] += 1
         return True
 
-    def partial(self, seed: int, active: bool) -> Partial:
+    def partial(self, projection: Projection | None, active: bool) -> Partial:
         """What exchange 1 takes from this rank: its part of R and of the squared norms, and gradient elements.
 
         Sizes depend on the plan alone: without a gradient (``active`` False) the parts are zeros.
+
+        Args:
+            projection: of the current step; None if there is nothing to project, or no gradient.
+            active: whether there is a gradient.
         """
         count = self.channels.projected.count
         low_rank = torch.zeros((count, self.spec.rank), **self._kind)
@@ -151,7 +164,7 @@ class Matrix:
         stored = self._stored_gradients()
         if count:
             grads = [_cast(view, self.holding.compute_dtype) for view in stored]
-            self._project(grads, self._projected, seed, low_rank)
+            self._project(grads, self._projected, projection, low_rank)
             if norms is not None:
                 self._channel_norms(grads, self._projected, norms)
                 norms.square_()
@@ -162,7 +175,7 @@ class Matrix:
         grads: Sequence[Tensor],
         low_rank: Tensor,
         norms: Tensor | None,
-        seed: int,
+        projection: Projection | None,
         received: Received | None,
     ) -> None:
         """Write R, and the gradient's norms, over the owned channels: held alone first, then received ones.
@@ -171,13 +184,13 @@ class Matrix:
             grads: what ``gradients`` returned.
             low_rank: (owned channels, r), written.
             norms: (owned channels,), written; None where norms by channel are not needed.
-            seed: of the projections.
+            projection: of the current step; None if there is nothing to project.
             received: what exchange 1 brought for ``shared_owned``, if there was one.
         """
         alone = self.channels.alone.count
         if alone:
             first = None if alone == low_rank.shape[0] else slice(alone)
-            self._project(grads, self._alone, seed, _take(low_rank, first))
+            self._project(grads, self._alone, projection, _take(low_rank, first))
             if norms is not None:
                 self._channel_norms(grads, self._alone, _take(norms, first))
         if received is not None and self.channels.shared_owned.count:
@@ -185,7 +198,7 @@ class Matrix:
             squares = None if norms is None or received.norms is None else received.norms.to(norms.dtype)
             for channels, inner, elements in received.elements:
                 part = elements.to(self.holding.compute_dtype)
-                low_rank[alone:][channels].addmm_(part, self._columns(seed, inner))
+                low_rank[alone:][channels].addmm_(part, self._columns(projection, inner))
                 if squares is not None:
                     lengths = torch.empty_like(squares[channels])
                     rule.channel_norms(part, lengths)
@@ -199,7 +212,7 @@ class Matrix:
         """What exchange 2 carries: the scaling factors over ``shared_owned``, (channels,)."""
         return None if owned is None else owned[self.channels.alone.count :, 0]
 
-    def _project(self, grads: Sequence[Tensor], pieces: _Pieces, seed: int, out: Tensor) -> None:
+    def _project(self, grads: Sequence[Tensor], pieces: _Pieces, projection: Projection | None, out: Tensor) -> None:
         """Write this rank's part of R over a set of channels to ``out``, (channels, r).
 
         R = G P^T for a tall matrix; for a wide one R^T = (P G)^T = G^T P^T, stored channels first alike. Each tile
@@ -207,15 +220,15 @@ class Matrix:
         """
         if not pieces.parts:
             return
-        projections = self._projections(seed)
+        assert projection is not None
         if pieces.overlapping:
             out.zero_()
         for number, rows, position in pieces.parts:
             part, target = _take(grads[number], rows), _take(out, position)
             if pieces.overlapping:
-                target.addmm_(part, projections[number][:, : self.spec.rank])
+                target.addmm_(part, projection.tiles[number][:, : self.spec.rank])
             else:
-                rule.project(part, projections[number], target)
+                rule.project(part, projection.tiles[number], target)
 
     def _channel_norms(self, grads: Sequence[Tensor], pieces: _Pieces, out: Tensor) -> None:
         """Write the norm of this rank's part of each channel's gradient over a set of channels, (channels,)."""
@@ -231,30 +244,12 @@ class Matrix:
             total.addcmul_(norms, norms)
         out.sqrt_()
 
-    def _projections(self, seed: int) -> list[Tensor]:
-        """For the current step, the projection of what each tile spans, as ``rule.project`` takes it."""
-        return self._draw(seed)[1]
-
-    def _columns(self, seed: int, inner: Sequence[Range]) -> Tensor:
+    def _columns(self, projection: Projection | None, inner: Sequence[Range]) -> Tensor:
         """P^T of some ranges of the projected dimension, (their lengths, r), for elements of other ranks."""
-        slab, _ = self._draw(seed)
-        first = self._slab[0]
-        parts = [slab[a - first : b - first, : self.spec.rank] for a, b in ChannelSet.merged(inner).ranges]
+        assert projection is not None
+        first, slab = projection.first, projection.slab[:, : self.spec.rank]
+        parts = [slab[a - first : b - first] for a, b in ChannelSet.merged(inner).ranges]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _draw(self, seed: int) -> tuple[Tensor, list[Tensor]]:
-        """P^T over the slab that this rank needs in the current step, and the part of each tile."""
-        refresh = (self.state["step"] - 1) // self.group["update_proj_gap"]
-        if self._drawn is not None and self._drawn[0] == refresh:
-            return self._drawn[1:]
-        self._drawn = None
-        size, (first, last) = min(self.spec.m, self.spec.n), self._slab
-        slab = rule.columns(gaussian(seed, self.spec.name, refresh, self.spec.rank, size, first, last, **self._kind))
-        edges = [tile.inner(self.spec.tall) for tile in self.tiles]
-        drawn = [slab[a - first : b - first] for a, b in edges]
-        if self._cache:
-            self._drawn = (refresh, slab, drawn)
-        return slab, drawn
 
     def held_scale(self, owned: Tensor | None, received: Tensor | None) -> Tensor:
         """The scaling factors of the held channels, (channels, 1): this rank's own, then those of exchange 2, if any.

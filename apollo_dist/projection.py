@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,34 +24,35 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
-# Columns are drawn in chunks of about this many counters: on CPU so that the int64 temporaries stay in the cache,
-# on accelerators so that they stay near 32 MiB each while the number of kernel launches stays small.
-_CHUNK_COUNTERS_CPU = 1 << 17
-_CHUNK_COUNTERS_ACCELERATOR = 1 << 22
+# How many counters are drawn together: on CPU the int64 temporaries then stay in the cache; on accelerators they are
+# 8 MiB each, for which a kernel takes about as long as its launch.
+_COUNTERS = {"cpu": 1 << 17}
+_COUNTERS_ACCELERATOR = 1 << 20
 
 
 def philox_4x32_10(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Philox 4x32 with 10 rounds: four random words for each 128-bit counter.
 
     Args:
         counter: four int64 tensors of broadcastable shapes, each value in [0, 2**32).
-        key: two integers in [0, 2**32).
+        key: two int64 tensors, values in [0, 2**32), of shapes that broadcast with the counter's and are no larger than
+            those of its last two words.
 
     Returns:
         Four int64 tensors, values in [0, 2**32), bit-exact on every device.
     """
     c0, c1, c2, c3 = counter
-    k0, k1 = key
-    for _ in range(_ROUNDS):
+    rounds = torch.arange(_ROUNDS, device=c0.device)
+    keys = [((k[..., None] + rounds * weyl) & _MASK32).unbind(-1) for k, weyl in zip(key, _WEYL, strict=True)]
+    for k0, k1 in zip(*keys, strict=True):
         # int64 products wrap modulo 2**64; the shift is arithmetic, so both halves are masked. Only what broadcasts is
         # not done in place.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = ((p1 >> 32).bitwise_and_(_MASK32) ^ c1).bitwise_xor_(k0)
         c2 = ((p0 >> 32).bitwise_and_(_MASK32) ^ c3).bitwise_xor_(k1)
         c1, c3 = p1.bitwise_and_(_MASK32), p0.bitwise_and_(_MASK32)
-        k0, k1 = (k0 + _WEYL[0]) & _MASK32, (k1 + _WEYL[1]) & _MASK32
     return c0, c1, c2, c3
 
 
@@ -106,34 +108,60 @@ def gaussian(
         raise ValueError(f"need 0 <= start <= stop <= size, got start={start}, stop={stop}, size={size}")
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
-    out = torch.empty((rank, stop - start), dtype=dtype, device=device)
-    counters = _CHUNK_COUNTERS_CPU if out.device.type == "cpu" else _CHUNK_COUNTERS_ACCELERATOR
-    chunk = max(1, counters // math.ceil(rank / 4))
-    for a in range(start, stop, chunk):
-        b = min(a + chunk, stop)
-        out[:, a - start : b - start] = _columns(_identity(seed, name, refresh), rank, a, b, device)
+    where = torch.device(device)
+    return draw(identities(seed, [(name, refresh, start)], where), rank, stop - start, dtype)[0]
+
+
+def identities(seed: int, slabs: Sequence[tuple[str, int, int]], device: torch.device) -> Tensor:
+    """What ``draw`` starts from, (slabs, 5) on ``device``, which nothing waits for.
+
+    Args:
+        seed: of the projections.
+        slabs: of each the matrix's name, the refresh, and the first column.
+        device: where to draw.
+    """
+    words = torch.tensor([(*_identity(seed, name, refresh), start) for name, refresh, start in slabs], device="cpu")
+    return (words.pin_memory() if device.type == "cuda" else words).to(device, non_blocking=True)
+
+
+def drawn_together(rank: int, length: int, device: torch.device) -> int:
+    """How many slabs of rank x length one set of kernels draws; at least 1."""
+    return max(1, _COUNTERS.get(device.type, _COUNTERS_ACCELERATOR) // max(1, math.ceil(rank / 4) * length))
+
+
+def draw(starts: Tensor, rank: int, length: int, dtype: torch.dtype) -> Tensor:
+    """Slabs of several matrices' projections, each as ``gaussian`` returns it, (slabs, rank, length).
+
+    Args:
+        starts: what ``identities`` returned.
+        rank, length: of each slab.
+        dtype: torch.float32 or torch.float64.
+    """
+    out = torch.empty((starts.shape[0], rank, length), dtype=dtype, device=starts.device)
+    chunk = drawn_together(rank, len(starts), starts.device)  # columns of every slab at a time
+    for a in range(0, length, chunk):
+        b = min(a + chunk, length)
+        out[:, :, a:b] = _normals(starts, rank, a, b)
     return out
 
 
-def _columns(
-    identity: tuple[int, int, int, int], rank: int, start: int, stop: int, device: torch.device | str
-) -> Tensor:
-    """float64 normals of shape (rank, stop - start), variance 1/rank.
+def _normals(starts: Tensor, rank: int, first: int, last: int) -> Tensor:
+    """Columns ``first..last`` of slabs, (slabs, rank, last - first): float64 normals of variance 1/rank.
 
     The counter is (column, row // 4, two words of hash): one Philox call makes four rows of one column, so the
     columns of a slab need no neighbours. The base normals do not depend on the rank.
     """
     quads = math.ceil(rank / 4)
-    # Shapes broadcast: the first rounds mix few numbers only.
-    columns = torch.arange(start, stop, dtype=torch.int64, device=device)
-    rows = torch.arange(quads, dtype=torch.int64, device=device)[:, None]
-    k0, k1, c2, c3 = identity
-    words = philox_4x32_10((columns, rows, torch.full_like(rows[:1], c2), torch.full_like(rows[:1], c3)), (k0, k1))
-    normals = torch.empty((quads, 4, stop - start), dtype=torch.float64, device=device)
+    # Shapes broadcast, (slabs, quads, columns): the first rounds mix few numbers only.
+    k0, k1, c2, c3, start = starts[:, :, None, None].unbind(1)
+    columns = start + torch.arange(first, last, device=starts.device)
+    rows = torch.arange(quads, device=starts.device)[:, None]
+    words = philox_4x32_10((columns, rows, c2, c3), (k0, k1))
+    normals = torch.empty((len(starts), quads, 4, last - first), dtype=torch.float64, device=starts.device)
     for pair in (0, 2):
         # 24 bits each, in (0, 1] for the radius (log never sees 0) and in [0, 1) turns for the angle.
         radius = ((words[pair] >> 8) + 1).to(torch.float64).mul_(2.0**-24).log_().mul_(-2.0 / rank).sqrt_()
         angle = (words[pair + 1] >> 8).to(torch.float64).mul_(2.0**-24 * 2.0 * math.pi)
-        torch.mul(radius, angle.cos(), out=normals[:, pair])
-        torch.mul(radius, angle.sin_(), out=normals[:, pair + 1])
-    return normals.view(quads * 4, stop - start)[:rank]
+        torch.mul(radius, angle.cos(), out=normals[:, :, pair])
+        torch.mul(radius, angle.sin_(), out=normals[:, :, pair + 1])
+    return normals.view(len(starts), quads * 4, last - first)[:, :rank]

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from . import rule
+from .drawing import SENDING
 from .exchange.collectives import TERMS
 from .unit import AdamTensor, Unit
 
@@ -19,13 +20,14 @@ def step_unit(unit: Unit, seed: int) -> None:
         unit: the matrices, their states and their plan.
         seed: of the projections.
     """
-    plan, exchange, matrices = unit.plan, unit.exchange, unit.matrices
+    plan, exchange, matrices, projections = unit.plan, unit.exchange, unit.matrices, unit.projections
     active = [m.begin_step() for m in matrices]
+    projections.begin(seed, [m.refresh if on else None for m, on in zip(matrices, active, strict=True)])
 
     # Partial low-rank gradients travel to the owners of their channels.
     received: list[Any] = [None] * len(matrices)
     if plan.needs_exchange1:
-        partials = [m.partial(seed, on) for m, on in zip(matrices, active, strict=True)]
+        partials = [m.partial(projections.of(k, SENDING), active[k]) for k, m in enumerate(matrices)]
         received = exchange.to_owners(partials)
         del partials
 
@@ -36,7 +38,7 @@ def step_unit(unit: Unit, seed: int) -> None:
     arriving: list[Tensor | None] = [None] * len(matrices)
     for batch in unit.batches:
         grads = batch.gradients(active)
-        owned += batch.owner_step(grads, seed, received, terms)
+        owned += batch.owner_step(grads, projections, received, terms)
         if not plan.needs_exchange2:
             batch.finish(grads, owned, arriving, terms)
         del grads

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .batch import Batch, make_batches
+from .drawing import Projections
 from .exchange.collectives import Exchange
 from .exchange.plan import MatrixSpec, make_plan
 from .layout.holding import Holding, matrices, matrix_name
@@ -71,14 +72,21 @@ class Unit:
         self.batches: list[Batch] = []
 
     def load(self, slots: Callable[[str], Slot], cache_projection: bool) -> None:
-        """Make or check the states of the matrices."""
+        """Make or check the states of the matrices.
+
+        Args:
+            slots: the state of a matrix by its name, empty if there is none yet.
+            cache_projection: whether projections are kept until they are redrawn.
+        """
         for (holding, spec, group), channels in zip(self._entries, self.exchange.channels, strict=True):
             state = slots(spec.name)
             kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
             moment = (channels.owned.count, spec.rank)
             shapes = {"exp_avg": moment, "exp_avg_sq": moment, "last_norm": ()}
             _ready(state, spec.name, shapes, kind, [list(r) for r in channels.owned.ranges])
-            self.matrices.append(Matrix(spec, holding, channels, group, state, cache_projection))
+            self.matrices.append(Matrix(spec, holding, channels, group, state))
+        dtypes = [holding.compute_dtype for holding, _, _ in self._entries]
+        self.projections = Projections([m.slab for m in self.matrices], dtypes, self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)
 
 

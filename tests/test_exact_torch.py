@@ -24,6 +24,7 @@ CASES = {
     "tensor": {"scale_type": "tensor", "scale": 4.0, "rank": 1},
     "no limiter": {"disable_nl": True},
     "tensor, no limiter": {"scale_type": "tensor", "disable_nl": True},
+    "redrawn at every step": {"cache_projection": False},  # as on accelerators
 }
 
 
@@ -50,10 +51,10 @@ def train(engine: str, world: int, rank: int, options: dict) -> dict[str, float]
     model = Bag().double()
     shapes = shapes_of(model)
     options = dict(options)
-    ranks = low_rank(model, options.pop("rank", 3))
+    ranks, cache = low_rank(model, options.pop("rank", 3)), options.pop("cache_projection", "auto")
     reference = Reference(dict(model.named_parameters()), ranks, update_proj_gap=GAP, seed=5, **options)
     wrapped = wrap(model, engine, world)
-    optimizer = APOLLO(groups_of(wrapped, ranks), update_proj_gap=GAP, seed=5, **options)
+    optimizer = APOLLO(groups_of(wrapped, ranks), update_proj_gap=GAP, seed=5, cache_projection=cache, **options)
     errors = {}
     for step in range(STEPS):
         wrapped(gradients(shapes, step, rank)).backward()

@@ -23,7 +23,7 @@ KNOWN = [
 
 @pytest.mark.parametrize(("counter", "key", "result"), KNOWN)
 def test_known_answers(counter, key, result):
-    words = philox_4x32_10(tuple(torch.tensor([c, c]) for c in counter), key)
+    words = philox_4x32_10(tuple(torch.tensor([c, c]) for c in counter), tuple(map(torch.tensor, key)))
     assert tuple(int(w[0]) for w in words) == result
     assert tuple(int(w[1]) for w in words) == result
 

@@ -1,0 +1,122 @@
+"""Projections of several matrices from one draw: the bits of each alone, and how many draws there are."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from apollo_dist import APOLLO, rule
+from apollo_dist.drawing import OWNING, SENDING, Projections, Slab
+from apollo_dist.projection import draw, drawn_together, gaussian, identities
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("rank", "length"), [(1, 700), (3, 700), (130, 5000)])
+def test_each_of_several_is_as_if_drawn_alone(rank, length, dtype):
+    starts = [0, 7, 4000]  # the longest slabs come in pieces
+    drawn = draw(identities(3, [(f"w{i}", i, start) for i, start in enumerate(starts)], CPU), rank, length, dtype)
+    for i, start in enumerate(starts):
+        assert torch.equal(drawn[i], gaussian(3, f"w{i}", i, rank, 9000, start, start + length, dtype=dtype))
+
+
+class Counted(TorchDispatchMode):
+    """Counts the rounds of Philox: each has two of these."""
+
+    def __init__(self):
+        super().__init__()
+        self.xors = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.xors += func is torch.ops.aten.bitwise_xor_.Tensor
+        return func(*args, **(kwargs or {}))
+
+    @property
+    def draws(self):
+        return self.xors / 20
+
+
+def projections(keep, needed=(True, True), device=CPU):
+    """Six matrices: two ranks, two lengths, and all dtypes."""
+    kinds = [(4, (0, 50)), (4, (10, 60)), (4, (0, 30)), (3, (0, 50)), (4, (0, 50)), (4, (5, 55))]
+    slabs = [
+        Slab(f"w{k}", rank, columns, (columns, (columns[0] + 1, columns[1])), needed)
+        for k, (rank, columns) in enumerate(kinds)
+    ]
+    dtypes = [torch.float32] * 4 + [torch.float64] + [torch.float32]
+    return Projections(slabs, dtypes, device, keep=keep), slabs, dtypes
+
+
+def check(projection, slab, dtype, seed, refresh):
+    first, last = slab.columns
+    want = gaussian(seed, slab.name, refresh, slab.rank, 60, first, last, dtype=dtype)
+    assert torch.equal(projection.slab, rule.columns(want))
+    assert projection.first == first
+    for tile, (a, b) in zip(projection.tiles, slab.edges, strict=True):
+        assert torch.equal(tile, projection.slab[a - first : b - first])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_matrices_have_refreshes_of_their_own(keep):
+    drawing, slabs, dtypes = projections(keep)
+    # Some without a gradient, which stay behind; a step like the last one; another seed.
+    steps = [(1, [0] * 6), (1, [0, None, 0, 0, None, 0]), (1, [1, 0, 1, None, 0, 1]), (1, [1] * 6), (2, [1] * 6)]
+    for seed, refreshes in steps:
+        drawing.begin(seed, refreshes)
+        for phase in (SENDING, OWNING):
+            for k, (slab, dtype) in enumerate(zip(slabs, dtypes, strict=True)):
+                found = drawing.of(k, phase)
+                if refreshes[k] is None:
+                    assert found is None
+                else:
+                    check(found, slab, dtype, seed, refreshes[k])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_alike_ones_are_drawn_together_and_only_when_needed(keep):
+    drawing, slabs, _ = projections(keep, needed=(False, True))
+
+    def draws(refreshes):
+        drawing.begin(0, refreshes)
+        with Counted() as counted:
+            for phase in (SENDING, OWNING):
+                found = [drawing.of(k, phase) for k in range(len(slabs))]
+                assert all((p is None) == (phase == SENDING) for p in found)
+        return counted.draws
+
+    # Of rank 4, length 50 and float32 there are three; the others are alone.
+    assert draws([0] * 6) == 4
+    assert draws([0] * 6) == (0 if keep else 4)
+    assert draws([0, 1, 0, 0, 0, 1]) == (1 if keep else 4)
+
+
+def test_what_is_not_kept_is_let_go():
+    drawing, slabs, _ = projections(keep=False)
+    drawing.begin(0, [0] * 6)
+    for k in range(len(slabs)):
+        found = weakref.ref(drawing.of(k, OWNING))
+        assert found() is None
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_step_that_redraws_takes_as_many_draws_for_many_matrices_as_for_few(rank):
+    def draws(count):
+        model = nn.ModuleList(nn.Linear(32, 48, bias=False) for _ in range(count))
+        optimizer = APOLLO([{"params": list(model.parameters()), "rank": rank}], cache_projection=False)
+        for p in model.parameters():
+            p.grad = torch.randn_like(p)
+        optimizer.step()
+        with Counted() as counted:
+            optimizer.step()
+        return counted.draws
+
+    assert draws(2) == draws(40) == 1
+
+
+def test_a_draw_is_bounded():
+    for device in ("cpu", "cuda"):
+        assert drawn_together(1 << 12, 1 << 20, torch.device(device)) == 1
+        assert 2 <= drawn_together(128, 512, torch.device(device)) < 10**3
