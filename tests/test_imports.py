@@ -14,6 +14,7 @@ PACKAGE = Path(apollo_dist.__file__).parent
 ALLOWED = {
     "rule": (),
     "projection": (),
+    "drawing": ("projection", "rule", "layout.tiles"),
     "agreement": (),
     "layout.tiles": (),
     "layout": ("layout",),
@@ -39,7 +40,7 @@ PUBLIC = {
     "apollo_dist.layerwise",
     "apollo_dist.projection",
 }
-NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "exchange.routes", "matrix", "unit")
+NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "exchange.routes", "drawing", "matrix", "unit")
 
 
 def imports(path: Path) -> set[str]:

@@ -192,11 +192,21 @@ def test_all_is_well_under_torchrun(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_options_of_the_run_are_checked(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    assert main(["--local_rank=0", "preflight", f"--output={tmp_path}", "--stps=3"]) == 1
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--stps=3"], "unknown option --stps; did you mean --steps?"),
+        (["--batch_size=3", "--micro_batch_size=2"], "batch_size 3 is no multiple of micro_batch_size 2 x 1 ranks = 2"),
+        (["--deepspeed_config=absent.json"], "deepspeed_config 'absent.json' does not exist"),
+    ],
+)
+def test_options_of_the_run_are_checked(
+    options: list[str], words: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--local_rank=0", "preflight", f"--output={tmp_path}", *options]) == 1
     row = re.search(r"FAIL +recipe .*", capfd.readouterr().out)
     assert row
-    assert "unknown option --stps; did you mean --steps?" in row[0]
+    assert words in row[0]
 
 
 def test_other_commands_still_refuse_what_they_do_not_know(tmp_path: Path) -> None:

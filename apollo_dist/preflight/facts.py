@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from apollo_dist.pretrain.config import Config, ModelConfig
+from apollo_dist.pretrain.decide import decide
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.versions import node, versions
 
@@ -40,12 +41,13 @@ class Facts:
     problem: str = ""  # the error that kept this rank from finding out the rest
 
 
-def find_out(rank: int, arguments: Sequence[str], token: str) -> Facts:
+def find_out(rank: int, world: int, arguments: Sequence[str], token: str) -> Facts:
     """This rank's facts; local. Leaves a file of the write test named after ``token``."""
     facts = _with_gpu(Facts(rank, node(), versions()))
     try:
-        config = load_settings(arguments).config
-        options = _flat(config)
+        settings = load_settings(arguments)
+        decide(settings, world)
+        config, options = settings.config, _flat(settings.config)
     except (ValueError, OSError) as error:
         return dataclasses.replace(facts, options_problem=str(error))
     folder = config.output_folder / "checkpoints"

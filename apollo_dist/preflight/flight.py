@@ -67,7 +67,7 @@ class _Flight:
 
     def _find_out(self, token: str) -> Facts:
         try:
-            facts = find_out(self._meeting.rank, self._arguments, token)
+            facts = find_out(self._meeting.rank, self._meeting.world, self._arguments, token)
         except Exception as error:  # a broken GPU driver, for one
             facts = Facts(self._meeting.rank, node(), {}, problem=f"{type(error).__name__}: {error}")
         self._meeting.say("facts", dataclasses.asdict(facts))

@@ -6,16 +6,15 @@ import contextlib
 from importlib.metadata import version
 
 from apollo_dist.agreement import agree
-from apollo_dist.pretrain.batching import BatchPlan, plan_batch
 from apollo_dist.pretrain.checkpoint import Checkpoints
-from apollo_dist.pretrain.config import PLACE_KEYS, Config
+from apollo_dist.pretrain.config import PLACE_KEYS
 from apollo_dist.pretrain.data import build_data
+from apollo_dist.pretrain.decide import decide
 from apollo_dist.pretrain.distributed import Ranks, SetupError, alike
 from apollo_dist.pretrain.ending import finish, stop
 from apollo_dist.pretrain.engines import build_engine
-from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson, reconcile
 from apollo_dist.pretrain.evaluate import Evaluation, evaluate
-from apollo_dist.pretrain.metrics import Metrics, check_loggers
+from apollo_dist.pretrain.metrics import Metrics
 from apollo_dist.pretrain.model import build_model, model_facts
 from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import Settings
@@ -65,7 +64,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     """Read the data, build the model, compare all of it between the ranks, and resume if asked; collective."""
     requests = requests or Requests()
     watchdog = watchdog or Watchdog(0.0, str(ranks.rank), settings.config.output_folder)
-    config, json, plan = ranks.together(lambda: _decide(settings, ranks.world))
+    config, json, plan = ranks.together(lambda: decide(settings, ranks.world))
     watchdog.folder = config.output_folder
     watchdog.meet(ranks)
     _agree({**config.computed(), "deepspeed JSON": None if json is None else json.values})
@@ -154,12 +153,6 @@ def validate(run: Run) -> None:
             "elapsed": run.metrics.elapsed,
         }
     )
-
-
-def _decide(settings: Settings, world: int) -> tuple[Config, DeepSpeedJson | None, BatchPlan]:
-    config, json = reconcile(settings, world)
-    check_loggers(config)
-    return config, json, plan_batch(config.batch_size, config.micro_batch_size, world)
 
 
 def _agree(facts: dict[str, object]) -> None:
