@@ -24,6 +24,7 @@ import apollo_dist
 
 from .integrations import accelerate_on_cpu, dataset, run_documented, watched
 from .llama import GAP, RANK, RATE, STEPS, WithTable, llama, tokens
+from .sharded import whole
 
 OPTIONS = {"lr": RATE, "rank": RANK, "update_proj_gap": GAP}
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 4.0}
@@ -171,22 +172,10 @@ def foreign_names() -> str:
 
 def trainer(fsdp: dict[str, Any] | None, kind: str, **options: Any) -> dict[str, float]:
     """The real Trainer with a warm-up; without a config for FSDP it takes DDP."""
-    from transformers import Trainer, TrainingArguments
-
     model = llama()
     given = {**OPTIONS, "betas": (0.9, 0.99), **options}
     with accelerate_on_cpu(ddp=fsdp is None), watched(model) as watch:
-        arguments = TrainingArguments(
-            output_dir=tempfile.mkdtemp(), fsdp=fsdp is not None, fsdp_config=fsdp, max_steps=STEPS,
-            per_device_train_batch_size=2, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1,
-            max_grad_norm=0.0, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        )  # fmt: skip
-        running = Trainer(
-            model=model,
-            args=arguments,
-            train_dataset=dataset(),
-            optimizer_cls_and_kwargs=(getattr(apollo_dist, kind), given),
-        )
+        running = made(model, fsdp, kind, given, save_strategy="no")
         running.train()
         assert type(watch.optimizer) is getattr(apollo_dist, kind)
         assert watch.rates == pytest.approx([RATE * part for part in LINEAR]), watch.rates
@@ -196,17 +185,66 @@ def trainer(fsdp: dict[str, Any] | None, kind: str, **options: Any) -> dict[str,
         return watch.errors(running.model, rank=given["rank"], betas=(0.9, 0.99), decay=trainers_decay, **known)
 
 
+def made(model: nn.Module, fsdp: dict[str, Any] | None, kind: str, given: dict[str, Any], **settings: Any) -> Any:
+    """A Trainer."""
+    from transformers import Trainer, TrainingArguments
+
+    arguments = TrainingArguments(
+        **{"output_dir": tempfile.mkdtemp(), **settings}, fsdp=fsdp is not None, fsdp_config=fsdp, max_steps=STEPS,
+        per_device_train_batch_size=2, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1,
+        max_grad_norm=0.0, report_to=[], logging_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    optimizer = (getattr(apollo_dist, kind), given)
+    return Trainer(model=model, args=arguments, train_dataset=dataset(), optimizer_cls_and_kwargs=optimizer)
+
+
 def saved_and_loaded(running: Any) -> None:
     """Lose a trained Trainer's weights, and take them from a checkpoint again."""
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
+    folder = common_folder()
     ours = running.optimizer.optimizer
-    apollo_dist.checkpoint.save(folder[0], running.model, ours, step=running.state.global_step)
+    apollo_dist.checkpoint.save(folder, running.model, ours, step=running.state.global_step)
     with torch.no_grad():
         for p in running.model.parameters():
             p.mul_(0)
-    found = apollo_dist.checkpoint.load(folder[0], running.model, ours)
+    found = apollo_dist.checkpoint.load(folder, running.model, ours)
     assert found.step == STEPS
+
+
+def common_folder() -> str:
+    """A new folder, the same on all ranks."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
+def resumed(fsdp: dict[str, Any] | None, kind: str = "APOLLO", **options: Any) -> bool:
+    """Whether a Trainer that was stopped and resumed from its own checkpoint ends with the bits of one that was not."""
+    from transformers import TrainerCallback
+
+    class StopAfterThree(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    def weights(folder: str, stop: bool, resume: str | None = None) -> dict[str, torch.Tensor]:
+        model = llama()
+        if resume:
+            with torch.no_grad():
+                for p in model.parameters():
+                    p.mul_(0)
+        with accelerate_on_cpu(ddp=fsdp is None):
+            settings = {"output_dir": folder, "save_strategy": "steps", "save_steps": 3}
+            running = made(model, fsdp, kind, {**OPTIONS, **options}, **settings)
+            if stop:
+                running.add_callback(StopAfterThree())
+            running.train(resume_from_checkpoint=resume)
+            assert running.state.global_step == (3 if stop else STEPS)
+            return {name: p.clone() for name, p in whole(running.model).items()}
+
+    want = weights(common_folder(), stop=False)
+    folder = common_folder()
+    weights(folder, stop=True)
+    got = weights(folder, stop=False, resume=f"{folder}/checkpoint-3")
+    return all(torch.equal(got[name], weight) for name, weight in want.items())
 
 
 def trainers_decay(name: str) -> float:
@@ -261,6 +299,12 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return {
         "accelerate": accelerate_cases(),
         "trainer": trainer_cases(),
+        "resumed": {
+            "DDP": resumed(None),
+            "whole state": resumed({"version": 2}),
+            "sharded state": resumed({"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}),
+            "Mini": resumed({"version": 2}, "APOLLOMini", **MINI),
+        },
         "choices": choices(),
         "alive": kept_alive(),
         "foreign": foreign_names(),

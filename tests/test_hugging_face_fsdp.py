@@ -38,6 +38,12 @@ def test_every_case_equals_one_process(results: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.slow
+def test_the_trainers_own_checkpoints_resume_exactly(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert all(result["resumed"].values()), result["resumed"]
+
+
+@pytest.mark.slow
 def test_the_choice_is_that_of_the_model(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert result["choices"] == ["layers.0.up.weight"]
