@@ -18,7 +18,7 @@ from torch import nn
 import apollo_dist
 
 from .engines import initialize, zero_config
-from .hugging_face_runs import accelerate, dropped, swapped, trainer_cases
+from .hugging_face_runs import accelerate, dropped, resumed, swapped, trainer_cases
 from .llama import (
     OFFLOAD,
     RANK,
@@ -155,6 +155,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
     return {
         "plain": plain_cases(),
         "trainer": trainer_cases(),
+        "resumed": {stage: resumed(stage) for stage in STAGES},
         "accelerate": {f"ZeRO-{stage}": accelerate(stage) for stage in STAGES},
         "choices": [choices(stage) for stage in STAGES],
         "log": [log_line(stage) for stage in STAGES],

@@ -22,9 +22,16 @@ from torch.utils.data import DataLoader
 
 import apollo_dist
 
-from .integrations import accelerate_on_cpu, dataset, run_documented, watched
+from .integrations import (
+    accelerate_on_cpu,
+    common_folder,
+    dataset,
+    resumes_exactly,
+    run_documented,
+    watched,
+    whole_weights,
+)
 from .llama import GAP, RANK, RATE, STEPS, WithTable, llama, tokens
-from .sharded import whole
 
 OPTIONS = {"lr": RATE, "rank": RANK, "update_proj_gap": GAP}
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 4.0}
@@ -210,41 +217,13 @@ def saved_and_loaded(running: Any) -> None:
     assert found.step == STEPS
 
 
-def common_folder() -> str:
-    """A new folder, the same on all ranks."""
-    folder = [tempfile.mkdtemp()]
-    dist.broadcast_object_list(folder)
-    return folder[0]
-
-
 def resumed(fsdp: dict[str, Any] | None, kind: str = "APOLLO", **options: Any) -> bool:
-    """Whether a Trainer that was stopped and resumed from its own checkpoint ends with the bits of one that was not."""
-    from transformers import TrainerCallback
-
-    class StopAfterThree(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            control.should_training_stop = state.global_step == 3
-
-    def weights(folder: str, stop: bool, resume: str | None = None) -> dict[str, torch.Tensor]:
-        model = llama()
-        if resume:
-            with torch.no_grad():
-                for p in model.parameters():
-                    p.mul_(0)
-        with accelerate_on_cpu(ddp=fsdp is None):
-            settings = {"output_dir": folder, "save_strategy": "steps", "save_steps": 3}
-            running = made(model, fsdp, kind, {**OPTIONS, **options}, **settings)
-            if stop:
-                running.add_callback(StopAfterThree())
-            running.train(resume_from_checkpoint=resume)
-            assert running.state.global_step == (3 if stop else STEPS)
-            return {name: p.clone() for name, p in whole(running.model).items()}
-
-    want = weights(common_folder(), stop=False)
-    folder = common_folder()
-    weights(folder, stop=True)
-    got = weights(folder, stop=False, resume=f"{folder}/checkpoint-3")
-    return all(torch.equal(got[name], weight) for name, weight in want.items())
+    """Whether a Trainer's own checkpoint resumes exactly."""
+    return resumes_exactly(
+        lambda: accelerate_on_cpu(ddp=fsdp is None),
+        lambda **settings: made(llama(), fsdp, kind, {**OPTIONS, **options}, **settings),
+        whole_weights,
+    )
 
 
 def trainers_decay(name: str) -> float:

@@ -19,6 +19,7 @@ from torch import Tensor
 import apollo_dist
 
 from .engines import deepspeed_on_cpu
+from .integrations import resumes_exactly
 from .llama import (
     GAP,
     OFFLOAD,
@@ -28,6 +29,7 @@ from .llama import (
     STEPS,
     dense,
     errors,
+    full_weights,
     llama,
     offloaded,
     optimizer_block,
@@ -57,8 +59,13 @@ DEEPSPEED_LINEAR = {
 }  # fmt: skip
 
 
-def trainer_of(config: dict[str, Any], seen: list[Tensor], **arguments: Any) -> Any:
-    """A Trainer of a ``llama``; ``seen`` grows by the token ids of each of this rank's batches."""
+def trainer_of(
+    config: dict[str, Any], seen: list[Tensor], changes: dict[str, Any] | None = None, **arguments: Any
+) -> Any:
+    """A Trainer of a ``llama``; ``seen`` grows by the token ids of each of this rank's batches.
+
+    ``changes`` are other training arguments, the rest is the Trainer's own.
+    """
     from transformers import Trainer, TrainingArguments
 
     def collate(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -66,11 +73,12 @@ def trainer_of(config: dict[str, Any], seen: list[Tensor], **arguments: Any) -> 
         seen.append(batch)
         return {"input_ids": batch, "labels": batch}
 
+    kept = {"output_dir": tempfile.mkdtemp(), "save_strategy": "no", **(changes or {})}
     settings = TrainingArguments(
-        output_dir=tempfile.mkdtemp(), deepspeed=config, accelerator_config={"use_configured_state": True},
+        **kept, deepspeed=config, accelerator_config={"use_configured_state": True},
         max_steps=STEPS, per_device_train_batch_size=2, learning_rate=RATE, lr_scheduler_type="linear", warmup_steps=2,
-        weight_decay=0.1, adam_beta2=0.99, adam_epsilon=1e-6, max_grad_norm=0.0, report_to=[], save_strategy="no",
-        logging_strategy="no", disable_tqdm=True,
+        weight_decay=0.1, adam_beta2=0.99, adam_epsilon=1e-6, max_grad_norm=0.0, report_to=[], logging_strategy="no",
+        disable_tqdm=True,
     )  # fmt: skip
     data = [{"input_ids": row} for row in tokens(0, 99, rows=64)]
     arguments.setdefault("model", llama())
@@ -110,6 +118,13 @@ def trainer(config: dict[str, Any], schedule: list[float] = LINEAR, by_code: boo
         decay=lambda name: 0.0 if by_code and "norm" in name else 0.1,
     )
     return errors(running.model, expected)
+
+
+def resumed(stage: int) -> bool:
+    """Whether a Trainer's own checkpoint, which DeepSpeed writes, resumes exactly."""
+    return resumes_exactly(
+        deepspeed_on_cpu, lambda **settings: trainer_of(hugging_face_config(stage), [], settings), full_weights
+    )
 
 
 def trainer_cases() -> dict[str, dict[str, float]]:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
@@ -93,6 +96,51 @@ def whole_weights(model: nn.Module) -> dict[str, Tensor]:
             canonical_name(name): (p.full_tensor() if hasattr(p, "full_tensor") else p).detach().clone()
             for name, p in model.named_parameters()
         }
+
+
+def common_folder() -> str:
+    """A new folder, the same on all ranks."""
+    folder = [tempfile.mkdtemp()]
+    dist.broadcast_object_list(folder)
+    return folder[0]
+
+
+def resumes_exactly(
+    setup: Callable[[], AbstractContextManager[None]],
+    make: Callable[..., Any],
+    weights: Callable[[nn.Module], dict[str, Tensor]],
+) -> bool:
+    """Whether a Trainer that stops and is resumed from its own checkpoint ends with the bits of one that does not.
+
+    Args:
+        setup: what each run is in.
+        make: a new Trainer with these training arguments.
+        weights: whole ones of the trained model.
+    """
+    from transformers import TrainerCallback
+
+    class StopAfterThree(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+            control.should_training_stop = state.global_step == 3
+
+    def run(folder: str, steps: int, resume: str | None = None) -> dict[str, Tensor]:
+        with setup():
+            running = make(output_dir=folder, save_strategy="steps", save_steps=3)
+            if steps == 3:
+                running.add_callback(StopAfterThree())
+            if resume:
+                with torch.no_grad():
+                    for p in running.model.parameters():
+                        p.mul_(0)
+            running.train(resume_from_checkpoint=resume)
+            assert running.state.global_step == steps
+            return {name: weight.clone() for name, weight in weights(running.model).items()}
+
+    want = run(common_folder(), STEPS)
+    folder = common_folder()
+    run(folder, 3)
+    got = run(folder, STEPS, resume=f"{folder}/checkpoint-3")
+    return all(torch.equal(got[name], weight) for name, weight in want.items())
 
 
 def documented(title: str) -> str:

@@ -44,6 +44,13 @@ def test_every_case_equals_one_process(results: list[dict[str, Any]]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
+def test_the_trainers_own_checkpoints_resume_exactly(results: list[dict[str, Any]], stage: int) -> None:
+    for result in results:
+        assert result["resumed"][stage]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", STAGES)
 def test_the_log_says_what_was_chosen(results: list[dict[str, Any]], stage: int) -> None:
     line = results[0]["log"][stage]
     assert line.startswith("APOLLO: 14 matrices with 4,352 elements are low-rank (rank 4), 7 tensors"), line
