@@ -70,7 +70,7 @@ class Projections:
         self._runs = [self._divide(phase) for phase in (SENDING, OWNING)]
         self._drawn: dict[int, tuple[int, Projection]] = {}
         # By run what the draw starts from, on the device: copied there once in ``update_proj_gap`` steps, not in each.
-        self._identities: dict[tuple[int, ...], tuple[tuple[int | None, ...], Tensor]] = {}
+        self._identities: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor]] = {}
         self._seed = 0
         self._refreshes: Sequence[int | None] = []
 

@@ -25,7 +25,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 
 # How many counters are drawn together: on CPU the int64 temporaries then stay in the cache; on accelerators they are
-# 8 MiB each, for which a kernel takes about as long as its launch.
+# 8 MiB each, so that a kernel should have more to do than its launch takes (by what is known of both, not measured).
 _COUNTERS = {"cpu": 1 << 17}
 _COUNTERS_ACCELERATOR = 1 << 20
 
