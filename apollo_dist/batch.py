@@ -101,7 +101,10 @@ class Batch:
                 moments = self.exp_avg[rows], self.exp_avg_sq[rows]
                 rule.normalize(*moments, low_rank, normalized, betas=group["betas"], eps=group["eps"])
                 if lengths is not None:
-                    torch.linalg.vector_norm(space[:, local], dim=2, out=lengths[:, rows])
+                    # One by one: threads divide the rows of a call, and here each meets those that it has just written.
+                    # To fetch them from another core's cache would cost an eighth of the step.
+                    torch.linalg.vector_norm(low_rank, dim=1, out=lengths[0, rows])
+                    torch.linalg.vector_norm(normalized, dim=1, out=lengths[1, rows])
             norms += _norms(parts)
         mine = terms[self.first : self.first + len(self.matrices)]
         if lengths is None:
