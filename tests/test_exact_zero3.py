@@ -139,7 +139,9 @@ def wrong_moments(rank: int, world: int) -> dict[str, str]:
             engine.step()
         except ValueError as error:
             found[change.__name__] = str(error)
-        assert torch.equal(before, engine.optimizer.fp32_partitioned_groups_flat[0])
+        after = engine.optimizer.fp32_partitioned_groups_flat[0]
+        # Bits, since DeepSpeed leaves the padding of a partition as it finds the memory, which may be NaN.
+        assert torch.equal(before.view(torch.int32), after.view(torch.int32))
     return found
 
 
