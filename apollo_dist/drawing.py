@@ -26,6 +26,7 @@ class Slab:
     Attributes:
         name: of the matrix.
         rank: r.
+        dtype: float32 or float64.
         columns: the range of P's columns.
         edges: of each local tile the range that it spans, within ``columns``.
         needed: in SENDING, and in OWNING.
@@ -33,9 +34,15 @@ class Slab:
 
     name: str
     rank: int
+    dtype: torch.dtype
     columns: Range
     edges: tuple[Range, ...]
     needed: tuple[bool, bool]
+
+    @property
+    def length(self) -> int:
+        """How many columns."""
+        return self.columns[1] - self.columns[0]
 
 
 @dataclass(frozen=True)
@@ -58,15 +65,12 @@ class Projections:
 
     Args:
         slabs: of each matrix of the unit.
-        dtypes: of each matrix's projection.
         device: of all of them.
         keep: keep projections until they are redrawn; otherwise each is drawn anew when it is needed, and let go.
     """
 
-    def __init__(
-        self, slabs: Sequence[Slab], dtypes: Sequence[torch.dtype], device: torch.device, *, keep: bool
-    ) -> None:
-        self._slabs, self._dtypes, self._device, self._keep = list(slabs), list(dtypes), device, keep
+    def __init__(self, slabs: Sequence[Slab], device: torch.device, *, keep: bool) -> None:
+        self._slabs, self._device, self._keep = list(slabs), device, keep
         self._runs = [self._divide(phase) for phase in (SENDING, OWNING)]
         self._drawn: dict[int, tuple[int, Projection]] = {}
         # By run what the draw starts from, on the device: copied there once in ``update_proj_gap`` steps, not in each.
@@ -77,9 +81,9 @@ class Projections:
     def _divide(self, phase: int) -> dict[int, tuple[int, ...]]:
         """For each matrix that needs its projection in a phase, those drawn with it: of one rank, length and dtype."""
         alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
-        for k, (slab, dtype) in enumerate(zip(self._slabs, self._dtypes, strict=True)):
+        for k, slab in enumerate(self._slabs):
             if slab.needed[phase]:
-                alike.setdefault((slab.rank, slab.columns[1] - slab.columns[0], dtype), []).append(k)
+                alike.setdefault((slab.rank, slab.length, slab.dtype), []).append(k)
         found = {}
         for (rank, length, _), members in alike.items():
             count = projection.drawn_together(rank, length, self._device)
@@ -121,8 +125,7 @@ class Projections:
         if run not in self._identities or self._identities[run][0] != key:
             names = [(self._slabs[k].name, refresh, self._slabs[k].columns[0]) for k, refresh in wanted]
             self._identities[run] = (key, projection.identities(self._seed, names, self._device))
-        length = slab.columns[1] - slab.columns[0]
-        drawn = projection.draw(self._identities[run][1], slab.rank, length, self._dtypes[run[0]])
+        drawn = projection.draw(self._identities[run][1], slab.rank, slab.length, slab.dtype)
         for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
             columns, first = rule.columns(values), self._slabs[k].columns[0]
             tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]

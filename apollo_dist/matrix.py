@@ -105,7 +105,7 @@ class Matrix:
         inner = [*edges, self.channels.arriving] if elements else edges
         columns = (min(a for a, _ in inner), max(b for _, b in inner)) if inner else (0, 0)
         needed = bool(self._projected.parts), bool(self._alone.parts) or elements
-        return Slab(self.spec.name, self.spec.rank, columns, edges, needed)
+        return Slab(self.spec.name, self.spec.rank, self.holding.compute_dtype, columns, edges, needed)
 
     @property
     def refresh(self) -> int:

@@ -85,8 +85,7 @@ class Unit:
             shapes = {"exp_avg": moment, "exp_avg_sq": moment, "last_norm": ()}
             _ready(state, spec.name, shapes, kind, [list(r) for r in channels.owned.ranges])
             self.matrices.append(Matrix(spec, holding, channels, group, state))
-        dtypes = [holding.compute_dtype for holding, _, _ in self._entries]
-        self.projections = Projections([m.slab for m in self.matrices], dtypes, self.device, keep=cache_projection)
+        self.projections = Projections([m.slab for m in self.matrices], self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)
 
 

@@ -105,6 +105,13 @@ def common_folder() -> str:
     return folder[0]
 
 
+def lose_weights(model: nn.Module) -> None:
+    """Zeros, so that what is loaded shows."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(0)
+
+
 def resumes_exactly(
     setup: Callable[[], AbstractContextManager[None]],
     make: Callable[..., Any],
@@ -129,9 +136,7 @@ def resumes_exactly(
             if steps == 3:
                 running.add_callback(StopAfterThree())
             if resume:
-                with torch.no_grad():
-                    for p in running.model.parameters():
-                        p.mul_(0)
+                lose_weights(running.model)
             running.train(resume_from_checkpoint=resume)
             assert running.state.global_step == steps
             return {name: weight.clone() for name, weight in weights(running.model).items()}
