@@ -1,10 +1,11 @@
 """APOLLO for sharded training: exact under DeepSpeed ZeRO and PyTorch FSDP."""
 
-from . import checkpoint, hugging_face, layerwise, projection
+from . import checkpoint, layerwise, projection
 from ._version import __version__
-from .deepspeed import register
-from .groups import param_groups
-from .optimizer import APOLLO, APOLLOMini
+from .integrations import hugging_face
+from .integrations.deepspeed import register
+from .optimizers.base import APOLLO, APOLLOMini
+from .optimizers.param_groups import param_groups
 
 register(APOLLO, APOLLOMini)
 hugging_face.register(APOLLO, APOLLOMini)

@@ -6,9 +6,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import lint, preflight
+from . import preflight
 from .checkpoint import export, verify
-from .planner import command as plan
+from .integrations.deepspeed_config import lint
+from .planning import command as plan
 
 # Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
 # With the default ``takes_more``, arguments that the parser does not know reach it as ``more``.

@@ -28,9 +28,9 @@ import torch
 
 from apollo_dist.exchange.collectives import Exchange
 from apollo_dist.exchange.plan import MatrixSpec, Plan, make_plan
-from apollo_dist.layout.holding import ShardGroup
-from apollo_dist.layout.tiles import FlatCover, Range, cover_tiles, cut_ranges, even_ranges, row_ranges
-from apollo_dist.matrix import spec_of
+from apollo_dist.sharding.local_shard import ShardGroup
+from apollo_dist.sharding.regions import FlatCover, Range, cover_tiles, cut_ranges, even_ranges, row_ranges
+from apollo_dist.step.run.matrix import spec_of
 
 Shape = tuple[int, int]
 Shapes = dict[str, tuple[int, ...]]
@@ -215,10 +215,10 @@ def same_plan(model: str, world: int) -> bool:
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from apollo_dist.groups import low_rank_names
-    from apollo_dist.layout.detect import read
-    from apollo_dist.layout.zero import Engine
-    from apollo_dist.unit import specs_of
+    from apollo_dist.optimizers.param_groups import low_rank_names
+    from apollo_dist.sharding.deepspeed.zero import Engine
+    from apollo_dist.sharding.detect import read
+    from apollo_dist.step.run.shard_group import specs_of
 
     hidden, ffn, layers, narrow = MODELS[model]
     config = LlamaConfig(

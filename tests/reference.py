@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from apollo_dist.projection import gaussian
+from apollo_dist.projections.gaussian import gaussian
 
 
 class Reference:

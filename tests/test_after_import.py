@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-from apollo_dist.after_import import after_import
+from apollo_dist.integrations.import_hooks import after_import
 
 
 @pytest.fixture

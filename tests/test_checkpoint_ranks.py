@@ -14,7 +14,7 @@ from torch.distributed.fsdp import fully_shard
 
 from apollo_dist import APOLLO, checkpoint
 from apollo_dist.checkpoint.shards import Piece, Shards, read, write
-from apollo_dist.layout.tiles import flat_boxes
+from apollo_dist.sharding.regions import flat_boxes
 
 from .checkpoint_runs import advance, build
 from .models import Bag, shapes_of

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from apollo_dist import APOLLO, rule
-from apollo_dist.drawing import OWNING, SENDING, Projections, Slab
-from apollo_dist.projection import draw, drawn_together, gaussian, identities
+from apollo_dist import APOLLO
+from apollo_dist.projections.cache import OWNING, SENDING, Projections, Slab
+from apollo_dist.projections.gaussian import draw, drawn_together, gaussian, identities
+from apollo_dist.rules import apollo as rule
 
 CPU = torch.device("cpu")
 

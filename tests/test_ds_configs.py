@@ -18,7 +18,7 @@ pytest.importorskip("deepspeed")
 
 from deepspeed.runtime.config import DeepSpeedConfig
 
-from apollo_dist import lint
+from apollo_dist.integrations.deepspeed_config import lint
 
 FOLDER = Path(__file__).resolve().parent.parent / "ds_configs"
 FILES = sorted(FOLDER.glob("*.json"))

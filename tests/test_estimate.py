@@ -7,7 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from apollo_dist import APOLLO
-from apollo_dist.estimate import estimate, state_bytes
+from apollo_dist.planning.estimate import estimate, state_bytes
 
 from .engines import initialize, prepare, zero_config
 from .ranks import run_ranks

@@ -103,7 +103,7 @@ PLACEMENTS = [
 def placed(rank: int, world: int) -> list[str]:
     """Compare what the layout says this rank holds with the values that DTensor gave it."""
     mesh = init_device_mesh("cpu", (2, 2))
-    from apollo_dist.layout import dtensor
+    from apollo_dist.sharding import dtensor
 
     wrong = []
     for shape in ((13, 6), (5, 9), (2, 3), (3, 5, 7)):
@@ -201,7 +201,7 @@ def test_flat_ranges_follow_each_other():
 
 
 def ranges(rank: int, world: int) -> list[tuple]:
-    from apollo_dist.layout import fsdp1 as layout
+    from apollo_dist.sharding import fsdp1 as layout
 
     wrapped = fsdp1(Bag(), "one flat", world)
     layout.register(wrapped)

@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel
 
-from apollo_dist import APOLLO, APOLLOMini, projection
+from apollo_dist import APOLLO, APOLLOMini
+from apollo_dist.projections import gaussian as projection
 
 CUDA = pytest.param(
     "cuda",

@@ -12,35 +12,43 @@ import apollo_dist
 PACKAGE = Path(apollo_dist.__file__).parent
 # Module prefix -> what of apollo_dist it may import (itself is always allowed).
 ALLOWED = {
-    "rule": (),
-    "projection": (),
-    "drawing": ("projection", "rule", "layout.tiles"),
-    "agreement": (),
-    "layout.tiles": (),
-    "layout": ("layout",),
-    "exchange.division": ("layout.tiles",),
-    "exchange.owners": ("exchange.division", "layout.tiles"),
-    "exchange.plan": ("exchange.division", "exchange.owners", "layout.tiles"),
-    "exchange": ("layout.holding", "layout.tiles"),
-    "groups": ("layout",),
-    "state_division": ("exchange", "layout", "matrix", "unit"),
-    "parameter_state": ("agreement", "build", "state_division", "exchange", "layout", "unit"),
-    "after_import": (),
-    "deepspeed": ("after_import", "layout", "refusals"),
-    "refusals": (),
-    "hugging_face": ("after_import", "layout"),
-    "planner": ("estimate", "exchange", "groups", "layout", "optimizer", "pretrain"),
+    "rules": (),
+    "projections.gaussian": (),
+    "projections": ("rules", "sharding.regions"),
+    "distributed": (),
+    "sharding.regions": (),
+    "sharding": (),
+    "exchange.channels": ("sharding.regions",),
+    "exchange.ownership": ("exchange.channels", "sharding.regions"),
+    "exchange.plan": ("exchange.channels", "exchange.ownership", "sharding.regions"),
+    "exchange": ("sharding.local_shard", "sharding.regions"),
+    "optimizers.param_groups": ("sharding",),
+    "state.reshard": ("exchange", "sharding", "step.matrix", "step.shard_group"),
+    "state": ("distributed", "exchange", "sharding", "step.matrix", "step.plan", "step.shard_group"),
+    "integrations.import_hooks": (),
+    "integrations.deepspeed": ("integrations", "sharding"),
+    "integrations.deepspeed_config.unsupported": (),
+    "integrations.hugging_face": ("integrations.import_hooks", "sharding"),
+    "planning": ("exchange", "optimizers", "pretrain", "sharding", "step"),
     "preflight": ("pretrain",),
 }
 PUBLIC = {
     "apollo_dist",
-    "apollo_dist.agreement",
+    "apollo_dist.distributed",
     "apollo_dist.checkpoint",
-    "apollo_dist.groups",
     "apollo_dist.layerwise",
+    "apollo_dist.optimizers.param_groups",
     "apollo_dist.projection",
 }
-NO_DISTRIBUTED = ("rule", "projection", "layout.tiles", "exchange.plan", "exchange.routes", "drawing", "matrix", "unit")
+NO_DISTRIBUTED = (
+    "rules",
+    "projections",
+    "sharding.regions",
+    "exchange.plan",
+    "exchange.routes",
+    "step.matrix",
+    "step.shard_group",
+)
 
 
 def imports(path: Path) -> set[str]:

@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from apollo_dist import APOLLO, APOLLOMini, checkpoint, layerwise
+from apollo_dist import APOLLO, APOLLOMini, checkpoint
+from apollo_dist.optimizers import in_backward as layerwise
 
 from .models import Bag, Block, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of
 from .ranks import run_ranks

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from apollo_dist import ds_keys
 from apollo_dist.__main__ import main
-from apollo_dist.lint import check
+from apollo_dist.integrations.deepspeed_config import keys as ds_keys
+from apollo_dist.integrations.deepspeed_config.lint import check
 
 ROOT = Path(__file__).resolve().parent.parent
 GONE = object()
@@ -229,7 +229,7 @@ def test_tables_are_deepspeeds() -> None:
     removed |= {f"zero_optimization.{key}" for key in deepspeed_config._REMOVED_ZERO_CONFIG_KEYS}
     assert removed <= ds_keys.OUTDATED.keys()
     assert not ds_keys.MESH & noting.asked
-    from apollo_dist.lint import DEEPSPEED_OPTIMIZERS
+    from apollo_dist.integrations.deepspeed_config.lint import DEEPSPEED_OPTIMIZERS
 
     assert sorted(deepspeed_config.DEEPSPEED_OPTIMIZERS) == list(DEEPSPEED_OPTIMIZERS)
 
@@ -251,7 +251,7 @@ def test_auto_is_filled_in_where_the_table_says() -> None:
     transformers = pytest.importorskip("transformers")
     from transformers.integrations.deepspeed import HfTrainerDeepSpeedConfig
 
-    from apollo_dist.lint import _autos
+    from apollo_dist.integrations.deepspeed_config.lint import _autos
 
     other = {"optimizer.params.rank", "zero_optimization.sub_group_size", "steps_per_print"}
     automatic = nested(ds_keys.HUGGING_FACE_AUTO | other, "auto")

@@ -9,7 +9,7 @@ import pytest
 
 from apollo_dist.exchange.plan import MatrixSpec, make_plan
 from apollo_dist.exchange.routes import Elements, First, Projected, Second
-from apollo_dist.layout.tiles import FlatCover, Tile, check_cover, cut_ranges, flat_tiles, row_ranges
+from apollo_dist.sharding.regions import FlatCover, Tile, check_cover, cut_ranges, flat_tiles, row_ranges
 
 
 def cells(tile: Tile) -> list[tuple[int, int]]:

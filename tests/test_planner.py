@@ -11,10 +11,10 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from apollo_dist.__main__ import main
-from apollo_dist.estimate import estimate
-from apollo_dist.planner import Options, forecast
-from apollo_dist.planner.fake import meta_model
-from apollo_dist.planner.options import parse_bytes
+from apollo_dist.planning import Options, forecast
+from apollo_dist.planning.estimate import estimate
+from apollo_dist.planning.fake import meta_model
+from apollo_dist.planning.options import parse_bytes
 
 from .planner_runs import RANK, TINY, measure
 from .ranks import run_ranks

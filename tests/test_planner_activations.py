@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from apollo_dist.planner.activations import activations
+from apollo_dist.planning.activations import activations
 from apollo_dist.pretrain.config import ModelConfig
 from apollo_dist.pretrain.model import build_model, decoder_layers, token_losses
 

@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, Partial
 
 from apollo_dist import APOLLO
-from apollo_dist.refusals import unsupported
+from apollo_dist.integrations.deepspeed_config.unsupported import unsupported
 
 from .engines import initialize, prepare, zero_config
 from .ranks import run_ranks

@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..agreement import agree, rank_of, run_together
-from ..build import Build
-from ..layout import detect, fsdp1, zero, zero_engine
-from ..layout.holding import Holding, canonical_name
-from ..matrix import Matrix
-from ..optimizer import APOLLO
-from ..unit import AdamTensor
+from ..distributed import agree, rank_of, run_together
+from ..optimizers.base import APOLLO
+from ..sharding import detect, fsdp1
+from ..sharding.deepspeed import zero, zero_engine
+from ..sharding.local_shard import Holding, canonical_name
+from ..step.matrix import Matrix
+from ..step.plan import Build
+from ..step.shard_group import AdamTensor
 from . import elementwise
 from .options import options_of, restore_options
 from .shards import Piece, Shards

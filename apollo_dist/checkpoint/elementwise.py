@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Adam, AdamW
 
-from ..layout import detect, zero, zero_engine
-from ..layout.holding import Holding, canonical_name
+from ..sharding import detect
+from ..sharding.deepspeed import zero, zero_engine
+from ..sharding.local_shard import Holding, canonical_name
 from .options import options_of
 from .shards import Shards
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..agreement import gather, rank_of, run_first, run_together, world_of
+from ..distributed import gather, rank_of, run_first, run_together, world_of
 from . import folder
 from .contents import contents
 from .saving import EXTRA

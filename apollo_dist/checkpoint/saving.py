@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .._version import __version__
-from ..agreement import agree, gather, rank_of, run_first, run_together, world_of
+from ..distributed import agree, gather, rank_of, run_first, run_together, world_of
 from . import folder, hub
 from .contents import Contents, contents
 from .shards import Shards, write

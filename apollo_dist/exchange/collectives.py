@@ -20,8 +20,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..layout.holding import ShardGroup
-from ..layout.tiles import Range
+from ..sharding.local_shard import ShardGroup
+from ..sharding.regions import Range
 from .plan import Plan
 from .routes import Elements, First, Projected, Reduced, Scales, Second
 

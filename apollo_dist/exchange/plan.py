@@ -20,9 +20,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from ..layout.tiles import Tile, check_cover
-from .division import Division, Integers, Run
-from .owners import Family, Shares, deal
+from ..sharding.regions import Tile, check_cover
+from .channels import Division, Integers, Run
+from .ownership import Family, Shares, deal
 
 
 @dataclass(frozen=True)
@@ -255,7 +255,7 @@ def make_plan(specs: Sequence[MatrixSpec], world_size: int) -> Plan:
     """Plan the exchange of the given matrices over a shard group of ``world_size`` ranks.
 
     Matrices with equal tiles are looked at once. Owners are chosen so that every rank keeps about the same amount of
-    state, as far as channels have several holders (``owners.py``).
+    state, as far as channels have several holders (``ownership.py``).
 
     Raises:
         ValueError: if the tiles do not cover a matrix exactly once.

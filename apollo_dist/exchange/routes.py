@@ -13,8 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..layout.tiles import Range
-from .division import ChannelSet, Division, held_channels
+from ..sharding.regions import Range
+from .channels import ChannelSet, Division, held_channels
 from .plan import MatrixPlan, Plan, sends_elements, sum_by_holder
 
 

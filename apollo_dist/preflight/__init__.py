@@ -34,7 +34,7 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .flight import preflight  # torch, transformers' version, the trainer's settings: wanted only here
+    from .flight import preflight
     from .limits import Limits
 
     limits = Limits(

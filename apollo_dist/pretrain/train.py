@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from importlib.metadata import version
 
-from apollo_dist.agreement import agree
+from apollo_dist.distributed import agree
 from apollo_dist.pretrain.checkpoint import Checkpoints
 from apollo_dist.pretrain.config import PLACE_KEYS
 from apollo_dist.pretrain.data import build_data

@@ -1,0 +1,116 @@
+"""Making DeepSpeed and the tools on top of it take APOLLO by name, and take it for what it is.
+
+DeepSpeed looks unknown optimizer types up in ``torch.optim``, and under ZeRO accepts only the classes on its own list
+unless ``zero_allow_untested_optimizer`` is set. ``register`` puts our classes in both places, as DeepSpeed does for its
+own Muon.
+
+Two tools put another optimizer in the place of one that they were given, without a word; here that is an error:
+
+- with optimizer offload Accelerate makes a ``DeepSpeedCPUAdam`` of whatever it gets, unless
+  ``zero_force_ds_cpu_optimizer`` is false;
+- under DeepSpeed the Hugging Face ``Trainer`` drops ``optimizers=`` and builds its default, AdamW.
+
+Neither leaves a trace of the optimizer that was meant, so the function that replaces it is where we must be. In the
+same way ``deepspeed.initialize`` refuses what could not be exact, before it makes anything. All of this waits for the
+modules to be imported by whoever needs them: nothing of them is imported here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from ..sharding.deepspeed import zero
+from .deepspeed_config.unsupported import unsupported
+from .import_hooks import after_import, around
+
+Classes = tuple[type[torch.optim.Optimizer], ...]
+
+NOT_IN_BACKWARD = (
+    "DeepSpeed collects, reduces and clips gradients itself, and calls step() with what became of them; updates inside "
+    "backward would come before that. Use APOLLO; ZeRO-2 and 3 free gradients early as well"
+)
+
+
+def register(*classes: type[torch.optim.Optimizer]) -> None:
+    """Make ``"optimizer": {"type": "APOLLO"}`` work in a DeepSpeed config, and instances pass as tested.
+
+    Called once, when ``apollo_dist`` is imported: before DeepSpeed, Accelerate and transformers, or after them.
+    """
+    for cls in classes:
+        setattr(torch.optim, cls.__name__, cls)
+    after_import("deepspeed.runtime.zero.utils", lambda m: _support(m, classes))
+    after_import(
+        "deepspeed.runtime.engine",
+        lambda m: _guard(m.DeepSpeedEngine, "_do_optimizer_sanity_check", _no_inexact(classes)),
+    )
+    after_import("accelerate.accelerator", lambda m: _guard(m, "map_pytorch_optim_to_deepspeed", _no_swap(classes)))
+    after_import("transformers.trainer", lambda m: _guard(m, "deepspeed_init", _no_drop(classes)))
+
+
+def _support(module: ModuleType, classes: Classes) -> None:
+    """Add the classes to DeepSpeed's list of optimizers that are tested under ZeRO."""
+    supported = getattr(module, "ZERO_SUPPORTED_OPTIMIZERS", None)
+    if supported is not None:
+        supported.extend(cls for cls in classes if cls not in supported)
+
+
+def refuse(engine: Any) -> None:
+    """Raise ValueError if no optimizer like ours can be exact under a DeepSpeed engine, with reasons and remedies."""
+    findings = [*unsupported(zero.config(engine)), *zero.unsupported(engine)]
+    if findings:
+        raise ValueError("APOLLO cannot train exactly under this DeepSpeed engine:\n" + "\n".join(findings))
+
+
+def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> None:
+    """Let ``check`` see, and refuse, the arguments of a function of a module or class."""
+
+    def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        check(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    around(owner, name, call)
+
+
+def _no_inexact(classes: Classes) -> Callable[..., None]:
+    """The check of DeepSpeed's ``engine._do_optimizer_sanity_check(basic_optimizer)``, before any wrapper is made."""
+
+    def check(engine: Any, basic_optimizer: Any = None, *_: Any, **__: Any) -> None:
+        if isinstance(basic_optimizer, classes):
+            if getattr(basic_optimizer, "updates_in_backward", False):
+                raise ValueError(NOT_IN_BACKWARD)
+            refuse(engine)
+
+    return check
+
+
+def _no_swap(classes: Classes) -> Callable[..., None]:
+    """The check of Accelerate's ``map_pytorch_optim_to_deepspeed(optimizer)``."""
+
+    def check(optimizer: Any, *_: Any, **__: Any) -> None:
+        if isinstance(optimizer, classes):
+            raise ValueError(
+                f"Accelerate is about to replace {type(optimizer).__name__} by DeepSpeedCPUAdam, because the DeepSpeed "
+                'config offloads the optimizer. Add "zero_force_ds_cpu_optimizer": false to the config (top level), or '
+                'name the optimizer there ("optimizer": {"type": "APOLLO", ...}) and pass accelerate.utils.DummyOptim'
+            )
+
+    return check
+
+
+def _no_drop(classes: Classes) -> Callable[..., None]:
+    """The check of transformers' ``deepspeed_init(trainer, num_training_steps, inference=False)``."""
+
+    def check(trainer: Any, num_training_steps: Any = None, inference: bool = False) -> None:
+        given = getattr(trainer, "optimizer", None)
+        if isinstance(given, classes) and not inference:
+            raise ValueError(
+                f"under DeepSpeed the Trainer drops optimizers=({type(given).__name__}, ...) and would train with its "
+                "own default. Pass Trainer(optimizer_cls_and_kwargs=(APOLLO, {...})), or name the optimizer in the "
+                'DeepSpeed config: "optimizer": {"type": "APOLLO", ...}'
+            )
+
+    return check

@@ -1,0 +1,244 @@
+"""APOLLO as a ``torch.optim.Optimizer`` for whole and sharded parameters."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..distributed import agree, run_together
+from ..sharding.deepspeed import zero, zero_engine
+from ..step.nonfinite import NonFiniteGuard
+from ..step.plan import Build, build, fingerprint
+from ..step.run import step_adam, step_unit
+from .grouped import GroupedOptimizer
+from .model_ref import PresentModel, check_not_replaced
+from .param_groups import Member
+from .stateful import called_to_make_state
+
+logger = logging.getLogger("apollo_dist")
+
+
+class APOLLO(GroupedOptimizer):
+    r"""APOLLO (arXiv 2412.05270), exact under every layout: plain, DDP, FSDP2, HSDP and DeepSpeed ZeRO.
+
+    Low-rank matrices follow the rule in ``apollo_dist.rules.apollo``; all other parameters take AdamW with the same
+    lr, betas, eps, bias correction and decay.
+
+    Args:
+        params: a model, which is best: attention and MLP matrices are found by name and become low-rank. Or parameter
+            groups, where a group with ``rank`` is low-rank and one without is AdamW; if no group has ``rank``, or for
+            parameters without groups, members are chosen by name (without names, every matrix). Parameters may come
+            as (name, parameter) pairs; under DeepSpeed the engine knows their names.
+        lr: learning rate, a number or a tensor of one (which a step never waits for).
+        betas, eps, weight_decay: as in AdamW; the decay is decoupled and acts on the new weight.
+        rank: r, for a model or for groups chosen by name. At most min(m, n) of every matrix.
+        scale: the update is multiplied by its square root.
+        scale_type: "channel" for one scaling factor for each channel, "tensor" for one for each matrix.
+        update_proj_gap: steps between redraws of the projections.
+        seed: of the projections; equal on all ranks.
+        proj: "random".
+        proj_type: "std".
+        scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
+            a ratio.
+        disable_nl: turn the norm-growth limiter off.
+        maximize: follow the negated gradients.
+        exclude: where matrices are chosen by name, a regular expression of names to leave to AdamW.
+        cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
+            keep them on CPU, redraw on accelerators. The results are identical.
+        skip_nonfinite: leave a step out, on all ranks, with weights and states untouched, where a gradient on any of
+            them is infinite or NaN. Costs a pass over the gradients, an all-reduce of one number, and a wait for the
+            device. Under ZeRO-1, 2 and 3 DeepSpeed's own check does this.
+        max_skipped_steps: with ``skip_nonfinite``, a RuntimeError after more left out in a row; None for no limit.
+        model: the model that ``params`` belong to, where that is not the model itself. Parameters without names get
+            their names from it, FSDP1's their shapes and places, and parameters that ``fully_shard`` makes after the
+            optimizer was built are found in it. It is not kept alive.
+        process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
+            is built and at the first step, so every one of them must build it.
+        unknown: keywords of torch's optimizers (foreach, fused, capturable, differentiable, amsgrad) where they ask
+            for what is done anyway; all others are errors.
+
+    Raises:
+        ValueError: for bad or unknown arguments, on all ranks alike.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 256,
+        scale: float = 1.0,
+        scale_type: str = "channel",
+        update_proj_gap: int = 200,
+        seed: int = 0,
+        proj: str = "random",
+        proj_type: str = "std",
+        scale_front: bool = False,
+        disable_nl: bool = False,
+        maximize: bool = False,
+        exclude: str | None = None,
+        cache_projection: bool | str = "auto",
+        skip_nonfinite: bool = False,
+        max_skipped_steps: int | None = 10,
+        model: nn.Module | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        **unknown: Any,
+    ) -> None:
+        options = {
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale,
+            "scale_type": scale_type, "update_proj_gap": update_proj_gap, "proj": proj, "proj_type": proj_type,
+            "scale_front": scale_front, "disable_nl": disable_nl, "maximize": maximize,
+        }  # fmt: skip
+        self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
+        self._process_group = process_group
+        self._model = PresentModel(params if model is None and isinstance(params, nn.Module) else model)
+        self._guard = NonFiniteGuard(skip_nonfinite, max_skipped_steps, process_group)
+        self._members: dict[int, Member] = {}
+        # Keeps the given parameters alive, so that their ids stay theirs.
+        self._given: list[Tensor] = []
+        self._init_state()
+        self._engine: zero.Engine | None = None
+        self._constructed = False
+        run_together(lambda: self._construct(params, options, unknown), process_group)
+        facts = {"skip_nonfinite": skip_nonfinite, "max_skipped_steps": max_skipped_steps}
+        agree({**facts, **fingerprint(seed, self.param_groups, self._members_of_groups())}, process_group)
+        self._constructed = True
+
+    def prepare(self, engine: Any = None) -> list[Build]:
+        """Read the layouts and make the state now, not at the first step: a checkpoint is loaded into them.
+
+        A collective, as the first step is. Where nothing changed since the last step it only looks that up.
+
+        Args:
+            engine: the DeepSpeed engine that drives this optimizer, if one does.
+
+        Returns:
+            One build for each call of ``step()`` that a step of training makes.
+
+        Raises:
+            ValueError: on all ranks alike, if a layout is not supported or ranks disagree.
+        """
+        if engine is not None:
+            run_together(lambda: self.attach(engine), self._process_group)
+        builds = []
+        for call in zero_engine.step_calls(self._engine.wrapper if self._engine else None, self.param_groups):
+            with zero_engine.as_in_step(self, call):
+                built = self._current()
+            assert built is not None
+            builds.append(built)
+        return builds
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters. Every rank of each shard group must call it.
+
+        Where a rank holds a parameter whole and it has no gradient, it is skipped, as in torch's optimizers.
+
+        Args:
+            closure: re-evaluates the model and returns the loss.
+
+        Returns:
+            The closure's result, or None.
+
+        Raises:
+            ValueError: at the first step, on all ranks alike, if a layout is not supported or ranks disagree.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        making_state = not self._builds and called_to_make_state()
+        current = self._current()
+        if current is not None and not making_state and not self._must_skip(current):
+            for unit in current.units:
+                step_unit(unit, self.seed)
+            step_adam(current.adam)
+            self._count_stacks()
+        return loss
+
+    def _must_skip(self, current: Build) -> bool:
+        return self._guard.enabled and self._guard.must_skip(current.gradients(), current.device)
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left out by ``skip_nonfinite`` since this optimizer was built."""
+        return self._guard.skipped
+
+    def _current(self) -> Build | None:
+        """What this step works on, built anew when the parameters or their structure changed.
+
+        None in the step with zero gradients that DeepSpeed makes while it builds FP16_UnfusedOptimizer.
+        """
+        key = self._key()
+        if key in self._builds:
+            return self._builds[key]
+        engine = self._engine or zero.find(self)
+        if engine.warming_up:
+            return None
+        built = run_together(lambda: self._build(engine), self._process_group)
+        agree(built.facts, self._process_group)
+        # A build of the same parameters under other tensors is out of date.
+        names = built.names()
+        self._builds = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
+        self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
+        self._builds[self._key()] = built
+        self._show()
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            logger.info("%s: %s", type(self).__name__, built.summary())
+        return built
+
+    def _key(self) -> tuple[Any, ...]:
+        # With the groups' own ids, since a build reads their hyperparameters. Under ZeRO-3 each sub-group has a build,
+        # and at each call one group holds its flat tensor and the others are empty.
+        return tuple(
+            (id(g), tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
+        )
+
+    def _build(self, engine: zero.Engine) -> Build:
+        """The local part of ``_current``; may fail on one rank only."""
+        if engine.wrapper is None and self._model.module is not None:
+            self._follow()
+        elif engine.wrapper is None:
+            check_not_replaced(self._given)
+        if engine.module is None:
+            engine = replace(engine, module=self._model.module)
+        return build(
+            self.param_groups,
+            self._members,
+            engine,
+            self._slot,
+            seed=self.seed,
+            exclude=self.exclude,
+            cache_projection=self.cache_projection,
+        )
+
+
+class APOLLOMini(APOLLO):
+    """APOLLO-Mini: rank 1 with one scaling factor for each matrix, and scale 128.
+
+    Takes the arguments of ``APOLLO``; only the defaults of rank, scale and scale_type differ.
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 1,
+        scale: float = 128.0,
+        scale_type: str = "tensor",
+        **options: Any,
+    ) -> None:
+        super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, scale_type=scale_type, **options)

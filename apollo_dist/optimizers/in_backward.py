@@ -1,0 +1,351 @@
+"""Updates inside backward: each layer is updated as soon as its gradients are ready, and they are freed at once.
+
+The gradients of a whole model then never exist together, only one layer's. The step itself is the ordinary one
+(``step.py``), taken over a *part* of the parameters at a time: one parameter in a single process, and under FSDP2 what
+one ``fully_shard`` holds, whose gradients become ready together, in the same order on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..distributed import run_together, world_of
+from ..integrations.deepspeed import NOT_IN_BACKWARD
+from ..sharding import dtensor, fsdp1, fsdp2
+from ..sharding.deepspeed import zero_engine
+from ..step.plan import Build
+from ..step.run import step_adam, step_unit
+from ..step.shard_group import AdamTensor, Unit
+from .base import APOLLO, APOLLOMini
+from .model_ref import PresentModel
+from .stateful import called_to_make_state
+
+
+def attach(model: nn.Module, params: Any = None, *, mini: bool = False, **options: Any) -> LayerwiseAPOLLO:
+    """An APOLLO that updates ``model`` inside ``backward()``.
+
+    Works in one process and under FSDP2 (and HSDP); shard the model first. The trajectory is that of ``APOLLO``::
+
+        optimizer = layerwise.attach(model, lr=1e-2, rank=256)
+        loss.backward()  # every layer is updated, and its gradients are freed
+        optimizer.step()  # ends the step
+
+    Options, such as the learning rate, are read while ``backward()`` runs; schedulers and ``apollo_dist.checkpoint``
+    work as with ``APOLLO``, between ``step()`` and the next ``backward()``.
+
+    Args:
+        model: whose parameters are updated.
+        params: parameter groups, as ``APOLLO`` takes them; None: the model's parameters, chosen by name.
+        mini: take the defaults of ``APOLLOMini``.
+        options: as of ``APOLLO``.
+
+    Raises:
+        ValueError: on all ranks alike, for what cannot be exact: DDP, FSDP1, DeepSpeed, several ranks with whole
+            parameters, fp16 (which needs a scaled loss), ``skip_nonfinite``.
+    """
+    kind = LayerwiseAPOLLOMini if mini else LayerwiseAPOLLO
+    return kind(model, params, **options)
+
+
+@dataclass(eq=False)
+class _Part:
+    """Parameters that are updated together, and what of the build is theirs."""
+
+    tensors: list[Tensor] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+    adam: list[AdamTensor] = field(default_factory=list)
+
+
+class _Hook:
+    """What is called with a parameter when its gradient is ready. A class of its own, to be known again."""
+
+    def __init__(self, ready: Callable[[Tensor], None]) -> None:
+        self._ready = ready
+
+    def __call__(self, tensor: Tensor) -> None:
+        self._ready(tensor)
+
+
+class LayerwiseAPOLLO(APOLLO):
+    """What ``attach`` returns: ``backward()`` updates, ``step()`` ends the step."""
+
+    updates_in_backward = True
+    # Lets GradScaler call ``step()``, which then refuses it, where it would otherwise find no gradients to look at.
+    _step_supports_amp_scaling = True
+
+    def __init__(self, model: nn.Module, params: Any = None, **options: Any) -> None:
+        group = options.get("process_group")
+        self._module, self._hooked = model, list[Tensor]()
+        self._handles: list[Any] = []
+        self._fired: set[int] = set()
+        self._waiting: _Part | None = None
+        self._divided: Build | None = None
+        self._parts: dict[int, _Part] = {}
+        run_together(lambda: _check_model(model, options), group)
+        super().__init__(model if params is None else params, model=model, **options)
+        # Hooks are on the parameters of now: no others may take their place, least of all the unsharded copies that
+        # FSDP2 shows in the middle of a backward pass.
+        self._model = PresentModel(None)
+        try:
+            run_together(lambda: self._add_hooks(world_of(group)), group)
+        except ValueError:
+            self.detach()
+            raise
+
+    def _add_hooks(self, world: int) -> None:
+        """The local part of attaching; may fail on one rank only."""
+        held = [p for group in self.param_groups for p in group["params"]]
+        numbers = {id(p): i for i, together in enumerate(fsdp2.reduced_together(self._module)) for p in together}
+        present = {id(p) for p in self._module.parameters()}
+        for p in held:
+            if id(p) not in present:
+                raise ValueError(
+                    f"{self._members[id(p)].name} is not a parameter of the model; attach to the whole model"
+                )
+            _check_parameter(self._members[id(p)].name, p, id(p) in numbers, world)
+        # What FSDP2 does not reduce together with others is a part of its own.
+        own = {id(p): i for i, p in enumerate(held, start=1 + max(numbers.values(), default=-1))}
+        self._members = {key: replace(m, part=numbers.get(key, own[key])) for key, m in self._members.items()}
+        hook = _Hook(self._ready)
+        self._hooked = [p for p in held if p.requires_grad]
+        for p in self._hooked:
+            self._handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        self._handles.append(self._module.register_forward_pre_hook(self._before_forward))
+
+    def detach(self) -> None:
+        """Remove the hooks: ``backward()`` updates nothing any more, and this optimizer is done with."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def _before_forward(self, *_: Any) -> None:
+        """Refuse a forward pass whose gradients would not be those of a step, before it is made."""
+        if not torch.is_grad_enabled():
+            return
+        if not fsdp2.reduces_gradients(self._module):
+            raise ValueError(
+                "set_requires_gradient_sync(False) keeps the gradients of the whole model, and updates inside backward "
+                "are there to keep one layer's. Accumulate with APOLLO(model), or take larger micro-batches"
+            )
+        kind = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+            raise ValueError(_fp16("the forward pass runs under autocast to float16"))
+
+    @torch.no_grad()
+    def _ready(self, tensor: Tensor) -> None:
+        """A gradient is ready. Called in the same order on every rank."""
+        if id(tensor) in self._fired:
+            raise ValueError(
+                f"{self._members[id(tensor)].name} got a second gradient before step(): its first one has been used "
+                "already, so the two cannot be added up. Call step() after every backward(), without gradient "
+                "accumulation (that needs APOLLO(model)); a layer that is called twice in a forward pass cannot be "
+                "under FSDP2 or in reentrant activation checkpointing"
+            )
+        self._fired.add(id(tensor))
+        part = self._part(tensor)
+        if self._waiting is not None and self._waiting is not part:  # some parameter of it is not used in this step
+            self._update(self._waiting)
+        self._waiting = part
+        if all(id(p) in self._fired for p in part.tensors):
+            self._update(part)
+
+    def _part(self, tensor: Tensor) -> _Part:
+        # The first gradient of a step looks whether layouts have changed; a new build is a collective.
+        if len(self._fired) == 1 or self._divided is None:
+            built = self._current()
+            assert built is not None
+            if built is not self._divided:
+                self._divided, self._parts = built, self._divide(built)
+        return self._parts[id(tensor)]
+
+    def _divide(self, built: Build) -> dict[int, _Part]:
+        """The parts of a build, by the ids of their parameters."""
+        numbers = {m.name: m.part for m in self._members.values()}
+        parts: dict[int, _Part] = {number: _Part() for number in numbers.values()}
+        for unit in built.units:
+            parts[numbers[unit.matrices[0].holding.name]].units.append(unit)
+        for tensor in built.adam:
+            parts[numbers[tensor.holding.name]].adam.append(tensor)
+        found = {}
+        for p in self._hooked:
+            part = parts[self._members[id(p)].part]
+            part.tensors.append(p)
+            found[id(p)] = part
+        return found
+
+    def _update(self, part: _Part) -> None:
+        for unit in part.units:
+            step_unit(unit, self.seed)
+        step_adam(part.adam)
+        for p in part.tensors:
+            p.grad = None
+        self._waiting = None
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """End the step that ``backward()`` made. Parameters that got no gradient in it are left alone, as ever.
+
+        Args:
+            closure: evaluates the model, calls ``backward()`` and returns the loss.
+
+        Returns:
+            The closure's result, or None.
+
+        Raises:
+            ValueError: if ``backward()`` updated nothing, or left gradients: they came past the hooks.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if not self._handles:
+            raise ValueError("this optimizer was detached: attach a new one")
+        if not self._builds and called_to_make_state():
+            self.prepare()
+            return loss
+        if hasattr(self, "found_inf"):
+            raise ValueError(_fp16("GradScaler scales the loss"))
+        if self._waiting is not None:
+            self._update(self._waiting)
+        self._check_finished()
+        self._fired.clear()
+        self._count_stacks()
+        return loss
+
+    def _check_finished(self) -> None:
+        held = [p for group in self.param_groups for p in group["params"]]
+        left = [self._members[id(p)].name for p in held if p.grad is not None]
+        replaced = self._replaced()
+        if self._fired and not left and not replaced:
+            return
+        if replaced:
+            reason = f"{replaced} is another parameter than when it was attached; attach after it is sharded or moved"
+        elif left:
+            reason = (
+                f"{left[0]} and {len(left) - 1} others have gradients that came past the hooks: set by hand, or "
+                "requires_grad was switched on later"
+            )
+        else:
+            reason = (
+                "no gradient became ready since the last step(). Call backward() before; under FSDP2 not after "
+                "set_requires_gradient_sync(False)"
+            )
+        raise ValueError(f"step() ends the step that backward() made, which was not whole: {reason}")
+
+    def _replaced(self) -> str | None:
+        """The name of a parameter that is no longer in the model, for which nothing is updated any more."""
+        for _ in range(2):
+            present = {id(p) for p in self._module.parameters()}
+            gone = [p for p in self._hooked if id(p) not in present]
+            if not gone:
+                return None
+            dtensor.reshard(self._module)  # unsharded copies may stand in their places
+        return self._members[id(gone[0])].name
+
+    def attach(self, engine: Any) -> None:
+        """Only a question: whether a model still has the parameters that the hooks are on.
+
+        Raises:
+            ValueError: if it has not, or for a DeepSpeed engine.
+        """
+        if zero_engine.is_engine(engine):
+            raise ValueError(NOT_IN_BACKWARD)
+        self._attach_model(engine, strict=True)
+
+    def _attach_model(self, model: nn.Module, strict: bool) -> None:
+        present = {id(p) for p in model.parameters()}
+        if any(id(p) not in present for p in self._hooked):
+            self._let_go()
+
+    def _let_go(self) -> None:
+        raise ValueError(
+            "the model's parameters are replaced by others, and updates inside backward stay with those that they were "
+            "attached to: call layerwise.attach once the model is wrapped (with Accelerate on what prepare() returned)"
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Part of construction; afterwards an error, for the parameters would have no hooks.
+
+        Raises:
+            ValueError: after construction.
+        """
+        if self._handles:
+            raise ValueError(
+                "parameters cannot be added to an optimizer that updates inside backward: detach() it, and attach one "
+                "to all of them"
+            )
+        super().add_param_group(param_group)
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise ValueError(
+            "an optimizer that updates inside backward cannot be copied or pickled, since hooks of the model's "
+            "parameters belong to it: use state_dict(), or apollo_dist.checkpoint"
+        )
+
+
+class LayerwiseAPOLLOMini(LayerwiseAPOLLO, APOLLOMini):
+    """``LayerwiseAPOLLO`` with the defaults of ``APOLLOMini``."""
+
+
+def _fp16(what: str) -> str:
+    return (
+        f"{what}, so gradients are scaled and may overflow, which is known only after all of them have been used: "
+        "updates inside backward cannot be exact. Use bfloat16"
+    )
+
+
+def _check_model(model: Any, options: dict[str, Any]) -> None:
+    """Raise ValueError if updates inside backward cannot be exact for a model, or with an option."""
+    if zero_engine.is_engine(model):
+        raise ValueError(NOT_IN_BACKWARD)
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"layerwise.attach needs the model, a torch.nn.Module; got {type(model).__name__}")
+    if options.get("skip_nonfinite"):
+        raise ValueError(
+            "skip_nonfinite looks at all gradients before any weight changes, and inside backward most weights have "
+            "changed when the last gradient is known: leave it out, and look at the loss before backward()"
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, DistributedDataParallel):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped in DistributedDataParallel, where gradients are ready before they "
+                "are averaged over the ranks. Use FSDP2 (fully_shard), or in one process the bare model"
+            )
+        if any(map(fsdp1.is_flattened, module.parameters(recurse=False))):
+            raise ValueError(
+                f"{name or 'the model'} is sharded by FSDP1, which never tells when a parameter's gradient is ready. "
+                "Use FSDP2 (fully_shard)"
+            )
+    # Unsharded copies that an evaluation left behind would be taken for the parameters.
+    dtensor.reshard(model)
+
+
+def _check_parameter(name: str, parameter: Tensor, sharded: bool, world: int) -> None:
+    """Raise ValueError if a parameter's gradient is not the step's when it is ready.
+
+    Args:
+        name: for the message.
+        parameter: whole or a DTensor.
+        sharded: whether FSDP2 reduces its gradient.
+        world: how many ranks train it.
+    """
+    hooks: Sequence[Any] = list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
+    if any(isinstance(hook, _Hook) for hook in hooks):
+        raise ValueError(
+            f"{name} is updated inside backward by another optimizer already, and would be by both; detach() that first"
+        )
+    if hasattr(parameter, "ds_id"):
+        raise ValueError(NOT_IN_BACKWARD)
+    if parameter.dtype == torch.float16:
+        raise ValueError(_fp16(f"{name} is float16"))
+    if not sharded and (world > 1 or dtensor.is_dtensor(parameter)):
+        raise ValueError(
+            f"{name} is not sharded by FSDP2, and {world} ranks train it: nothing averages its gradient before it is "
+            "used. Shard the whole model with fully_shard; for ranks that train on their own pass process_group"
+        )

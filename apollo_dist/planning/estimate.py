@@ -1,0 +1,229 @@
+"""Memory and traffic of a run, from the plan that the run would make. Integers only: nothing is allocated."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from ..exchange.plan import MatrixSpec, Plan, make_plan
+from ..optimizers.param_groups import check_matrix, is_low_rank_name
+from ..sharding.local_shard import Cover, matrices, matrix_name
+from ..sharding.regions import FlatCover, Range, Tile, cut_ranges, even_ranges, row_ranges
+from ..step.matrix import spec_of
+
+LAYOUTS = ("whole", "fsdp1", "fsdp2", "zero", "zero3")
+NUMBER = 4  # bytes: states and exchanges are fp32
+# FSDP1 lets every parameter begin at a multiple of so many bytes, counted in the dtype it computes in.
+_FSDP1_ALIGNMENT = 16
+
+Shapes = Mapping[str, Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What each rank of a shard group keeps and sends.
+
+    Attributes:
+        state_bytes: of optimizer state on each rank, as ``APOLLO.state_bytes()`` reports after the first step.
+        exchange_bytes: that leave each rank in one step.
+        collectives: in one step; the same on every rank.
+        buffer_bytes: on each rank during exchange 1, which needs more than exchange 2: the partial low-rank
+            gradients, what is sent and what arrives, each taken to be as large as what leaves the rank.
+    """
+
+    state_bytes: tuple[int, ...]
+    exchange_bytes: tuple[int, ...]
+    collectives: int
+    buffer_bytes: tuple[int, ...] = ()
+
+
+def estimate(
+    shapes: Shapes,
+    rank: int,
+    *,
+    scale_type: str = "channel",
+    world: int = 1,
+    layout: str = "zero3",
+    low_rank: Collection[str] | None = None,
+    disable_nl: bool = False,
+    sub_group_size: int = 1_000_000_000,
+    compute_bytes: int = 4,
+) -> Estimate:
+    """Predict memory and traffic for a model's trainable parameters.
+
+    Args:
+        shapes: canonical name -> logical shape, in the model's order.
+        rank: r of the low-rank matrices.
+        scale_type, disable_nl: as in ``APOLLO``.
+        world: ranks of the shard group.
+        layout: "whole" (one process, DDP, ZeRO-0), "fsdp1" (every numbered block wrapped, and the root), "fsdp2"
+            (rows; the wrapping makes no difference), "zero" (ZeRO-1 and 2) or "zero3".
+        low_rank: names of the low-rank parameters; by default chosen by name and shape.
+        sub_group_size: DeepSpeed's option of that name, for "zero3".
+        compute_bytes: size of an element that FSDP1 computes in, by which it aligns parameters.
+
+    Raises:
+        ValueError: for an unknown layout, or a parameter that cannot be low-rank.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if world < 1:
+        raise ValueError(f"world must be at least 1, got {world}")
+    chosen = {name for name, shape in shapes.items() if is_low_rank_name(name, tuple(shape))}
+    chosen = chosen if low_rank is None else set(low_rank)
+    options = {"rank": rank, "scale_type": scale_type, "disable_nl": disable_nl}
+    ranks = 1 if layout == "whole" else world
+    low = {name: tuple(shape) for name, shape in shapes.items() if name in chosen}
+    covers = divide(shapes, chosen, layout, ranks, compute_bytes)
+    for name, shape in low.items():
+        check_matrix(name, shape, rank)
+    calls = _sub_groups(low, sub_group_size, ranks) if layout == "zero3" else [low]
+    plans = [make_plan(_specs(part, covers, options), ranks) for part in calls]
+    result = weigh(plans, [cover for name, cover in covers.items() if name not in chosen], ranks)
+    replicas = world // ranks
+    return Estimate(
+        result.state_bytes * replicas,
+        result.exchange_bytes * replicas,
+        result.collectives,
+        result.buffer_bytes * replicas,
+    )
+
+
+def state_bytes(shapes: Shapes, rank: int, scale_type: str, world: int, layout: str) -> tuple[int, ...]:
+    """Bytes of optimizer state on each rank; see ``estimate``."""
+    return estimate(shapes, rank, scale_type=scale_type, world=world, layout=layout).state_bytes
+
+
+def weigh(plans: Iterable[Plan], rest: Iterable[Cover], ranks: int) -> Estimate:
+    """What the matrices of some plans, and the parameters that AdamW takes, cost each rank of a shard group.
+
+    Args:
+        plans: of the low-rank matrices, one for each call of ``step()``.
+        rest: covers of the other parameters.
+        ranks: of the shard group.
+    """
+    state, sent, buffers, collectives = [0] * ranks, [0] * ranks, [0] * ranks, 0
+    for cover in rest:
+        for k in range(ranks):
+            state[k] += 2 * NUMBER * cover.numel(k)
+    for plan in plans:
+        collectives += plan.needs_exchange1 + plan.needs_exchange2
+        for k in range(ranks):
+            first, second = plan.numbers_sent(k)
+            # Two moments for each owned number, and the limiter's last norm for each matrix.
+            state[k] += NUMBER * (2 * plan.owned_numbers(k) + len(plan.matrices))
+            sent[k] += NUMBER * (first + second)
+            buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second))
+    return Estimate(tuple(state), tuple(sent), collectives, tuple(buffers))
+
+
+def divide(
+    shapes: Shapes, low_rank: Collection[str], layout: str, world: int, compute_bytes: int = 4
+) -> dict[str, FlatCover]:
+    """Which elements of each parameter each rank of a shard group holds; see ``estimate`` for the arguments."""
+    given = {name: tuple(shape) for name, shape in shapes.items()}
+    if layout == "fsdp1":
+        return {
+            name: cover for unit in units(given) for name, cover in _flat_unit(unit, world, compute_bytes)[0].items()
+        }
+    covers: dict[str, FlatCover] = {}
+    # ZeRO-1 and 2 have a flat buffer for each parameter group: the low-rank matrices, and the others.
+    for part in parameter_groups(given, low_rank):
+        covers |= {name: FlatCover(ranges) for name, ranges in _divide_group(part, layout, world).items()}
+    return covers
+
+
+def shard_numel(shapes: Shapes, low_rank: Collection[str], layout: str, world: int, compute_bytes: int = 4) -> int:
+    """How many elements every rank's share of the parameters takes, padding included; equal on all ranks."""
+    given = {name: tuple(shape) for name, shape in shapes.items()}
+    if layout == "fsdp1":
+        return sum(_flat_unit(unit, world, compute_bytes)[1] for unit in units(given))
+    if layout == "fsdp2":
+        return sum(-(-shape[0] // world) * math.prod(shape[1:]) for shape in given.values())
+    if layout == "zero":
+        sizes = [sum(map(math.prod, part.values())) for part in parameter_groups(given, low_rank)]
+        return sum(_flat_partition(size, world) for size in sizes)
+    return sum(-(-math.prod(shape) // (world if layout == "zero3" else 1)) for shape in given.values())
+
+
+def parameter_groups(
+    shapes: Mapping[str, tuple[int, ...]], low_rank: Collection[str]
+) -> list[dict[str, tuple[int, ...]]]:
+    """The parameter groups that ``APOLLO(model)`` makes: low-rank matrices, and the others."""
+    low = {name: shape for name, shape in shapes.items() if name in low_rank}
+    return [part for part in (low, {n: s for n, s in shapes.items() if n not in low_rank}) if part]
+
+
+def units(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ...]]]:
+    """Parameters by the module that the trainers wrap: first the root's own, then those of each numbered block."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {"": {}}
+    for name, shape in shapes.items():
+        parts = name.split(".")
+        block = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+        found.setdefault(".".join(parts[: block + 1]), {})[name] = shape
+    return [unit for unit in found.values() if unit]
+
+
+def _flat_unit(unit: Mapping[str, tuple[int, ...]], world: int, compute_bytes: int) -> tuple[dict[str, FlatCover], int]:
+    """FSDP1's flat parameter of one wrapped module: the covers, and the elements of one rank's part."""
+    aligned = max(1, _FSDP1_ALIGNMENT // compute_bytes)
+    starts, end = [], 0
+    for shape in unit.values():
+        starts.append(-(-end // aligned) * aligned)
+        end = starts[-1] + math.prod(shape)
+    part = -(-end // world)
+    return {
+        name: FlatCover(cut_ranges(at, math.prod(shape), part, world))
+        for (name, shape), at in zip(unit.items(), starts, strict=True)
+    }, part
+
+
+def _divide_group(shapes: Mapping[str, tuple[int, ...]], layout: str, world: int) -> dict[str, tuple[Range, ...]]:
+    """Which elements of each parameter of a parameter group each rank holds; ``world`` is 1 where all hold all."""
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+    if layout == "fsdp2":
+        rows = {name: (shape[0], sizes[name] // max(shape[0], 1)) for name, shape in shapes.items()}
+        # Equal parameters share their ranges, so that what is made of them is made once.
+        known = {key: row_ranges(*key, world) for key in set(rows.values())}
+        return {name: known[key] for name, key in rows.items()}
+    if layout == "zero":
+        partition = _flat_partition(sum(sizes.values()), world)
+        starts = accumulate(sizes.values(), initial=0)
+        return {n: cut_ranges(at, size, partition, world) for (n, size), at in zip(sizes.items(), starts, strict=False)}
+    even = {size: even_ranges(size, world) for size in set(sizes.values())}
+    return {name: even[size] for name, size in sizes.items()}
+
+
+def _flat_partition(numel: int, world: int) -> int:
+    """Elements of a rank's partition: a group's flat buffer is padded to a multiple of two elements for each rank."""
+    return 2 * -(-numel // (2 * world))
+
+
+def _specs(
+    low: Mapping[str, tuple[int, ...]], covers: Mapping[str, FlatCover], options: Mapping[str, object]
+) -> list[MatrixSpec]:
+    specs = []
+    known: dict[tuple[int, tuple[int, ...]], list[tuple[tuple[Tile, ...], ...]]] = {}
+    for name, shape in low.items():
+        count, m, n = matrices(shape)
+        cover = covers[name]
+        key = (id(cover.ranges), shape)
+        if key not in known:
+            known[key] = [cover.tiles(i, m, n) for i in range(count)]
+        specs += [spec_of(matrix_name(name, i, count), m, n, options, held) for i, held in enumerate(known[key])]
+    return specs
+
+
+def _sub_groups(shapes: Mapping[str, tuple[int, ...]], size: int, world: int) -> list[dict[str, tuple[int, ...]]]:
+    """ZeRO-3's rule: a sub-group ends with the parameter whose partition fills it."""
+    parts: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in shapes.items():
+        if filled >= size:
+            parts.append({})
+            filled = 0
+        parts[-1][name] = shape
+        filled += -(-math.prod(shape) // world)
+    return parts

@@ -1,0 +1,106 @@
+"""Layouts of FSDP2 and HSDP, read by the optimizer itself from a real sharded model without memory or other ranks.
+
+torch's "fake" process group stands for all ranks; its collectives do nothing. The model is on the meta device, and
+``fully_shard`` and ``APOLLO.prepare`` are the real ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..exchange.plan import Plan
+from ..optimizers.base import APOLLO
+from ..pretrain.config import ModelConfig
+from ..sharding.local_shard import Cover
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one optimizer found.
+
+    Attributes:
+        plans: one for each unit.
+        low_rank, rest: how the parameters of either kind are divided, by name.
+    """
+
+    plans: list[Plan]
+    low_rank: dict[str, Cover]
+    rest: dict[str, Cover]
+
+
+def meta_model(config: ModelConfig, sequence_length: int = 256) -> nn.Module:
+    """The trainer's model on the meta device: names and shapes, no memory.
+
+    Raises:
+        ValueError: if transformers is not installed.
+    """
+    try:
+        from ..pretrain.model import build_model
+    except ModuleNotFoundError as error:
+        raise ValueError(f"plans need {error.name}: pip install 'apollo-dist[pretrain]'") from error
+    # The generator's state is put back: a meta model draws nothing, but seeds it.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        return build_model(config, sequence_length, seed=0)
+
+
+@contextmanager
+def fake_ranks(world: int) -> Iterator[None]:
+    """A process group of ``world`` ranks of which this process is the first; gone afterwards.
+
+    Raises:
+        ValueError: if this process is already part of one.
+    """
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise ValueError("a plan makes a process group of its own, and this process already has one; plan elsewhere")
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def read_fsdp2(model: nn.Module, world: int, shards: int, optimizers: Sequence[dict[str, Any]]) -> list[Reading]:
+    """Shard a meta model over ``world`` fake ranks and let optimizers read it.
+
+    Args:
+        model: from ``meta_model``; sharded afterwards.
+        world: ranks.
+        shards: of them divide a parameter; the others hold replicas (HSDP).
+        optimizers: for each optimizer the options of ``APOLLO``.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    from ..pretrain.model import decoder_layers
+
+    with fake_ranks(world):
+        if shards == world:
+            mesh = init_device_mesh("cpu", (world,))
+        else:
+            mesh = init_device_mesh("cpu", (world // shards, shards), mesh_dim_names=("replicate", "shard"))
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        # Nothing to agree on with ranks that do not exist.
+        alone = dist.new_group([0])
+        return [_read(APOLLO(model, process_group=alone, **options)) for options in optimizers]
+
+
+def _read(optimizer: APOLLO) -> Reading:
+    plans: list[Plan] = []
+    covers: tuple[dict[str, Cover], dict[str, Cover]] = ({}, {})
+    for build in optimizer.prepare():
+        plans += [unit.plan for unit in build.units]
+        matrices = {m.holding.name for unit in build.units for m in unit.matrices}
+        for holding, _ in build.holdings:
+            covers[holding.name not in matrices][holding.name] = holding.cover
+    return Reading(plans, *covers)

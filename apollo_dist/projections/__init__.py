@@ -1,0 +1,1 @@
+"""Random projections: generated from counters, cached between refreshes."""

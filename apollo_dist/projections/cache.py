@@ -1,0 +1,133 @@
+"""The projections of a unit's matrices, drawn for several matrices in one call.
+
+A draw is some 130 operations on a few thousand counters, so on an accelerator that redraws at every step its launches,
+not its arithmetic, would be the time: 30,000 of them for the matrices of a 7B model one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..rules import apollo as rule
+from ..sharding.regions import Range
+from . import gaussian as projection
+
+# When a rank needs a matrix's projection in a step: for what it sends in exchange 1, and for the channels it owns.
+SENDING, OWNING = range(2)
+
+
+@dataclass(frozen=True)
+class Slab:
+    """What a rank needs of the projection P of one matrix.
+
+    Attributes:
+        name: of the matrix.
+        rank: r.
+        dtype: float32 or float64.
+        columns: the range of P's columns.
+        edges: of each local tile the range that it spans, within ``columns``.
+        needed: in SENDING, and in OWNING.
+    """
+
+    name: str
+    rank: int
+    dtype: torch.dtype
+    columns: Range
+    edges: tuple[Range, ...]
+    needed: tuple[bool, bool]
+
+    @property
+    def length(self) -> int:
+        """How many columns."""
+        return self.columns[1] - self.columns[0]
+
+
+@dataclass(frozen=True)
+class Projection:
+    """A slab that was drawn.
+
+    Attributes:
+        slab: P^T over the columns, as ``rule.columns`` returns it.
+        first: the column of P that is the slab's first row.
+        tiles: the part of each local tile.
+    """
+
+    slab: Tensor
+    first: int
+    tiles: list[Tensor]
+
+
+class Projections:
+    """Draws what the matrices of a unit need, and keeps it as long as that is asked for.
+
+    Args:
+        slabs: of each matrix of the unit.
+        device: of all of them.
+        keep: keep projections until they are redrawn; otherwise each is drawn anew when it is needed, and let go.
+    """
+
+    def __init__(self, slabs: Sequence[Slab], device: torch.device, *, keep: bool) -> None:
+        self._slabs, self._device, self._keep = list(slabs), device, keep
+        self._runs = [self._divide(phase) for phase in (SENDING, OWNING)]
+        self._drawn: dict[int, tuple[int, Projection]] = {}
+        # By run what the draw starts from, on the device: copied there once in ``update_proj_gap`` steps, not in each.
+        self._identities: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor]] = {}
+        self._seed = 0
+        self._refreshes: Sequence[int | None] = []
+
+    def _divide(self, phase: int) -> dict[int, tuple[int, ...]]:
+        """For each matrix that needs its projection in a phase, those drawn with it: of one rank, length and dtype."""
+        alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
+        for k, slab in enumerate(self._slabs):
+            if slab.needed[phase]:
+                alike.setdefault((slab.rank, slab.length, slab.dtype), []).append(k)
+        found = {}
+        for (rank, length, _), members in alike.items():
+            count = projection.drawn_together(rank, length, self._device)
+            for first in range(0, len(members), count):
+                run = tuple(members[first : first + count])
+                found.update(dict.fromkeys(run, run))
+        return found
+
+    def begin(self, seed: int, refreshes: Sequence[int | None]) -> None:
+        """Begin a step.
+
+        Args:
+            seed: of the projections.
+            refreshes: of each matrix how often its projection was redrawn before; None if it is not to be updated.
+        """
+        if seed != self._seed:
+            self._drawn.clear()
+            self._identities.clear()
+        self._seed, self._refreshes = seed, refreshes
+
+    def of(self, k: int, phase: int) -> Projection | None:
+        """What is needed of matrix ``k`` in a phase of the step; None if nothing is."""
+        refresh = self._refreshes[k]
+        if refresh is None or not self._slabs[k].needed[phase]:
+            return None
+        if not self._is_drawn(k):
+            self._draw(self._runs[phase][k])
+        return (self._drawn[k] if self._keep else self._drawn.pop(k))[1]
+
+    def _is_drawn(self, k: int) -> bool:
+        return k in self._drawn and self._drawn[k][0] == self._refreshes[k]
+
+    def _draw(self, run: tuple[int, ...]) -> None:
+        wanted = [(k, refresh) for k in run if (refresh := self._refreshes[k]) is not None and not self._is_drawn(k)]
+        for k, _ in wanted:
+            self._drawn.pop(k, None)  # before there is memory for the next one
+        slab = self._slabs[run[0]]
+        key = tuple(refresh for pair in wanted for refresh in pair)
+        if run not in self._identities or self._identities[run][0] != key:
+            names = [(self._slabs[k].name, refresh, self._slabs[k].columns[0]) for k, refresh in wanted]
+            self._identities[run] = (key, projection.identities(self._seed, names, self._device))
+        drawn = projection.draw(self._identities[run][1], slab.rank, slab.length, slab.dtype)
+        for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
+            columns, first = rule.columns(values), self._slabs[k].columns[0]
+            tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]
+            self._drawn[k] = (refresh, Projection(columns, first, tiles))

@@ -1,0 +1,1 @@
+"""Update rules as pure tensor functions: no rank, no sharding and no collective in sight."""

@@ -1,0 +1,1 @@
+"""What DeepSpeed's ZeRO wrappers hold: their private attributes are read here."""

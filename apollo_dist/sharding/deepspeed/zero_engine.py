@@ -1,0 +1,157 @@
+"""DeepSpeed's engine and wrappers outside of ``step()``: what a checkpoint reads, and puts right after a load.
+
+Like ``zero.py`` and ``zero3.py`` it reads DeepSpeed's attributes (verified on 0.19.8).
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..local_shard import Holding, ShardGroup, whole_cover
+from ..regions import FlatCover, even_ranges
+from .zero3 import is_stage3
+
+# What of a dynamic loss scaler changes during training.
+_SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
+
+Group = dict[str, Any]
+
+
+def is_engine(model: object) -> bool:
+    """Whether ``model`` is what ``deepspeed.initialize`` returned first."""
+    runtime = sys.modules.get("deepspeed.runtime.engine")
+    return runtime is not None and isinstance(model, runtime.DeepSpeedEngine)
+
+
+def client_optimizer(engine: Any) -> Any:
+    """The optimizer inside the engine's wrapper, or the engine's own where there is no wrapper."""
+    return engine.basic_optimizer
+
+
+def step_calls(wrapper: Any, groups: Sequence[Group]) -> list[list[tuple[Group, list[Tensor]]]]:
+    """The groups and their ``params`` as ``step()`` will see them, one list for each call in one engine step.
+
+    Args:
+        wrapper: DeepSpeed's optimizer wrapper, or None.
+        groups: the optimizer's ``param_groups`` between steps.
+
+    Raises:
+        ValueError: if the weights are not in memory between steps; the same on every rank.
+    """
+    if getattr(wrapper, "swap_optimizer", False):
+        raise ValueError(
+            "with NVMe offload the fp32 weights are on the disk between steps, where apollo_dist.checkpoint does not "
+            'reach them; set offload_optimizer.device to "cpu"'
+        )
+    if hasattr(wrapper, "single_partition_of_fp32_groups"):
+        return [[(group, group["params"])] for group in groups]
+    if is_stage3(wrapper):
+        return [
+            [(group, [flat] if i == wrapper.sub_group_to_group_id[k] else []) for i, group in enumerate(groups)]
+            for k, flat in enumerate(wrapper.fp32_partitioned_groups_flat)
+        ]
+    return [[(group, group["params"]) for group in groups]]
+
+
+@contextmanager
+def as_in_step(optimizer: Any, call: Sequence[tuple[Group, list[Tensor]]]) -> Iterator[None]:
+    """Give ``optimizer`` the ``param_groups`` of one of ``step_calls``, and its own back in the end."""
+    groups, kept = optimizer.param_groups, [group["params"] for group, _ in call]
+    try:
+        optimizer.param_groups = [group for group, _ in call]
+        for group, params in call:
+            group["params"] = params
+        yield
+    finally:
+        for (group, _), params in zip(call, kept, strict=True):
+            group["params"] = params
+        optimizer.param_groups = groups
+
+
+@torch.no_grad()
+def update_model(wrapper: Any) -> None:
+    """Give the model the values of the fp32 weights that the wrapper holds, which a load has changed.
+
+    Under ZeRO a collective over each shard group.
+    """
+    if hasattr(wrapper, "update_lp_params"):
+        wrapper.update_lp_params()
+    elif is_stage3(wrapper):
+        # As after a step. Parameters that are kept gathered, because they are small, are out of date: they are dropped
+        # first and gathered anew in the end, as hpZ's second copies are.
+        wrapper.checkpoint_event_prologue()
+        for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
+            wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
+        wrapper.checkpoint_event_epilogue()
+    elif hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
+        for parameters, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
+            for parameter, clone in zip(parameters, clones, strict=True):
+                parameter.data.copy_(clone.data)
+
+
+def read_frozen(name: str, parameter: Any) -> Holding | None:
+    """This rank's part of a ZeRO-3 parameter that no optimizer updates; None for any other parameter."""
+    partition = getattr(parameter, "ds_tensor", None)
+    if partition is None:
+        return None
+    group = ShardGroup.of(parameter.ds_process_group)
+    ranges = even_ranges(parameter.ds_numel, group.size)
+    low, high = ranges[group.rank]
+    return Holding(
+        name=name,
+        shape=tuple(parameter.ds_shape),
+        dtype=parameter.dtype,
+        device=partition.device,
+        layout="zero",
+        group=group,
+        cover=FlatCover(ranges) if group.size > 1 else whole_cover(parameter.ds_numel),
+        weight=lambda: partition.data.view(-1)[: high - low],  # padding follows
+        grad=lambda: None,
+    )
+
+
+def progress(engine: Any, wrapper: Any) -> dict[str, float]:
+    """What changes in an engine beside weights and optimizer: steps, skipped steps, the dynamic loss scaler's state.
+
+    Empty for None.
+    """
+    if engine is None:
+        return {}
+    scaler = _scaler(wrapper)
+    scale = {key: getattr(scaler, key) for key in _SCALE if hasattr(scaler, key)}
+    return {"global_steps": engine.global_steps, "skipped_steps": engine.skipped_steps, **scale}
+
+
+def restore(engine: Any, wrapper: Any, step: int, saved: Mapping[str, float]) -> None:
+    """Set the engine's counters to those after ``step`` steps, and its dynamic loss scaler to a saved state.
+
+    Args:
+        engine: DeepSpeed's.
+        wrapper: its optimizer wrapper, or None.
+        step: steps of training.
+        saved: what ``progress`` returned; empty if something else than DeepSpeed trained.
+    """
+    engine.global_steps = step
+    engine.global_samples = step * engine.train_batch_size()
+    engine.micro_steps = step * engine.gradient_accumulation_steps()
+    engine.skipped_steps = saved.get("skipped_steps", 0)
+    scaler = _scaler(wrapper)
+    for key in _SCALE:
+        if key in saved and hasattr(scaler, key):
+            setattr(scaler, key, saved[key])
+
+
+def _scaler(wrapper: Any) -> Any:
+    for owner, scaler in (
+        (wrapper, getattr(wrapper, "loss_scaler", None)),
+        (getattr(wrapper, "loss_scale_config", None),) * 2,
+    ):
+        if scaler is not None and getattr(owner, "dynamic_loss_scale", False):
+            return scaler
+    return None

@@ -1,0 +1,187 @@
+"""DTensor parameters: FSDP2 (``fully_shard``) on any dim, HSDP, tensor parallelism, and both together.
+
+The mesh axes that shard a parameter make its shard group; axes that replicate it repeat the work. ``Shard(0)`` on one
+axis cuts a row-major tensor into runs of whole rows, which is a flat cover; other placements give each rank a product
+of index runs. Ranks beyond the last row hold nothing and still take part in everything.
+"""
+
+from __future__ import annotations
+
+import sys
+from itertools import product
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from .grid import GridCover, Runs, chunk, strided_chunk
+from .local_shard import WHOLE, Cover, Holding, ShardGroup, whole_cover
+from .regions import FlatCover, row_ranges
+
+# The process groups that were made, with the default group of that time and their ranks.
+_groups: list[tuple[object, tuple[int, ...], dist.ProcessGroup]] = []
+
+
+def read(name: str, parameter: DTensor) -> Holding:
+    """The holding of a DTensor parameter.
+
+    Where several mesh axes shard it, the process group over them is made the first time: a collective.
+
+    Raises:
+        ValueError: for placements other than ``Shard``, ``_StridedShard`` and ``Replicate``, or if the local tensor is
+            not the part that the placements say.
+    """
+    local = parameter.to_local()
+    group, cover = _divide(name, parameter)
+    if local.numel() != cover.numel(group.rank):
+        raise ValueError(
+            f"{name}: rank {group.rank} of the shard group holds {local.numel()} elements, expected "
+            f"{cover.numel(group.rank)} from {parameter.placements} of shape {tuple(parameter.shape)}"
+        )
+    return Holding(
+        name=name,
+        shape=tuple(parameter.shape),
+        dtype=parameter.dtype,
+        device=local.device,
+        layout="dtensor",
+        group=group,
+        cover=cover,
+        weight=lambda: _local(parameter),
+        grad=lambda: _local_grad(name, parameter),
+    )
+
+
+def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Cover]:
+    mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
+    # Exact types: a kind of Shard that is not known may mean another order of rows.
+    unsupported = [p for p in placements if type(p) not in (Replicate, Shard, _StridedShard)]
+    if unsupported:
+        raise ValueError(
+            f"{name}: placements {placements} are not supported; APOLLO reads Shard and Replicate on any mesh axes. "
+            f"Redistribute the parameter so that it has no {type(unsupported[0]).__name__}"
+        )
+    process_group = shard_group(parameter)
+    if process_group is None:
+        return WHOLE, whole_cover(parameter.numel())
+    group = ShardGroup.of(process_group)
+    sharded = [placements[axis] for axis in _sharding_axes(parameter)]
+    if len(sharded) == 1 and type(sharded[0]) is Shard and sharded[0].dim % len(shape) == 0:
+        return group, FlatCover(row_ranges(shape[0], parameter.numel() // max(shape[0], 1), group.size))
+    stands = places(mesh)
+    ranks = dist.get_process_group_ranks(process_group)
+    return group, GridCover(tuple(_runs(parameter, stands[rank]) for rank in ranks))
+
+
+def shard_group(parameter: DTensor) -> dist.ProcessGroup | None:
+    """The process group over the mesh axes that shard a parameter; None where none does.
+
+    Over several axes it is made here, a collective of its ranks, and kept. Flattening the mesh would make it as well,
+    but changes the mesh: once two axes have been flattened, torch 2.13 puts a DTensor that they divide unevenly along
+    one dim together in a wrong order (``full_tensor``), whosever it is.
+    """
+    mesh = parameter.device_mesh
+    axes = _sharding_axes(parameter)
+    if len(axes) < 2:
+        return mesh.get_group(axes[0]) if axes else None
+    mine = mesh.get_coordinate()
+    assert mine is not None
+    ranks = tuple(mesh.mesh[tuple(slice(None) if i in axes else at for i, at in enumerate(mine))].flatten().tolist())
+    world = dist.group.WORLD
+    known = next((made for default, of, made in _groups if default is world and of == ranks), None)
+    if known is None:
+        known = dist.new_group(list(ranks), use_local_synchronization=True)
+        assert known is not None
+        _groups[:] = [*(group for group in _groups if group[0] is world), (world, ranks, known)]
+    return known
+
+
+def shard_mesh(parameter: DTensor) -> DeviceMesh:
+    """The parameter's mesh; where several axes shard it, a mesh of one axis over its shard group."""
+    mesh = parameter.device_mesh
+    if len(_sharding_axes(parameter)) < 2:
+        return mesh
+    group = shard_group(parameter)
+    assert group is not None
+    return DeviceMesh.from_group(group, mesh.device_type)
+
+
+def _sharding_axes(parameter: DTensor) -> list[int]:
+    """The mesh axes that divide a parameter."""
+    mesh = parameter.device_mesh
+    return [axis for axis, p in enumerate(parameter.placements) if type(p) is not Replicate and mesh.size(axis) > 1]
+
+
+def places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
+    """Where each global rank stands in the mesh."""
+    return dict(zip(mesh.mesh.flatten().tolist(), product(*map(range, mesh.mesh.shape)), strict=True))
+
+
+def _runs(parameter: DTensor, place: tuple[int, ...]) -> tuple[Runs, ...]:
+    """What the rank at ``place`` in the mesh holds: placements divide from left to right, as DTensor's do."""
+    runs: list[Runs] = [((0, size),) if size else () for size in parameter.shape]
+    for axis, placement in enumerate(parameter.placements):
+        if isinstance(placement, Replicate):
+            continue
+        pieces, index = parameter.device_mesh.size(axis), place[axis]
+        dim = placement.dim % parameter.ndim  # type: ignore[attr-defined]
+        if type(placement) is _StridedShard:
+            runs[dim] = strided_chunk(runs[dim], pieces, index, int(placement.split_factor))
+        else:
+            runs[dim] = chunk(runs[dim], pieces, index)
+    return tuple(runs)
+
+
+def _local(parameter: DTensor) -> Tensor:
+    with torch.no_grad():
+        return parameter.to_local()
+
+
+def _local_grad(name: str, parameter: DTensor) -> Tensor | None:
+    grad = parameter.grad
+    if grad is None:
+        return None
+    if isinstance(grad, DTensor) and grad.placements != parameter.placements and _can_cut(grad, parameter):
+        # Autograd under tensor parallelism may leave a gradient whole: this rank's part is cut out of it, once.
+        grad = parameter.grad = grad.redistribute(placements=parameter.placements)
+    if not isinstance(grad, DTensor) or tuple(grad.placements) != tuple(parameter.placements):
+        got = grad.placements if isinstance(grad, DTensor) else "a plain tensor"
+        raise ValueError(f"{name}: the gradient is {got}, the parameter {parameter.placements}; they must match")
+    return grad.to_local()
+
+
+def _can_cut(grad: DTensor, parameter: DTensor) -> bool:
+    """Whether a gradient can get the parameter's placements without communication, in which not all ranks might join.
+
+    A rank that holds nothing of a parameter does not look at its gradient.
+    """
+    pairs = zip(grad.placements, parameter.placements, strict=True)
+    return grad.device_mesh == parameter.device_mesh and all(g == p or isinstance(g, Replicate) for g, p in pairs)
+
+
+def reshard(module: nn.Module) -> None:
+    """Make the parameters of FSDP2 modules the sharded ones.
+
+    After a forward pass without a backward one (an evaluation) a module may show unsharded copies in their place, which
+    the next forward pass would use however the sharded ones have changed.
+    """
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    for inner in module.modules() if fsdp is not None else ():
+        if isinstance(inner, fsdp.FSDPModule):
+            inner.reshard()
+
+
+def any_sharded_module() -> bool:
+    """Whether this process has a module that ``fully_shard`` was applied to; False if torch does not say."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    composable: Any = sys.modules.get("torch.distributed._composable_state")
+    modules = list(getattr(composable, "_module_state_mapping", ()))
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
+
+
+def is_dtensor(parameter: Tensor) -> bool:
+    """Whether ``parameter`` is a DTensor; False where torch was built without torch.distributed."""
+    return dist.is_available() and isinstance(parameter, DTensor)

@@ -1,0 +1,117 @@
+"""What every layout file answers with: what this rank holds of each parameter, and where its gradient is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .regions import Box, FlatCover, Tile
+
+_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+
+
+def canonical_name(name: str) -> str:
+    """The fully qualified name without the prefixes that wrappers add.
+
+    ``module.`` (DDP, DeepSpeed) is stripped at the front, the others (torch.compile, FSDP1, activation checkpointing)
+    wherever they stand, so a matrix has one name, and so one projection, under every engine.
+    """
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+class Cover(Protocol):
+    """How the ranks of a shard group divide one parameter among themselves."""
+
+    def numel(self, rank: int) -> int:
+        """How many elements rank ``rank`` holds."""
+
+    def held(self, rank: int) -> list[tuple[int, ...]]:
+        """What rank ``rank`` holds, as plain integers: checkpoints compare it."""
+
+    def boxes(self, rank: int, shape: tuple[int, ...]) -> list[Box]:
+        """What rank ``rank`` holds of the parameter, of that shape, as rectangles: checkpoints store them."""
+
+    def tiles(self, index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
+        """For each rank its tiles of the ``index``-th m x n matrix of the parameter."""
+
+
+@dataclass(frozen=True)
+class ShardGroup:
+    """The ranks that divide a parameter among themselves. ``process_group`` is None when one rank holds it whole."""
+
+    process_group: dist.ProcessGroup | None = None
+    size: int = 1
+    rank: int = 0
+
+    @staticmethod
+    def of(process_group: dist.ProcessGroup) -> ShardGroup:
+        """The shard group made of a process group's ranks, in its order."""
+        size = dist.get_world_size(process_group)
+        if size == 1:
+            return ShardGroup()
+        return ShardGroup(process_group, size, dist.get_rank(process_group))
+
+
+WHOLE = ShardGroup()
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What this rank holds of one parameter.
+
+    Attributes:
+        name: canonical fully qualified name.
+        shape: the logical, unsharded shape.
+        dtype, device: of the weights that the step updates.
+        layout: "whole", "dtensor", "fsdp1" or "zero", for the log.
+        group: the ranks that divide the parameter.
+        cover: who of them holds what.
+        weight: returns the local weights; any shape, row-major order is that of ``cover``'s offsets.
+        grad: returns the local gradient in the same order, or None where there is none.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    layout: str
+    group: ShardGroup
+    cover: Cover
+    weight: Callable[[], Tensor]
+    grad: Callable[[], Tensor | None]
+
+    @property
+    def numel(self) -> int:
+        """How many elements of the parameter this rank holds."""
+        return self.cover.numel(self.group.rank)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """The dtype of states and arithmetic: float64 for float64 weights, otherwise float32."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+
+def matrices(shape: Sequence[int]) -> tuple[int, int, int]:
+    """(count, m, n) of the matrices in a parameter: 2-D is one, 3-D expert weights (E, m, n) are E."""
+    if len(shape) == 2:
+        return 1, shape[0], shape[1]
+    assert len(shape) == 3
+    return shape[0], shape[1], shape[2]
+
+
+def matrix_name(name: str, index: int, count: int) -> str:
+    """The name of a parameter's ``index``-th matrix: the parameter's own, or ``name[index]`` for experts."""
+    return name if count == 1 else f"{name}[{index}]"
+
+
+def whole_cover(numel: int) -> FlatCover:
+    """One rank holds all ``numel`` elements."""
+    return FlatCover(((0, numel),))

@@ -1,0 +1,1 @@
+"""Optimizer state by parameter, and its resharding, for torch's own state-dict tools."""

@@ -1,0 +1,1 @@
+"""One optimizer step, by phase: plan, reduce, own, apply."""

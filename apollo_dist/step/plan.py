@@ -1,0 +1,213 @@
+"""From parameter groups to units: layouts read, low-rank members decided, plans made, states checked; all local."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..exchange.plan import MatrixSpec
+from ..integrations.deepspeed import refuse
+from ..optimizers.param_groups import CHOOSE, OPTIONS, Member, abbreviate, check_matrix, choose
+from ..sharding import detect
+from ..sharding.deepspeed import zero
+from ..sharding.local_shard import Holding, canonical_name
+from .shard_group import AdamTensor, Slot, Unit, specs_of
+
+# A low-rank matrix: where it is, what the planner needs to know of it, its parameter group.
+Entry = tuple[Holding, MatrixSpec, dict[str, Any]]
+
+
+@dataclass
+class Build:
+    """Everything that a ``step()`` on the same tensors needs again.
+
+    Attributes:
+        tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
+        units: the low-rank matrices by part (``Member.part``) and shard group.
+        adam: the other parameters, as far as this rank holds any of them.
+        adam_shapes: shapes of the other parameters, wherever they are held.
+        holdings: of every parameter, also those of which this rank holds nothing, with its group.
+        facts: what all ranks must agree on before the first exchange.
+        chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
+        groups: ``param_groups``, kept like the tensors.
+    """
+
+    tensors: list[Tensor]
+    units: list[Unit] = field(default_factory=list)
+    adam: list[AdamTensor] = field(default_factory=list)
+    adam_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    holdings: list[tuple[Holding, dict[str, Any]]] = field(default_factory=list)
+    facts: dict[str, object] = field(default_factory=dict)
+    chosen: str = ""
+    groups: list[dict[str, Any]] = field(default_factory=list)
+
+    def names(self) -> set[str]:
+        """Names of all matrices and tensors."""
+        return {m.spec.name for unit in self.units for m in unit.matrices} | {a.holding.name for a in self.adam}
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gradients are."""
+        return self.tensors[0].device if self.tensors else torch.device("cpu")
+
+    def gradients(self) -> list[Tensor]:
+        """This rank's gradients, each once."""
+        holdings = [m.holding for unit in self.units for m in unit.matrices] + [a.holding for a in self.adam]
+        found = (holding.grad() for holding in {id(holding): holding for holding in holdings}.values())
+        return [grad for grad in found if grad is not None and grad.numel()]
+
+    def summary(self) -> str:
+        """One line: what is low-rank, what is not, which layout, what is exchanged."""
+        matrices = [m for unit in self.units for m in unit.matrices]
+        elements = sum(m.spec.m * m.spec.n for m in matrices)
+        rest = sum(torch.Size(shape).numel() for shape in self.adam_shapes)
+        layouts = sorted({m.holding.layout for m in matrices} | {a.holding.layout for a in self.adam})
+        shared = sum(unit.plan.shared_channels for unit in self.units)
+        first, second = (sum(unit.exchange.bytes_sent[i] for unit in self.units) for i in (0, 1))
+        ranks = sorted({m.spec.rank for m in matrices})
+        return (
+            f"{len(matrices)} matrices with {elements:,} elements are low-rank "
+            f"(rank {', '.join(map(str, ranks)) or '-'}), "
+            f"{len(self.adam_shapes)} tensors with {rest:,} elements take AdamW; layout {', '.join(layouts)}; "
+            f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step{self.chosen}"
+        )
+
+
+def fingerprint(
+    seed: int, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]]
+) -> dict[str, object]:
+    """What ranks must have in common from the start: seed, hyperparameters, names, shapes and dtypes."""
+    facts: dict[str, object] = {"seed": seed, "number of parameter groups": len(groups)}
+    for i, (group, held) in enumerate(zip(groups, members, strict=True)):
+        for key in OPTIONS:
+            value = group[key]
+            facts[f"{key} of parameter group {i}"] = value.item() if isinstance(value, Tensor) else value
+        for m in held:
+            facts[f"parameter {m.name}"] = (m.shape, str(m.dtype), f"group {i}")
+        facts[f"number of parameters in group {i}"] = len(held)
+    return facts
+
+
+def build(
+    groups: Sequence[dict[str, Any]],
+    members: Mapping[int, Member],
+    engine: zero.Engine,
+    slots: Callable[[str], Slot],
+    *,
+    seed: int,
+    exclude: str | None,
+    cache_projection: bool | str,
+) -> Build:
+    """Read the layouts of all parameters in ``groups`` and prepare what a step needs.
+
+    Args:
+        groups: the optimizer's ``param_groups`` as this step sees them.
+        members: the parameters that the optimizer was given, by ``id``.
+        engine: DeepSpeed's part in this step.
+        slots: returns the state of a matrix or tensor by name: empty, or filled by an earlier build or a load.
+        seed: of the projections.
+        exclude, cache_projection: as in ``APOLLO``.
+
+    Raises:
+        ValueError: if a layout cannot be read or is not supported, or a loaded state does not fit.
+    """
+    if engine.driver is not None:
+        refuse(engine.driver)
+    names = _names(members, engine)
+    by_name = any(group.get(CHOOSE) for group in groups)
+    chosen = _choice(members, names, engine, exclude) if by_name else None
+    result = Build([tensor for group in groups for tensor in group["params"]])
+    if chosen is not None:
+        result.chosen = f"; chosen: {abbreviate(name for name in names.values() if name in chosen)}"
+    parts = {names[key]: m.part for key, m in members.items()}
+    entries: dict[tuple[Any, ...], list[Entry]] = {}
+    seen: list[list[Member]] = []
+    for group in groups:
+        seen.append([])
+        for holding in detect.read(group["params"], partial(_name_of, names), engine):
+            seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
+            result.holdings.append((holding, group))
+            if is_low_rank(group, holding.name, chosen):
+                check_matrix(holding.name, holding.shape, group["rank"])
+                key = (parts.get(holding.name, 0), id(holding.group.process_group), holding.device)
+                entries.setdefault(key, []).extend((holding, spec, group) for spec in specs_of(holding, group))
+                continue
+            result.adam_shapes.append(tuple(holding.shape))
+            if holding.numel:
+                result.adam.append(AdamTensor(holding, group, slots(holding.name)))
+    result.groups = list(groups)
+    result.facts = fingerprint(seed, groups, seen)
+    for i, listed in enumerate(entries.values()):
+        result.units.append(_unit(listed, slots, cache_projection))
+        result.facts[f"exchange plan {i}"] = result.units[-1].plan.digest
+    return result
+
+
+def _name_of(names: Mapping[int, str], tensor: Tensor) -> str:
+    if id(tensor) not in names:
+        raise ValueError(
+            f"a parameter of shape {tuple(tensor.shape)} is not one that the optimizer was built with. Build "
+            "APOLLO after the model is wrapped or sharded; under DeepSpeed, call optimizer.attach(engine)"
+        )
+    return names[id(tensor)]
+
+
+def _unit(entries: Sequence[Entry], slots: Callable[[str], Slot], cache_projection: bool | str) -> Unit:
+    unit = Unit(entries)
+    unit.load(slots, unit.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
+    return unit
+
+
+def _choice(
+    members: Mapping[int, Member], names: Mapping[int, str], engine: zero.Engine, exclude: str | None
+) -> set[str]:
+    """The low-rank members of groups without any rank; under DeepSpeed those that ``APOLLO(model)`` would take."""
+    known = [Member(names[key], m.shape, m.dtype, m.named or names[key] != m.name) for key, m in members.items()]
+    if engine.wrapper is not None and engine.module is None and not all(m.named for m in members.values()):
+        raise ValueError(
+            "matrices are to be chosen by name, but DeepSpeed's engine was not found among the callers of step(). "
+            "Call engine.step(), or optimizer.attach(engine) before the first step"
+        )
+    unnamed = [m for m in known if not m.named]
+    if unnamed and engine.module is not None:
+        raise ValueError(
+            f"{len(unnamed)} of {len(known)} parameters, the first of shape {unnamed[0].shape}, are not in the model "
+            f"that DeepSpeed trains ({type(engine.module).__name__}), so they have no name to draw a projection by. "
+            "Pass that model's parameters, or (name, parameter) pairs"
+        )
+    return choose(known, engine.module, exclude)
+
+
+def is_low_rank(group: Mapping[str, Any], name: str, chosen: set[str] | None) -> bool:
+    """Whether a parameter of a group is low-rank: by the group's rank, or by name where the group has no own rank."""
+    if group["rank"] is None:
+        return False
+    return not group.get(CHOOSE) or chosen is None or name in chosen
+
+
+def _names(members: Mapping[int, Member], engine: zero.Engine) -> dict[int, str]:
+    """Names by ``id``: as given; where none was, the engine's; else ``param_0, param_1, ...``."""
+    engine_names: dict[int, str] = zero.names(engine.wrapper)
+    if engine.module is not None:
+        engine_names.update((id(p), name) for name, p in engine.module.named_parameters())
+    names = {}
+    for key, m in members.items():
+        names[key] = m.name if m.named else canonical_name(engine_names.get(key, m.name))
+    check_unique(names.values())
+    return names
+
+
+def check_unique(names: Iterable[str]) -> None:
+    """Raise ValueError if two parameters share a canonical name: they would share a projection and a state."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(
+                f"two parameters are named {name}; names must be unique after wrapper prefixes are stripped"
+            )
+        seen.add(name)

@@ -1,0 +1,80 @@
+"""One step over what a build holds, readable top to bottom."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..exchange.collectives import TERMS
+from ..projections.cache import SENDING
+from ..rules import apollo as rule
+from .shard_group import AdamTensor, Unit
+
+
+def step_unit(unit: Unit, seed: int) -> None:
+    """One step of all matrices of a shard group: at most two collectives.
+
+    Args:
+        unit: the matrices, their states and their plan.
+        seed: of the projections.
+    """
+    plan, exchange, matrices, projections = unit.plan, unit.exchange, unit.matrices, unit.projections
+    active = [m.begin_step() for m in matrices]
+    projections.begin(seed, [m.refresh if on else None for m, on in zip(matrices, active, strict=True)])
+
+    # Partial low-rank gradients travel to the owners of their channels.
+    received: list[Any] = [None] * len(matrices)
+    if plan.needs_exchange1:
+        partials = [m.partial(projections.of(k, SENDING), active[k]) for k, m in enumerate(matrices)]
+        received = exchange.to_owners(partials)
+        del partials
+
+    # Owners: moments, scaling factors, norm terms. Limiter and update are local, and follow at once where no rank
+    # has to be heard, while the gradients are in the cache.
+    terms = torch.zeros((len(matrices), TERMS), dtype=unit.dtype, device=unit.device)
+    owned: list[Tensor | None] = []
+    arriving: list[Tensor | None] = [None] * len(matrices)
+    for batch in unit.batches:
+        grads = batch.gradients(active)
+        owned += batch.owner_step(grads, projections, received, terms)
+        if not plan.needs_exchange2:
+            batch.finish(grads, owned, arriving, terms)
+        del grads
+    del received
+
+    # Scaling factors and norm terms travel back to the holders.
+    if plan.needs_exchange2:
+        shared = [m.shared_scale(scale) for m, scale in zip(matrices, owned, strict=True)]
+        arriving, terms = exchange.to_holders(shared, terms)
+        for batch in unit.batches:
+            batch.finish(batch.gradients(active), owned, arriving, terms)
+
+
+def step_adam(tensors: list[AdamTensor]) -> None:
+    """AdamW for everything that is not low-rank, in batches that share hyperparameters and step."""
+    batches: dict[tuple[Any, ...], list[AdamTensor]] = {}
+    for t in tensors:
+        if t.begin_step():
+            key = (id(t.group), t.state["step"], t.holding.device, t.holding.compute_dtype)
+            batches.setdefault(key, []).append(t)
+    for batch in batches.values():
+        group = batch[0].group
+        weights = [t.holding.weight() for t in batch]
+        work = [w.reshape(-1).to(t.holding.compute_dtype) for w, t in zip(weights, batch, strict=True)]
+        rule.adamw(
+            work,
+            [t.gradient() for t in batch],
+            [t.state["exp_avg"] for t in batch],
+            [t.state["exp_avg_sq"] for t in batch],
+            step=batch[0].state["step"],
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            maximize=group["maximize"],
+        )
+        for stored, updated in zip(weights, work, strict=True):
+            if updated.data_ptr() != stored.data_ptr():
+                stored.copy_(updated.view(stored.shape))
