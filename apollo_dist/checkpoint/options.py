@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..optimizers.param_groups import LOW_RANK_DEFAULTS
+from ..optimizers.options import LOW_RANK_DEFAULTS
 
 logger = logging.getLogger("apollo_dist")
 

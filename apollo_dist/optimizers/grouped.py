@@ -10,20 +10,16 @@ from ..distributed import agree, run_together
 from ..sharding.deepspeed import zero, zero_engine
 from ..step.plan import check_unique, fingerprint
 from .model_ref import PresentModel
+from .options import FOREIGN, OPTIONS, check_known, drop_torch_keywords, validate_options
 from .param_groups import (
     CHOOSE,
-    FOREIGN,
-    OPTIONS,
     Member,
-    check_known,
     check_matrix,
     choose,
-    drop_torch_keywords,
     member,
     name_pattern,
     param_groups,
     split_params,
-    validate_options,
 )
 from .stateful import StatefulOptimizer, given_twice
 

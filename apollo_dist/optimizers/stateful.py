@@ -19,7 +19,8 @@ from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import Build
 from ..step.shard_group import Slot
 from .model_ref import PresentModel
-from .param_groups import Member, validate_options
+from .options import validate_options
+from .param_groups import Member
 
 # What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
 _KEPT = ("defaults", "param_groups", "seed", "exclude", "cache_projection", "_guard", "_choose", "_given", "_restored")

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..exchange.plan import MatrixSpec
 from ..integrations.deepspeed import refuse
-from ..optimizers.param_groups import CHOOSE, OPTIONS, Member, abbreviate, check_matrix, choose
+from ..optimizers.options import OPTIONS
+from ..optimizers.param_groups import CHOOSE, Member, abbreviate, check_matrix, choose
 from ..sharding import detect
 from ..sharding.deepspeed import zero
 from ..sharding.local_shard import Holding, canonical_name
