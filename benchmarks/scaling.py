@@ -30,7 +30,7 @@ from apollo_dist.exchange.collectives import Exchange
 from apollo_dist.exchange.plan import MatrixSpec, Plan, make_plan
 from apollo_dist.sharding.local_shard import ShardGroup
 from apollo_dist.sharding.regions import FlatCover, Range, cover_tiles, cut_ranges, even_ranges, row_ranges
-from apollo_dist.step.run.matrix import spec_of
+from apollo_dist.step.matrix import spec_of
 
 Shape = tuple[int, int]
 Shapes = dict[str, tuple[int, ...]]
@@ -218,7 +218,7 @@ def same_plan(model: str, world: int) -> bool:
     from apollo_dist.optimizers.param_groups import low_rank_names
     from apollo_dist.sharding.deepspeed.zero import Engine
     from apollo_dist.sharding.detect import read
-    from apollo_dist.step.run.shard_group import specs_of
+    from apollo_dist.step.shard_group import specs_of
 
     hidden, ffn, layers, narrow = MODELS[model]
     config = LlamaConfig(
