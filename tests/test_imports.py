@@ -24,6 +24,8 @@ ALLOWED = {
     "exchange": ("sharding.local_shard", "sharding.regions"),
     "optimizers.options": (),
     "optimizers.param_groups": ("optimizers.options", "sharding"),
+    "state.slots": (),
+    "state.callers": (),
     "state.reshard": ("exchange", "sharding", "step.matrix", "step.shard_group"),
     "state": ("distributed", "exchange", "sharding", "step.matrix", "step.plan", "step.shard_group"),
     "integrations.import_hooks": (),

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from ..distributed import agree, run_together
 from ..sharding.deepspeed import zero, zero_engine
+from ..state.callers import called_to_make_state
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import Build, build, fingerprint
 from ..step.run import step_adam, step_unit
 from .grouped import GroupedOptimizer
 from .model_ref import PresentModel, check_not_replaced
 from .param_groups import Member
-from .stateful import called_to_make_state
 
 logger = logging.getLogger("apollo_dist")
 

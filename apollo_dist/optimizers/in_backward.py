@@ -19,12 +19,12 @@ from ..distributed import run_together, world_of
 from ..integrations.deepspeed import NOT_IN_BACKWARD
 from ..sharding import dtensor, fsdp1, fsdp2
 from ..sharding.deepspeed import zero_engine
+from ..state.callers import called_to_make_state
 from ..step.plan import Build
 from ..step.run import step_adam, step_unit
 from ..step.shard_group import AdamTensor, Unit
 from .base import APOLLO, APOLLOMini
 from .model_ref import PresentModel
-from .stateful import called_to_make_state
 
 
 def attach(model: nn.Module, params: Any = None, *, mini: bool = False, **options: Any) -> LayerwiseAPOLLO:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -15,9 +14,9 @@ from torch.optim import Optimizer
 from ..distributed import run_together
 from ..sharding import fsdp1
 from ..state import parameter_state
+from ..state.slots import Slot, copied
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import Build
-from ..step.shard_group import Slot
 from .model_ref import PresentModel
 from .options import validate_options
 from .param_groups import Member
@@ -157,12 +156,12 @@ class StatefulOptimizer(Optimizer):
             group["betas"] = tuple(group["betas"])
             validate_options(group, f"parameter group {number} of the loaded state")
         if not by_parameter:
-            return saved, {}, {name: _copy(slot) for name, slot in state_dict["state"].items()}
+            return saved, {}, {name: copied(slot) for name, slot in state_dict["state"].items()}
         pending = {}
         for key, value in state_dict["state"].items():
             if key not in by_key:
                 raise ValueError(f"the loaded state has {key!r}, which is in no parameter group")
-            pending[self._name(by_key[key])] = _copy(value)
+            pending[self._name(by_key[key])] = copied(value)
         return saved, pending, {}
 
     def _tensors(self, named: bool = False) -> list[Tensor]:
@@ -242,7 +241,7 @@ class StatefulOptimizer(Optimizer):
         if self._process_group is not None:
             raise ValueError("an optimizer with a process_group cannot be pickled or copied: use state_dict()")
         kept = {key: self.__dict__[key] for key in _KEPT}
-        kept["slots"] = {name: _copy(slot) for name, slot in self._slots.items()}
+        kept["slots"] = {name: copied(slot) for name, slot in self._slots.items()}
         kept["members"] = [self._members[id(p)] for p in self._given]
         return {**kept, "pending": self._pending}
 
@@ -259,28 +258,6 @@ class StatefulOptimizer(Optimizer):
         if slots:
             self._restored = frozenset(m.name for m in members)
         self._show()
-
-
-def _copy(value: Any) -> Any:
-    """A copy of a state that shares no memory with it, and holds no more than its own elements."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return {key: _copy(one) for key, one in value.items()} if isinstance(value, Mapping) else value
-
-
-def called_to_make_state() -> bool:
-    """Whether ``step()`` was called only so that state is made: DCP does so, with gradients of zero and lr 0.
-
-    There is no other sign of it: a schedule may start at lr 0, and a first gradient may be zero.
-    """
-    module: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    made_by = getattr(getattr(module, "_init_optim_state", None), "__code__", None)
-    frame = sys._getframe(1) if made_by is not None else None
-    while frame is not None:
-        if frame.f_code is made_by:
-            return True
-        frame = frame.f_back
-    return False
 
 
 def given_twice(tensors: Iterable[tuple[str, Tensor]], known: Mapping[int, Member]) -> None:

@@ -30,8 +30,8 @@ from ..sharding.local_shard import Holding
 from ..step.plan import Build
 from ..step.shard_group import AdamTensor, Unit
 from .reshard import Division, LowRank
+from .slots import MOMENTS
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 # Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
 LAYOUTS = ("whole", "dtensor")
 

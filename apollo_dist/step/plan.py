@@ -17,7 +17,8 @@ from ..optimizers.param_groups import CHOOSE, Member, abbreviate, check_matrix, 
 from ..sharding import detect
 from ..sharding.deepspeed import zero
 from ..sharding.local_shard import Holding, canonical_name
-from .shard_group import AdamTensor, Slot, Unit, specs_of
+from ..state.slots import Slot
+from .shard_group import AdamTensor, Unit, specs_of
 
 # A low-rank matrix: where it is, what the planner needs to know of it, its parameter group.
 Entry = tuple[Holding, MatrixSpec, dict[str, Any]]

@@ -12,10 +12,9 @@ from ..exchange.collectives import Exchange
 from ..exchange.plan import MatrixSpec, make_plan
 from ..projections.cache import Projections
 from ..sharding.local_shard import Holding, matrices, matrix_name
+from ..state.slots import Slot, ready
 from .batch import Batch, make_batches
 from .matrix import Matrix, spec_of
-
-Slot = dict[str, Any]
 
 
 class AdamTensor:
@@ -24,7 +23,7 @@ class AdamTensor:
     def __init__(self, holding: Holding, group: dict[str, Any], state: Slot) -> None:
         self.holding, self.group, self.state = holding, group, state
         kind = {"dtype": holding.compute_dtype, "device": holding.device}
-        _ready(
+        ready(
             state,
             holding.name,
             {"exp_avg": (holding.numel,), "exp_avg_sq": (holding.numel,)},
@@ -83,22 +82,7 @@ class Unit:
             kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
             moment = (channels.owned.count, spec.rank)
             shapes = {"exp_avg": moment, "exp_avg_sq": moment, "last_norm": ()}
-            _ready(state, spec.name, shapes, kind, [list(r) for r in channels.owned.ranges])
+            ready(state, spec.name, shapes, kind, [list(r) for r in channels.owned.ranges])
             self.matrices.append(Matrix(spec, holding, channels, group, state))
         self.projections = Projections([m.slab for m in self.matrices], self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)
-
-
-def _ready(state: Slot, name: str, shapes: dict[str, tuple[int, ...]], kind: dict[str, Any], held: list[Any]) -> None:
-    """Fill an empty state with zeros; check one that was loaded, or that another layout left."""
-    if not state:
-        state["step"] = 0
-        state.update({key: torch.zeros(shape, **kind) for key, shape in shapes.items()})
-        state["held"] = held
-        return
-    if state["held"] != held or any(tuple(state[key].shape) != shape for key, shape in shapes.items()):
-        raise ValueError(
-            f"the state of {name} is for {state['held']}, but this rank now holds {held}: state_dict loads only "
-            "under the world size and layout that wrote it"
-        )
-    state.update({key: state[key].to(**kind) for key in shapes})

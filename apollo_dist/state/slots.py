@@ -1,0 +1,55 @@
+"""Slots: the state that one rank keeps of one matrix or tensor, as a dictionary of plain values and tensors.
+
+Keys of a slot::
+
+    step                    steps taken, an int: the step reads it in Python
+    exp_avg, exp_avg_sq     of a matrix (owned channels, r); of another tensor (elements that this rank holds,)
+    last_norm               the limiter's, (), of a matrix only
+    held                    which channels or elements these are, as plain integers
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Slot = dict[str, Any]
+
+STEP, LAST_NORM, HELD = "step", "last_norm", "held"
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def ready(slot: Slot, name: str, shapes: Mapping[str, tuple[int, ...]], kind: dict[str, Any], held: list[Any]) -> None:
+    """Fill an empty slot with zeros; check one that was loaded, or that another layout left.
+
+    Args:
+        slot: filled or converted in place.
+        name: of the matrix or tensor, for the error.
+        shapes: of its tensors, by key.
+        kind: dtype and device of its tensors.
+        held: what this rank holds, as plain integers.
+
+    Raises:
+        ValueError: if the slot is for something else than this rank holds.
+    """
+    if not slot:
+        slot[STEP] = 0
+        slot.update({key: torch.zeros(shape, **kind) for key, shape in shapes.items()})
+        slot[HELD] = held
+        return
+    if slot[HELD] != held or any(tuple(slot[key].shape) != shape for key, shape in shapes.items()):
+        raise ValueError(
+            f"the state of {name} is for {slot[HELD]}, but this rank now holds {held}: state_dict loads only "
+            "under the world size and layout that wrote it"
+        )
+    slot.update({key: slot[key].to(**kind) for key in shapes})
+
+
+def copied(value: Any) -> Any:
+    """A copy of a state that shares no memory with it, and holds no more than its own elements."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return {key: copied(one) for key, one in value.items()} if isinstance(value, Mapping) else value
