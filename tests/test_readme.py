@@ -1,6 +1,6 @@
-"""Every Python block of README.md runs, in one process, in a group of one rank, against a small model.
+"""Every Python block of the pages in ``PAGES`` runs, in one process, in a group of one rank, against a small model.
 
-The blocks take ``model`` (with ``layers``) and ``loss_of(model)`` from their surroundings, as the README's text does.
+The blocks take ``model`` (with ``layers``) and ``loss_of(model)`` from their surroundings, as the text does.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```python\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+PAGES = ("README.md", "docs/engines.md", "docs/options.md", "docs/checkpoints.md")
+TEXTS = [(ROOT / page).read_text(encoding="utf-8") for page in PAGES]
+BLOCKS = [block for text in TEXTS for block in re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
 
 PREAMBLE = """
 import os, socket
@@ -107,8 +109,9 @@ def test_python_block_runs(number: int, tmp_path: Path) -> None:
 
 
 def test_links_point_to_files() -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in [ROOT / "README.md", ROOT / "ds_configs" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def test_the_two_commands_are_there_word_for_word() -> None:
