@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_dist import APOLLO
-from apollo_dist.projections.cache import OWNING, SENDING, Projections, Slab
-from apollo_dist.projections.gaussian import draw, drawn_together, gaussian, identities
+from apollo_dist.projections.cache import Phase, ProjectionCache, ProjectionSlice
+from apollo_dist.projections.gaussian import draw, drawn_together, gaussian, philox_keys
 from apollo_dist.rules import apollo as rule
 
 CPU = torch.device("cpu")
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 @pytest.mark.parametrize(("rank", "length"), [(1, 700), (3, 700), (130, 5000)])
 def test_each_of_several_is_as_if_drawn_alone(rank, length, dtype):
     starts = [0, 7, 4000]  # the longest slabs come in pieces
-    drawn = draw(identities(3, [(f"w{i}", i, start) for i, start in enumerate(starts)], CPU), rank, length, dtype)
+    drawn = draw(philox_keys(3, [(f"w{i}", i, start) for i, start in enumerate(starts)], CPU), rank, length, dtype)
     for i, start in enumerate(starts):
         assert torch.equal(drawn[i], gaussian(3, f"w{i}", i, rank, 9000, start, start + length, dtype=dtype))
 
@@ -44,16 +44,16 @@ def projections(keep, needed=(True, True)):
     """Six matrices: two ranks, two lengths, and all dtypes."""
     kinds = [(4, (0, 50)), (4, (10, 60)), (4, (0, 30)), (3, (0, 50)), (4, (0, 50)), (4, (5, 55))]
     slabs = [
-        Slab(f"w{k}", rank, torch.float64 if k == 4 else torch.float32, (a, b), ((a, b), (a + 1, b)), needed)
+        ProjectionSlice(f"w{k}", rank, torch.float64 if k == 4 else torch.float32, (a, b), ((a, b), (a + 1, b)), needed)
         for k, (rank, (a, b)) in enumerate(kinds)
     ]
-    return Projections(slabs, CPU, keep=keep), slabs
+    return ProjectionCache(slabs, CPU, keep=keep), slabs
 
 
 def check(projection, slab, seed, refresh):
     first, last = slab.columns
     want = gaussian(seed, slab.name, refresh, slab.rank, 60, first, last, dtype=slab.dtype)
-    assert torch.equal(projection.slab, rule.columns(want))
+    assert torch.equal(projection.slab, rule.as_gemm_operand(want))
     assert projection.first == first
     for tile, (a, b) in zip(projection.tiles, slab.edges, strict=True):
         assert torch.equal(tile, projection.slab[a - first : b - first])
@@ -66,7 +66,7 @@ def test_matrices_have_refreshes_of_their_own(keep):
     steps = [(1, [0] * 6), (1, [0, None, 0, 0, None, 0]), (1, [1, 0, 1, None, 0, 1]), (1, [1] * 6), (2, [1] * 6)]
     for seed, refreshes in steps:
         drawing.begin(seed, refreshes)
-        for phase in (SENDING, OWNING):
+        for phase in (Phase.REDUCE, Phase.OWN):
             for k, slab in enumerate(slabs):
                 found = drawing.of(k, phase)
                 if refreshes[k] is None:
@@ -82,9 +82,9 @@ def test_alike_ones_are_drawn_together_and_only_when_needed(keep):
     def draws(refreshes):
         drawing.begin(0, refreshes)
         with Counted() as counted:
-            for phase in (SENDING, OWNING):
+            for phase in (Phase.REDUCE, Phase.OWN):
                 found = [drawing.of(k, phase) for k in range(len(slabs))]
-                assert all((p is None) == (phase == SENDING) for p in found)
+                assert all((p is None) == (phase == Phase.REDUCE) for p in found)
         return counted.draws
 
     # Of rank 4, length 50 and float32 there are three; the others are alone.
@@ -97,7 +97,7 @@ def test_what_is_not_kept_is_let_go():
     drawing, slabs = projections(keep=False)
     drawing.begin(0, [0] * 6)
     for k in range(len(slabs)):
-        found = weakref.ref(drawing.of(k, OWNING))
+        found = weakref.ref(drawing.of(k, Phase.OWN))
         assert found() is None
 
 

@@ -69,9 +69,11 @@ def fsdp2_step(rank, world, options):
         found.append((counter.calls, counter.bytes))
         optimizer.zero_grad()
     (built,) = optimizer._builds.values()
-    sent = [unit.plan.numbers_sent(rank) for unit in built.units]
-    assert [tuple(4 * numbers for numbers in pair) for pair in sent] == [u.exchange.bytes_sent for u in built.units]
-    return found[1:], [unit.exchange.bytes_sent for unit in built.units]
+    sent = [group_step.plan.numbers_sent(rank) for group_step in built.shard_groups]
+    assert [tuple(4 * numbers for numbers in pair) for pair in sent] == [
+        u.exchange.bytes_sent for u in built.shard_groups
+    ]
+    return found[1:], [group_step.exchange.bytes_sent for group_step in built.shard_groups]
 
 
 @pytest.mark.parametrize(("options", "second"), [({}, "all_to_all_single"), ({"scale_type": "tensor"}, "all_reduce")])
@@ -127,10 +129,10 @@ def zero_step(rank, world, config):
     predicted = []
     for b in optimizer._builds.values():
         collectives = []
-        for u in b.units:
+        for u in b.shard_groups:
             collectives += ["all_to_all_single"] * u.plan.needs_exchange1
             collectives += ["all_reduce" if u.plan.reduces else "all_to_all_single"] * u.plan.needs_exchange2
-        predicted.append((collectives, sum(sum(u.exchange.bytes_sent) for u in b.units)))
+        predicted.append((collectives, sum(sum(u.exchange.bytes_sent) for u in b.shard_groups)))
     return calls, predicted
 
 

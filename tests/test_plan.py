@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from apollo_dist.exchange.plan import MatrixSpec, make_plan
-from apollo_dist.exchange.routes import Elements, First, Projected, Second
+from apollo_dist.exchange.routes import Elements, Projected, ReduceRoutes, ReplyRoutes
 from apollo_dist.sharding.regions import FlatCover, Tile, check_cover, cut_ranges, flat_tiles, row_ranges
 
 
@@ -127,7 +127,7 @@ def columns(m, n, world):
 
 
 def plans(world):
-    """Plans of several matrices of every shape and division, at ranks from one to the largest."""
+    """Plans of several matrices of every shape and partition, at ranks from one to the largest."""
     shapes = [(6, 25), (25, 6), (5, 31), (9, 9), (40, 8), (6, 25), (3, 10)]
     for options in ({}, {"channel_norms": False, "channel_scales": False, "terms": (0, 1, 2)}, {"terms": ()}):
         for r in (1, 2, 3):
@@ -140,10 +140,10 @@ def plans(world):
 
 @pytest.mark.parametrize("world", [2, 3, 5, 8])
 def test_both_ends_of_every_message_agree(world):
-    """What each rank sends is what its peer expects, and what the plan counts, whatever the division."""
+    """What each rank sends is what its peer expects, and what the plan counts, whatever the partition."""
     kinds = set()
     for plan in plans(world):
-        first = [First(plan, rank) for rank in range(world)]
+        first = [ReduceRoutes(plan, rank) for rank in range(world)]
         for a, b in itertools.product(range(world), repeat=2):
             assert first[a].routes[b].send_numbers == first[b].routes[a].receive_numbers
             kinds |= {type(piece) for piece in first[a].routes[b].send}
@@ -153,7 +153,7 @@ def test_both_ends_of_every_message_agree(world):
             owned = sum(c.owned.count * m.spec.rank for c, m in zip(first[rank].channels, plan.matrices, strict=True))
             assert owned == plan.owned_numbers(rank)
         if plan.needs_exchange2 and not plan.reduces:
-            second = [Second(plan, rank, 3) for rank in range(world)]
+            second = [ReplyRoutes(plan, rank, 3) for rank in range(world)]
             for a, b in itertools.product(range(world), repeat=2):
                 assert second[a].send_numbers[b] == second[b].receive_numbers[a]
             for rank in range(world):
@@ -166,7 +166,7 @@ def test_both_ends_of_every_message_agree(world):
 def test_every_element_of_a_shared_channel_reaches_its_owner_once(world):
     """As itself or in a projection; elements never with more numbers than their projection has."""
     for plan in plans(world):
-        first = [First(plan, rank) for rank in range(world)]
+        first = [ReduceRoutes(plan, rank) for rank in range(world)]
         for i, m in enumerate(plan.matrices):
             seen = Counter()
             for rank in range(world):

@@ -26,7 +26,7 @@ from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import Holding, canonical_name
 from ..step.matrix import Matrix
-from ..step.plan import Build
+from ..step.plan import StepPlan
 from ..step.shard_group import AdamTensor
 from . import elementwise
 from .options import options_of, restore_options
@@ -96,7 +96,7 @@ def contents(model: Any, optimizer: Any) -> Contents:
     return found
 
 
-def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer, builds: Sequence[Build]) -> None:
+def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer, builds: Sequence[StepPlan]) -> None:
     """The local part of ``contents``, which may fail on one rank only."""
     fsdp1.register(module)
     detect.reshard(module)
@@ -118,14 +118,14 @@ def _client(engine: Any, optimizer: Any) -> torch.optim.Optimizer:
     return inner
 
 
-def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[Build]) -> list[Holding]:
+def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[StepPlan]) -> list[Holding]:
     """Add APOLLO's state and description; the holdings of its parameters."""
     parameters = found.description.setdefault("parameters", {})
     holdings = [holding for build in builds for holding, _ in build.holdings]
     for holding in holdings:
         parameters[holding.name] = {"kind": "AdamW"}
     for build in builds:
-        for matrix in (m for unit in build.units for m in unit.matrices):
+        for matrix in (m for group_step in build.shard_groups for m in group_step.matrices):
             parameters[matrix.holding.name] = {"kind": "low-rank", "rank": matrix.spec.rank}
             _add_matrix(found, matrix)
         for tensor in build.adam:

@@ -79,7 +79,7 @@ class Overlaps(NamedTuple):
     elements: Integers
 
 
-class Division:
+class ChannelPartition:
     """The tiles of an m x n matrix on all ranks of a shard group, and its runs.
 
     Args:
@@ -176,13 +176,13 @@ class Division:
 
 
 @lru_cache(maxsize=256)
-def held_channels(division: Division, rank: int) -> tuple[ChannelSet, ChannelSet]:
+def held_channels(partition: ChannelPartition, rank: int) -> tuple[ChannelSet, ChannelSet]:
     """The channels that ``rank`` alone holds, and those that it and others hold."""
-    mine = division.alone_owner == rank
-    alone = zip(division.alone_start[mine].tolist(), division.alone_stop[mine].tolist(), strict=True)
-    starts = np.array([run.start for run in division.shared], dtype=np.int64)
-    stops = np.array([run.stop for run in division.shared], dtype=np.int64)
+    mine = partition.alone_owner == rank
+    alone = zip(partition.alone_start[mine].tolist(), partition.alone_stop[mine].tolist(), strict=True)
+    starts = np.array([run.start for run in partition.shared], dtype=np.int64)
+    stops = np.array([run.stop for run in partition.shared], dtype=np.int64)
     # A rank that holds any of a run holds some of each of its channels.
-    runs = np.unique(division.overlaps(starts, stops, division.tiles_of(rank)).range)
+    runs = np.unique(partition.overlaps(starts, stops, partition.tiles_of(rank)).range)
     shared = zip(starts[runs].tolist(), stops[runs].tolist(), strict=True)
     return ChannelSet.merged(list(alone)), ChannelSet.merged(list(shared))

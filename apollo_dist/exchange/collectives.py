@@ -1,4 +1,4 @@
-"""The collectives of a step, two for each unit: the only file with communication in a step.
+"""The collectives of a step, two for each shard group: the only file with communication in a step.
 
 Exchange 1 carries partial low-rank gradients, or gradient elements where those are fewer, to the owners of their
 channels; exchange 2 carries scaling factors and norm terms back to the holders. Each is one collective over the shard
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..sharding.local_shard import ShardGroup
 from ..sharding.regions import Range
 from .plan import Plan
-from .routes import Elements, First, Projected, Reduced, Scales, Second
+from .routes import Elements, Projected, ReduceRoutes, ReplyAllReduce, ReplyRoutes, Scales
 
 TERMS = 3
 
@@ -44,7 +44,7 @@ class Partial(NamedTuple):
 
 
 class Received(NamedTuple):
-    """What exchange 1 brings for one matrix, over ``Channels.shared_owned``.
+    """What exchange 1 brings for one matrix, over ``Channels.owned_shared``.
 
     Attributes:
         low_rank: the sum of the parts of R, (channels, r).
@@ -74,7 +74,7 @@ class Exchange:
 
     def __init__(self, plan: Plan, group: ShardGroup, dtype: torch.dtype, device: torch.device) -> None:
         self.plan, self.group, self.dtype, self.device = plan, group, dtype, device
-        self._first = First(plan, group.rank)
+        self._first = ReduceRoutes(plan, group.rank)
         self.channels = self._first.channels
         first = sum(route.send_numbers for k, route in enumerate(self._first.routes) if k != group.rank)
         second = 0
@@ -87,16 +87,16 @@ class Exchange:
         """Prepare exchange 2; returns how many numbers leave this rank."""
         plan, rank = self.plan, self.group.rank
         if plan.reduces:
-            self._second: Second | Reduced = Reduced(plan, rank, TERMS)
+            self._second: ReplyRoutes | ReplyAllReduce = ReplyAllReduce(plan, rank, TERMS)
             self._places = [torch.tensor(self._second.terms, dtype=torch.int64, device=self.device)]
             return plan.ring_numbers
-        self._second = Second(plan, rank, TERMS)
+        self._second = ReplyRoutes(plan, rank, TERMS)
         lists = {id(places): places for places in self._second.terms}
         tensors = {key: torch.tensor(places, dtype=torch.int64, device=self.device) for key, places in lists.items()}
         self._places = [tensors[id(places)] for places in self._second.terms]
         return sum(self._second.send_numbers) - self._second.send_numbers[rank]
 
-    def to_owners(self, partials: Sequence[Partial]) -> list[Received]:
+    def reduce_to_owners(self, partials: Sequence[Partial]) -> list[Received]:
         """Exchange 1: sum partial low-rank gradients at the owners of their channels, and bring elements there.
 
         Args:
@@ -144,7 +144,7 @@ class Exchange:
             target[split:].copy_(partial.norms[rows])
 
     def _summed(self, total: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-        """Matrix i's low-rank gradient and squared norms over ``shared_owned``, from the accumulator."""
+        """Matrix i's low-rank gradient and squared norms over ``owned_shared``, from the accumulator."""
         spec = self.plan.matrices[i].spec
         rows, norms = [], []
         for offset, count in self._first.owned[i]:
@@ -170,17 +170,17 @@ class Exchange:
             found.append((slice(block.first, block.last), block.inner, whole if tall else whole.t()))
         return found
 
-    def to_holders(self, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[list[Tensor | None], Tensor]:
+    def reply_to_holders(self, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[list[Tensor | None], Tensor]:
         """Exchange 2: send scaling factors to the holders, and sum norm terms.
 
         Args:
-            scales: for each matrix with channel scaling the factors of its ``shared_owned`` channels, (channels,).
+            scales: for each matrix with channel scaling the factors of its ``owned_shared`` channels, (channels,).
             terms: (matrices, TERMS), this rank's norm terms.
 
         Returns:
-            The factors over ``shared_held`` for each matrix with channel scaling, and the terms summed over ranks.
+            The factors over ``shared`` for each matrix with channel scaling, and the terms summed over ranks.
         """
-        if isinstance(self._second, Reduced):
+        if isinstance(self._second, ReplyAllReduce):
             received, total = self._reduce(self._second, scales, terms)
         else:
             received, total = self._scatter(self._second, scales, terms)
@@ -193,7 +193,7 @@ class Exchange:
                 held.append(torch.cat(parts) if parts else scale.new_empty(0))
         return held, total
 
-    def _scatter(self, plan: Second, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
+    def _scatter(self, plan: ReplyRoutes, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
         chosen = {id(places): terms.view(-1).index_select(0, places) for places in self._places}
         pieces: list[Tensor] = []
         for places, parts in zip(self._places, plan.send, strict=True):
@@ -210,7 +210,7 @@ class Exchange:
             at += numbers
         return received, total
 
-    def _reduce(self, plan: Reduced, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
+    def _reduce(self, plan: ReplyAllReduce, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
         (places,) = self._places
         block = torch.zeros(self.plan.reduced_numbers, dtype=self.dtype, device=self.device)
         for part, offset in plan.owned:

@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from .channels import Division, Integers
+from .channels import ChannelPartition, Integers
 
 # Pools with common holders depend on each other: rounds of levelling one pool after the other, with the others as they
 # are, reduce the sum of squared loads each time. From a start in proportion to elements few are needed.
@@ -22,21 +22,21 @@ _ROUNDS = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Family:
-    """``count`` matrices with the same division and rank ``weight``: numbers of state for each channel."""
+class MatrixClass:
+    """``count`` matrices with the same partition and rank ``weight``: numbers of state for each channel."""
 
-    division: Division
+    partition: ChannelPartition
     weight: int
     count: int
 
 
 @dataclass(frozen=True, eq=False)
-class Shares:
+class OwnedRanges:
     """The shared channels of one matrix, cut at run and owner boundaries; in channel order.
 
     Attributes:
         starts, stops: channels.
-        runs: number of the run in ``Division.shared``.
+        runs: number of the run in ``ChannelPartition.shared``.
         owners: the rank that keeps them.
     """
 
@@ -53,7 +53,7 @@ class Shares:
 
 
 @dataclass
-class _Pool:
+class HolderPool:
     """All runs with the same holders: (family, run) each, laid one after the other."""
 
     holders: Integers
@@ -61,15 +61,15 @@ class _Pool:
     total: int = 0
 
 
-def deal(families: Sequence[Family], world: int) -> list[list[Shares]]:
+def assign_owners(families: Sequence[MatrixClass], world: int) -> list[list[OwnedRanges]]:
     """For each family the shares of its matrices."""
     load = np.zeros(world, dtype=np.int64)
     for family in families:
-        division = family.division
-        alone = (division.alone_stop - division.alone_start) * (family.weight * family.count)
-        np.add.at(load, division.alone_owner, alone)
+        partition = family.partition
+        alone = (partition.alone_stop - partition.alone_start) * (family.weight * family.count)
+        np.add.at(load, partition.alone_owner, alone)
     pools = _pools(families)
-    held = [family.count * family.division.elements(world) for family in families]
+    held = [family.count * family.partition.elements(world) for family in families]
     quotas = [_proportional(pool, held) for pool in pools]
     for pool, quota in zip(pools, quotas, strict=True):
         load[pool.holders] += quota
@@ -84,18 +84,18 @@ def deal(families: Sequence[Family], world: int) -> list[list[Shares]]:
     return [_by_matrix(family, found) for family, found in zip(families, cuts, strict=True)]
 
 
-def _pools(families: Sequence[Family]) -> list[_Pool]:
-    pools: dict[bytes, _Pool] = {}
+def _pools(families: Sequence[MatrixClass]) -> list[HolderPool]:
+    pools: dict[bytes, HolderPool] = {}
     for f, family in enumerate(families):
-        for i, run in enumerate(family.division.shared):
+        for i, run in enumerate(family.partition.shared):
             key = run.holders.tobytes()
-            pool = pools.setdefault(key, _Pool(run.holders.astype(np.int64)))
+            pool = pools.setdefault(key, HolderPool(run.holders.astype(np.int64)))
             pool.runs.append((f, i))
             pool.total += (run.stop - run.start) * family.weight * family.count
     return list(pools.values())
 
 
-def _proportional(pool: _Pool, held: Sequence[Integers]) -> Integers:
+def _proportional(pool: HolderPool, held: Sequence[Integers]) -> Integers:
     """A first division of a pool: in proportion to the elements that its holders have of its matrices.
 
     ``held[f][k]`` are rank k's elements of family f.
@@ -122,7 +122,7 @@ def _level(load: Integers, total: int) -> Integers:
     return quota
 
 
-def _cut(pool: _Pool, quota: Integers, families: Sequence[Family], cuts: list[list[Integers]]) -> Integers:
+def _cut(pool: HolderPool, quota: Integers, families: Sequence[MatrixClass], cuts: list[list[Integers]]) -> Integers:
     """Cut a pool's line by its holders' quotas, to whole channels; returns what they got.
 
     Adds to ``cuts`` of each family rows of (run, start, stop, owner), positions counting from 0 through the run's
@@ -132,7 +132,7 @@ def _cut(pool: _Pool, quota: Integers, families: Sequence[Family], cuts: list[li
     got = np.zeros_like(quota)
     at = 0
     for f, i in pool.runs:
-        family, run = families[f], families[f].division.shared[i]
+        family, run = families[f], families[f].partition.shared[i]
         channels = (run.stop - run.start) * family.count
         bounds = np.clip((edges - at + family.weight // 2) // family.weight, 0, channels)
         counts = np.diff(bounds)
@@ -144,9 +144,9 @@ def _cut(pool: _Pool, quota: Integers, families: Sequence[Family], cuts: list[li
     return got
 
 
-def _by_matrix(family: Family, cuts: Sequence[Integers]) -> list[Shares]:
+def _by_matrix(family: MatrixClass, cuts: Sequence[Integers]) -> list[OwnedRanges]:
     """The shares of each matrix of a family, from rows as ``_cut`` makes them."""
-    shared = family.division.shared
+    shared = family.partition.shared
     table = np.concatenate(cuts) if cuts else np.empty((0, 4), dtype=np.int64)
     length = np.array([run.stop - run.start for run in shared], dtype=np.int64)[table[:, 0]]
     # An owner's part of a line may reach over several matrices: one share in each.
@@ -162,5 +162,6 @@ def _by_matrix(family: Family, cuts: Sequence[Integers]) -> list[Shares]:
     order = np.lexsort((starts, matrix))
     edges = np.searchsorted(matrix[order], np.arange(family.count + 1))
     return [
-        Shares(*(values[order[a:b]] for values in (starts, stops, runs, owners))) for a, b in pairwise(edges.tolist())
+        OwnedRanges(*(values[order[a:b]] for values in (starts, stops, runs, owners)))
+        for a, b in pairwise(edges.tolist())
     ]

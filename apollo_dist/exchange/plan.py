@@ -21,8 +21,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..sharding.regions import Tile, check_cover
-from .channels import Division, Integers, Run
-from .ownership import Family, Shares, deal
+from .channels import ChannelPartition, Integers, Run
+from .ownership import MatrixClass, OwnedRanges, assign_owners
 
 
 @dataclass(frozen=True)
@@ -84,27 +84,27 @@ class MatrixPlan:
     """One matrix: how it is divided, and who owns the channels that several ranks hold."""
 
     spec: MatrixSpec
-    division: Division
-    shares: Shares
+    partition: ChannelPartition
+    shares: OwnedRanges
 
     @property
     def shared(self) -> bool:
         """Whether any channel has several holders."""
-        return bool(self.division.shared)
+        return bool(self.partition.shared)
 
     @property
     def participants(self) -> Integers:
         """The ranks that hold any of it, ascending."""
-        return self.division.participants
+        return self.partition.participants
 
     def run_of(self, share: int) -> Run:
         """The run that a share is part of."""
-        return self.division.shared[int(self.shares.runs[share])]
+        return self.partition.shared[int(self.shares.runs[share])]
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """All segments in channel order; made anew at each call, for inspection."""
-        d, s = self.division, self.shares
+        d, s = self.partition, self.shares
         alone = np.stack((d.alone_start, d.alone_stop, d.alone_owner), axis=1).tolist()
         found = [Segment(start, stop, (owner,), owner) for start, stop, owner in alone]
         for i, (start, stop, owner) in enumerate(np.stack((s.starts, s.stops, s.owners), axis=1).tolist()):
@@ -160,7 +160,7 @@ class Plan:
         sent = np.zeros(self.world_size, dtype=np.int64)
         for m in self.matrices:
             if m.spec.channel_scales and m.shared:
-                others = np.array([len(run.holders) - 1 for run in m.division.shared], dtype=np.int64)
+                others = np.array([len(run.holders) - 1 for run in m.partition.shared], dtype=np.int64)
                 np.add.at(sent, m.shares.owners, m.shares.counts * others[m.shares.runs])
             sent[m.participants] += len(m.spec.terms) * (len(m.participants) - 1)
         return sent
@@ -172,7 +172,7 @@ class Plan:
         for m in self.matrices:
             s = m.spec
             text.update(repr((s.name, s.m, s.n, s.rank, s.channel_norms, s.channel_scales, s.terms)).encode())
-            text.update(m.division.digest)
+            text.update(m.partition.digest)
             for values in (m.shares.starts, m.shares.stops, m.shares.owners):
                 text.update(values.tobytes())
         return text.hexdigest()
@@ -190,7 +190,7 @@ class Plan:
     def _owned(self) -> Integers:
         owned = np.zeros(self.world_size, dtype=np.int64)
         for m in self.matrices:
-            np.add.at(owned, m.division.alone_owner, (m.division.alone_stop - m.division.alone_start) * m.spec.rank)
+            np.add.at(owned, m.partition.alone_owner, (m.partition.alone_stop - m.partition.alone_start) * m.spec.rank)
             np.add.at(owned, m.shares.owners, m.shares.counts * m.spec.rank)
         return owned
 
@@ -219,7 +219,7 @@ class Plan:
         for m in self.matrices:
             if not m.shared:
                 continue
-            key = m.division.digest + m.shares.starts.tobytes()
+            key = m.partition.digest + m.shares.starts.tobytes()
             if key not in known:
                 known = {key: elements_held(m, self.world_size)}  # neighbours are often alike
             share, holders, elements = known[key]
@@ -229,8 +229,8 @@ class Plan:
 
 def elements_held(matrix: MatrixPlan, world_size: int) -> tuple[Integers, Integers, Integers]:
     """(share, holder, elements) for every holder of every share of a matrix."""
-    found = matrix.division.overlaps(matrix.shares.starts, matrix.shares.stops)
-    return sum_by_holder(found.range, matrix.division.rank[found.tile], found.elements, world_size)
+    found = matrix.partition.overlaps(matrix.shares.starts, matrix.shares.stops)
+    return sum_by_holder(found.range, matrix.partition.rank[found.tile], found.elements, world_size)
 
 
 def sum_by_holder(
@@ -260,31 +260,31 @@ def make_plan(specs: Sequence[MatrixSpec], world_size: int) -> Plan:
     Raises:
         ValueError: if the tiles do not cover a matrix exactly once.
     """
-    divisions = _Divisions()
-    families: dict[tuple[Division, int], list[int]] = {}
+    partitions = _Partitions()
+    families: dict[tuple[ChannelPartition, int], list[int]] = {}
     for i, spec in enumerate(specs):
         assert len(spec.tiles) == world_size
-        families.setdefault((divisions.of(spec), spec.rank), []).append(i)
-    listed = [Family(division, rank, len(members)) for (division, rank), members in families.items()]
-    shares: dict[int, tuple[Division, Shares]] = {}
-    for family, members, dealt in zip(listed, families.values(), deal(listed, world_size), strict=True):
-        shares.update((i, (family.division, share)) for i, share in zip(members, dealt, strict=True))
+        families.setdefault((partitions.of(spec), spec.rank), []).append(i)
+    listed = [MatrixClass(partition, rank, len(members)) for (partition, rank), members in families.items()]
+    shares: dict[int, tuple[ChannelPartition, OwnedRanges]] = {}
+    for family, members, dealt in zip(listed, families.values(), assign_owners(listed, world_size), strict=True):
+        shares.update((i, (family.partition, share)) for i, share in zip(members, dealt, strict=True))
     return Plan(world_size, tuple(MatrixPlan(spec, *shares[i]) for i, spec in enumerate(specs)))
 
 
-class _Divisions:
-    """The divisions of a plan, one for all matrices with equal shape and tiles."""
+class _Partitions:
+    """The partitions of a plan, one for all matrices with equal shape and tiles."""
 
     def __init__(self) -> None:
         # By identity first, which is quick; tiles stay alive through the specs.
-        self._by_id: dict[tuple[int, int, int], Division] = {}
-        self._by_content: dict[bytes, Division] = {}
+        self._by_id: dict[tuple[int, int, int], ChannelPartition] = {}
+        self._by_content: dict[bytes, ChannelPartition] = {}
 
-    def of(self, spec: MatrixSpec) -> Division:
-        """The division of a matrix, whose cover is checked if it is new."""
+    def of(self, spec: MatrixSpec) -> ChannelPartition:
+        """The partition of a matrix, whose cover is checked if it is new."""
         key = (spec.m, spec.n, id(spec.tiles))
         if key not in self._by_id:
             check_cover(spec.name, spec.m, spec.n, spec.tiles)
-            division = Division(spec.m, spec.n, spec.tiles)
-            self._by_id[key] = self._by_content.setdefault(division.digest, division)
+            partition = ChannelPartition(spec.m, spec.n, spec.tiles)
+            self._by_id[key] = self._by_content.setdefault(partition.digest, partition)
         return self._by_id[key]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..sharding.regions import Range
-from .channels import ChannelSet, Division, held_channels
+from .channels import ChannelPartition, ChannelSet, held_channels
 from .plan import MatrixPlan, Plan, sends_elements, sum_by_holder
 
 
@@ -53,28 +53,29 @@ class Channels:
     """Which channels of one matrix a rank deals with.
 
     Attributes:
-        alone: held by this rank only, and so owned by it.
-        shared_held: held by this rank and others.
-        shared_owned: those of ``shared_held`` that this rank owns.
-        projected: those of ``shared_held`` whose part of R this rank sends; of the others it sends elements.
-        arriving: hull of the columns of P for the elements that this rank is sent to project; (0, 0) without any.
+        local_only: held by this rank only, and so owned by it.
+        shared: held by this rank and others.
+        owned_shared: those of ``shared`` that this rank owns.
+        projected: those of ``shared`` whose part of R this rank sends; of the others it sends elements.
+        incoming_columns: hull of the columns of P for the elements that other ranks send, to be projected here; (0, 0)
+            where there are none.
     """
 
-    alone: ChannelSet
-    shared_held: ChannelSet
-    shared_owned: ChannelSet
+    local_only: ChannelSet
+    shared: ChannelSet
+    owned_shared: ChannelSet
     projected: ChannelSet
-    arriving: Range
+    incoming_columns: Range
 
     @property
     def owned(self) -> ChannelSet:
-        """The channels whose low-rank state lives here, in the order it is stored: ``alone``, then shared ones."""
-        return self.alone + self.shared_owned
+        """The channels whose low-rank state lives here, in the order it is stored: ``local_only``, then shared ones."""
+        return self.local_only + self.owned_shared
 
     @property
     def held(self) -> ChannelSet:
-        """The channels this rank holds any element of: ``alone``, then ``shared_held``."""
-        return self.alone + self.shared_held
+        """The channels this rank holds any element of: ``local_only``, then ``shared``."""
+        return self.local_only + self.shared
 
 
 @dataclass
@@ -113,7 +114,7 @@ class Block:
     """Elements of the same channels from several tiles, which together are one operand of a product with P.
 
     Attributes:
-        first, last: position of the channels in ``shared_owned``.
+        first, last: position of the channels in ``owned_shared``.
         inner: for each part its range along the projected dimension, ascending.
         places: for each part (peer, offset in what it sends).
     """
@@ -124,7 +125,7 @@ class Block:
     places: list[tuple[int, int]] = field(default_factory=list)
 
 
-class First:
+class ReduceRoutes:
     """Exchange 1 as one rank of a plan sees it.
 
     Attributes:
@@ -142,7 +143,7 @@ class First:
         self.blocks: list[list[Block]] = []
         self.channels: list[Channels] = []
         for i, matrix in enumerate(plan.matrices):
-            alone, shared = held_channels(matrix.division, rank)
+            alone, shared = held_channels(matrix.partition, rank)
             nothing = ChannelSet(())
             self.owned.append([])
             self.blocks.append([])
@@ -152,21 +153,21 @@ class First:
             projected = self._sends(i, matrix, rank)
             owned = self._receives(i, matrix, rank, plan.world_size)
             hull = [edge for block in self.blocks[i] for part in block.inner for edge in part]
-            arriving = (min(hull), max(hull)) if hull else (0, 0)
-            self.channels.append(Channels(alone, shared, owned, projected, arriving))
+            incoming_columns = (min(hull), max(hull)) if hull else (0, 0)
+            self.channels.append(Channels(alone, shared, owned, projected, incoming_columns))
 
     def _sends(self, i: int, matrix: MatrixPlan, rank: int) -> ChannelSet:
         """What this rank sends of one matrix; returns the channels of which it sends its part of R."""
-        division, shares = matrix.division, matrix.shares
-        found = division.overlaps(shares.starts, shares.stops, division.tiles_of(rank))
+        partition, shares = matrix.partition, matrix.shares
+        found = partition.overlaps(shares.starts, shares.stops, partition.tiles_of(rank))
         elements = np.bincount(found.range, found.elements, minlength=len(shares.starts)).astype(np.int64)
         whole = sends_elements(matrix.spec, elements, shares.counts)
         parts: dict[int, list[Elements]] = defaultdict(list)
         for at, share in enumerate(found.range.tolist()):
             if whole[share]:
                 tile, first, last = (int(values[at]) for values in (found.tile, found.first, found.last))
-                origin = int(division.start[tile])
-                piece = Elements(i, int(division.number[tile]), first - origin, last - origin, int(found.elements[at]))
+                origin = int(partition.start[tile])
+                piece = Elements(i, int(partition.number[tile]), first - origin, last - origin, int(found.elements[at]))
                 parts[share].append(piece)
         ranges: list[Range] = []
         position = 0
@@ -185,15 +186,15 @@ class First:
 
     def _receives(self, i: int, matrix: MatrixPlan, rank: int, world: int) -> ChannelSet:
         """What this rank receives of one matrix; returns the shared channels that it owns."""
-        division, shares = matrix.division, matrix.shares
+        partition, shares = matrix.partition, matrix.shares
         mine = shares.owners == rank
         starts, stops = shares.starts[mine], shares.stops[mine]
         counts = stops - starts
-        found = division.overlaps(starts, stops)
+        found = partition.overlaps(starts, stops)
         parts: dict[tuple[int, int], list[int]] = defaultdict(list)
-        for at, key in enumerate(zip(found.range.tolist(), division.rank[found.tile].tolist(), strict=True)):
+        for at, key in enumerate(zip(found.range.tolist(), partition.rank[found.tile].tolist(), strict=True)):
             parts[key].append(at)
-        held = sum_by_holder(found.range, division.rank[found.tile], found.elements, world)
+        held = sum_by_holder(found.range, partition.rank[found.tile], found.elements, world)
         whole = sends_elements(matrix.spec, held[2], counts[held[0]])
         positions = np.cumsum(counts) - counts
         targets = []
@@ -212,7 +213,7 @@ class First:
                 tile = int(found.tile[at])
                 key = (int(found.first[at]) + shift, int(found.last[at]) + shift)
                 block = blocks.setdefault(key, Block(*key))
-                block.inner.append((int(division.inner_start[tile]), int(division.inner_stop[tile])))
+                block.inner.append((int(partition.inner_start[tile]), int(partition.inner_stop[tile])))
                 block.places.append((holder, route.expect(int(found.elements[at]))))
         self.blocks[i] = [_ascending(block) for block in blocks.values()]
         return ChannelSet.merged(list(zip(starts.tolist(), stops.tolist(), strict=True)))
@@ -225,13 +226,13 @@ def _ascending(block: Block) -> Block:
 
 def held_shares(matrix: MatrixPlan, rank: int) -> list[int]:
     """The shares of a matrix that a rank holds any element of, in channel order."""
-    division: Division = matrix.division
-    found = division.overlaps(matrix.shares.starts, matrix.shares.stops, division.tiles_of(rank))
+    partition: ChannelPartition = matrix.partition
+    found = partition.overlaps(matrix.shares.starts, matrix.shares.stops, partition.tiles_of(rank))
     shares: list[int] = np.unique(found.range).tolist()
     return shares
 
 
-class Second:
+class ReplyRoutes:
     """Exchange 2 as one rank of a plan sees it, if it is an all-to-all.
 
     A peer's message is its norm terms, then its scaling factors.
@@ -267,7 +268,7 @@ class Second:
         self.scales = [[(base[owner] + offset, count) for owner, offset, count in parts] for parts in incoming]
 
 
-class Reduced:
+class ReplyAllReduce:
     """Exchange 2 as one rank of a plan sees it, if it is an all-reduce: all scaling factors, then all terms.
 
     Attributes:

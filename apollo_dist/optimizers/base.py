@@ -15,8 +15,8 @@ from ..distributed import agree, run_together
 from ..sharding.deepspeed import zero, zero_engine
 from ..state.callers import called_to_make_state
 from ..step.nonfinite import NonFiniteGuard
-from ..step.plan import Build, build, fingerprint
-from ..step.run import step_adam, step_unit
+from ..step.plan import StepPlan, fingerprint, plan_step
+from ..step.run import step_adam, step_shard_group
 from .grouped import GroupedOptimizer
 from .model_ref import PresentModel, check_not_replaced
 from .param_groups import Member
@@ -113,7 +113,7 @@ class APOLLO(GroupedOptimizer):
         agree({**facts, **fingerprint(seed, self.param_groups, self._members_of_groups())}, process_group)
         self._constructed = True
 
-    def prepare(self, engine: Any = None) -> list[Build]:
+    def prepare(self, engine: Any = None) -> list[StepPlan]:
         """Read the layouts and make the state now, not at the first step: a checkpoint is loaded into them.
 
         A collective, as the first step is. Where nothing changed since the last step it only looks that up.
@@ -159,13 +159,13 @@ class APOLLO(GroupedOptimizer):
         making_state = not self._builds and called_to_make_state()
         current = self._current()
         if current is not None and not making_state and not self._must_skip(current):
-            for unit in current.units:
-                step_unit(unit, self.seed)
+            for group_step in current.shard_groups:
+                step_shard_group(group_step, self.seed)
             step_adam(current.adam)
             self._count_stacks()
         return loss
 
-    def _must_skip(self, current: Build) -> bool:
+    def _must_skip(self, current: StepPlan) -> bool:
         return self._guard.enabled and self._guard.must_skip(current.gradients(), current.device)
 
     @property
@@ -173,7 +173,7 @@ class APOLLO(GroupedOptimizer):
         """Steps left out by ``skip_nonfinite`` since this optimizer was built."""
         return self._guard.skipped
 
-    def _current(self) -> Build | None:
+    def _current(self) -> StepPlan | None:
         """What this step works on, built anew when the parameters or their structure changed.
 
         None in the step with zero gradients that DeepSpeed makes while it builds FP16_UnfusedOptimizer.
@@ -203,7 +203,7 @@ class APOLLO(GroupedOptimizer):
             (id(g), tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
         )
 
-    def _build(self, engine: zero.Engine) -> Build:
+    def _build(self, engine: zero.Engine) -> StepPlan:
         """The local part of ``_current``; may fail on one rank only."""
         if engine.wrapper is None and self._model.module is not None:
             self._follow()
@@ -211,7 +211,7 @@ class APOLLO(GroupedOptimizer):
             check_not_replaced(self._given)
         if engine.module is None:
             engine = replace(engine, module=self._model.module)
-        return build(
+        return plan_step(
             self.param_groups,
             self._members,
             engine,

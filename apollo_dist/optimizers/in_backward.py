@@ -20,9 +20,9 @@ from ..integrations.deepspeed import NOT_IN_BACKWARD
 from ..sharding import dtensor, fsdp1, fsdp2
 from ..sharding.deepspeed import zero_engine
 from ..state.callers import called_to_make_state
-from ..step.plan import Build
-from ..step.run import step_adam, step_unit
-from ..step.shard_group import AdamTensor, Unit
+from ..step.plan import StepPlan
+from ..step.run import step_adam, step_shard_group
+from ..step.shard_group import AdamTensor, ShardGroupStep
 from .base import APOLLO, APOLLOMini
 from .model_ref import PresentModel
 
@@ -58,7 +58,7 @@ class _Part:
     """Parameters that are updated together, and what of the build is theirs."""
 
     tensors: list[Tensor] = field(default_factory=list)
-    units: list[Unit] = field(default_factory=list)
+    shard_groups: list[ShardGroupStep] = field(default_factory=list)
     adam: list[AdamTensor] = field(default_factory=list)
 
 
@@ -85,7 +85,7 @@ class LayerwiseAPOLLO(APOLLO):
         self._handles: list[Any] = []
         self._fired: set[int] = set()
         self._waiting: _Part | None = None
-        self._divided: Build | None = None
+        self._divided: StepPlan | None = None
         self._parts: dict[int, _Part] = {}
         run_together(lambda: _check_model(model, options), group)
         super().__init__(model if params is None else params, model=model, **options)
@@ -164,12 +164,12 @@ class LayerwiseAPOLLO(APOLLO):
                 self._divided, self._parts = built, self._divide(built)
         return self._parts[id(tensor)]
 
-    def _divide(self, built: Build) -> dict[int, _Part]:
+    def _divide(self, built: StepPlan) -> dict[int, _Part]:
         """The parts of a build, by the ids of their parameters."""
         numbers = {m.name: m.part for m in self._members.values()}
         parts: dict[int, _Part] = {number: _Part() for number in numbers.values()}
-        for unit in built.units:
-            parts[numbers[unit.matrices[0].holding.name]].units.append(unit)
+        for group_step in built.shard_groups:
+            parts[numbers[group_step.matrices[0].holding.name]].shard_groups.append(group_step)
         for tensor in built.adam:
             parts[numbers[tensor.holding.name]].adam.append(tensor)
         found = {}
@@ -180,8 +180,8 @@ class LayerwiseAPOLLO(APOLLO):
         return found
 
     def _update(self, part: _Part) -> None:
-        for unit in part.units:
-            step_unit(unit, self.seed)
+        for group_step in part.shard_groups:
+            step_shard_group(group_step, self.seed)
         step_adam(part.adam)
         for p in part.tensors:
             p.grad = None

@@ -16,7 +16,7 @@ from ..sharding import fsdp1
 from ..state import parameter_state
 from ..state.slots import Slot, copied
 from ..step.nonfinite import NonFiniteGuard
-from ..step.plan import Build
+from ..step.plan import StepPlan
 from .model_ref import PresentModel
 from .options import validate_options
 from .param_groups import Member
@@ -47,7 +47,7 @@ class StatefulOptimizer(Optimizer):
     _pending: dict[str, dict[str, Any]]
     # Names of the parameters that a load had to bring state for; None where nothing was loaded.
     _restored: frozenset[str] | None
-    _builds: dict[tuple[Any, ...], Build]
+    _builds: dict[tuple[Any, ...], StepPlan]
     _by_parameter: bool
     _engine: Any
     _constructed: bool
@@ -194,7 +194,7 @@ class StatefulOptimizer(Optimizer):
         new = {m.name for m in self._members.values()} - (self._restored or frozenset())
         return any(name == one or name.startswith(f"{one}[") for one in new)
 
-    def _adopt(self, build: Build, by_parameter: bool) -> None:
+    def _adopt(self, build: StepPlan, by_parameter: bool) -> None:
         """Give a new build the state that was loaded, if there is one. A collective.
 
         Args:

@@ -26,7 +26,7 @@ class Reading:
     """What one optimizer found.
 
     Attributes:
-        plans: one for each unit.
+        plans: one for each shard group.
         low_rank, rest: how the parameters of either kind are divided, by name.
     """
 
@@ -99,8 +99,8 @@ def _read(optimizer: APOLLO) -> Reading:
     plans: list[Plan] = []
     covers: tuple[dict[str, Cover], dict[str, Cover]] = ({}, {})
     for build in optimizer.prepare():
-        plans += [unit.plan for unit in build.units]
-        matrices = {m.holding.name for unit in build.units for m in unit.matrices}
+        plans += [group_step.plan for group_step in build.shard_groups]
+        matrices = {m.holding.name for group_step in build.shard_groups for m in group_step.matrices}
         for holding, _ in build.holdings:
             covers[holding.name not in matrices][holding.name] = holding.cover
     return Reading(plans, *covers)

@@ -1,4 +1,4 @@
-"""The projections of a unit's matrices, drawn for several matrices in one call.
+"""The projections of a shard group's matrices, generated for several matrices in one call.
 
 A draw is some 130 operations on a few thousand counters, so on an accelerator that redraws at every step its launches,
 not its arithmetic, would be the time: 30,000 of them for the matrices of a 7B model one by one.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import IntEnum
 
 import torch
 from torch import Tensor
@@ -16,12 +17,16 @@ from ..rules import apollo as rule
 from ..sharding.regions import Range
 from . import gaussian as projection
 
-# When a rank needs a matrix's projection in a step: for what it sends in exchange 1, and for the channels it owns.
-SENDING, OWNING = range(2)
+
+class Phase(IntEnum):
+    """When a rank needs a projection: for what it sends in exchange 1, or for the channels that it owns."""
+
+    REDUCE = 0
+    OWN = 1
 
 
 @dataclass(frozen=True)
-class Slab:
+class ProjectionSlice:
     """What a rank needs of the projection P of one matrix.
 
     Attributes:
@@ -30,7 +35,7 @@ class Slab:
         dtype: float32 or float64.
         columns: the range of P's columns.
         edges: of each local tile the range that it spans, within ``columns``.
-        needed: in SENDING, and in OWNING.
+        needed: in each ``Phase``.
     """
 
     name: str
@@ -51,7 +56,7 @@ class Projection:
     """A slab that was drawn.
 
     Attributes:
-        slab: P^T over the columns, as ``rule.columns`` returns it.
+        slab: P^T over the columns, as ``rule.as_gemm_operand`` returns it.
         first: the column of P that is the slab's first row.
         tiles: the part of each local tile.
     """
@@ -61,18 +66,18 @@ class Projection:
     tiles: list[Tensor]
 
 
-class Projections:
-    """Draws what the matrices of a unit need, and keeps it as long as that is asked for.
+class ProjectionCache:
+    """Draws what the matrices of a shard group need, and keeps it as long as that is asked for.
 
     Args:
-        slabs: of each matrix of the unit.
+        slabs: of each matrix of the shard group.
         device: of all of them.
         keep: keep projections until they are redrawn; otherwise each is drawn anew when it is needed, and let go.
     """
 
-    def __init__(self, slabs: Sequence[Slab], device: torch.device, *, keep: bool) -> None:
+    def __init__(self, slabs: Sequence[ProjectionSlice], device: torch.device, *, keep: bool) -> None:
         self._slabs, self._device, self._keep = list(slabs), device, keep
-        self._runs = [self._divide(phase) for phase in (SENDING, OWNING)]
+        self._runs = [self._divide(phase) for phase in Phase]
         self._drawn: dict[int, tuple[int, Projection]] = {}
         # By run what the draw starts from, on the device: copied there once in ``update_proj_gap`` steps, not in each.
         self._identities: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor]] = {}
@@ -125,9 +130,9 @@ class Projections:
         key = tuple(refresh for pair in wanted for refresh in pair)
         if run not in self._identities or self._identities[run][0] != key:
             names = [(self._slabs[k].name, refresh, self._slabs[k].columns[0]) for k, refresh in wanted]
-            self._identities[run] = (key, projection.identities(self._seed, names, self._device))
+            self._identities[run] = (key, projection.philox_keys(self._seed, names, self._device))
         drawn = projection.draw(self._identities[run][1], slab.rank, slab.length, slab.dtype)
         for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
-            columns, first = rule.columns(values), self._slabs[k].columns[0]
+            columns, first = rule.as_gemm_operand(values), self._slabs[k].columns[0]
             tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]
             self._drawn[k] = (refresh, Projection(columns, first, tiles))

@@ -109,10 +109,10 @@ def gaussian(
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")
     where = torch.device(device)
-    return draw(identities(seed, [(name, refresh, start)], where), rank, stop - start, dtype)[0]
+    return draw(philox_keys(seed, [(name, refresh, start)], where), rank, stop - start, dtype)[0]
 
 
-def identities(seed: int, slabs: Sequence[tuple[str, int, int]], device: torch.device) -> Tensor:
+def philox_keys(seed: int, slabs: Sequence[tuple[str, int, int]], device: torch.device) -> Tensor:
     """What ``draw`` starts from, (slabs, 5) on ``device``, which nothing waits for.
 
     Args:
@@ -133,7 +133,7 @@ def draw(starts: Tensor, rank: int, length: int, dtype: torch.dtype) -> Tensor:
     """Slabs of several matrices' projections, each as ``gaussian`` returns it, (slabs, rank, length).
 
     Args:
-        starts: what ``identities`` returned.
+        starts: what ``philox_keys`` returned.
         rank, length: of each slab.
         dtype: torch.float32 or torch.float64.
     """

@@ -84,7 +84,7 @@ def normalize(
     )
 
 
-def columns(projection: Tensor) -> Tensor:
+def as_gemm_operand(projection: Tensor) -> Tensor:
     """P^T of a projection P, (r, size), as ``project`` takes it: (size, r), or with r = 1 on CPU (size, 2).
 
     A single column gets a zero beside it, since BLAS takes less than half the time for two, unless memory is the

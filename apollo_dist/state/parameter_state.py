@@ -27,9 +27,9 @@ from torch.distributed.tensor.placement_types import Placement
 from ..distributed import run_together
 from ..exchange.collectives import device_for
 from ..sharding.local_shard import Holding
-from ..step.plan import Build
-from ..step.shard_group import AdamTensor, Unit
-from .reshard import Division, LowRank
+from ..step.plan import StepPlan
+from ..step.shard_group import AdamTensor, ShardGroupStep
+from .reshard import EvenReshard, LowRank
 from .slots import MOMENTS
 
 # Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
@@ -38,12 +38,12 @@ LAYOUTS = ("whole", "dtensor")
 State = dict[str, Any]
 
 
-def by_parameter(build: Build) -> bool:
+def by_parameter(build: StepPlan) -> bool:
     """Whether the parameters themselves are what the optimizer was given in this step, so that state can go by them."""
     return all(holding.layout in LAYOUTS for holding, _ in build.holdings)
 
 
-def collect(build: Build) -> dict[str, State]:
+def collect(build: StepPlan) -> dict[str, State]:
     """The state of every parameter, by name. A collective over each group of ranks that divide parameters.
 
     Tensors of plain parameters are the live ones, but for experts; DTensors are copies.
@@ -51,13 +51,13 @@ def collect(build: Build) -> dict[str, State]:
     low, adam = _parameters(build)
     counts = _agreed(build, low, adam)
     found: dict[str, State] = {}
-    for unit, parameters in low:
-        steps, norms = counts[id(unit.exchange.group.process_group)]
+    for group_step, parameters in low:
+        steps, norms = counts[id(group_step.exchange.group.process_group)]
         for p in parameters:
             last = torch.stack([norms[m.spec.name].to(p.holding.compute_dtype) for m in p.matrices])
             last = last.to(p.holding.device)
             found[p.holding.name] = {"step": steps[p.holding.name], "last_norm": last if len(last) > 1 else last[0]}
-        division = Division(unit, parameters)
+        division = EvenReshard(group_step, parameters)
         for key in MOMENTS:
             for p, mine in zip(parameters, division.to_chunks(key), strict=True):
                 found[p.holding.name][key] = _like(p.mesh, mine, p.shape, p.placements)
@@ -75,7 +75,7 @@ def collect(build: Build) -> dict[str, State]:
     return found
 
 
-def show(build: Build) -> list[tuple[Tensor, State, State | None]]:
+def show(build: StepPlan) -> list[tuple[Tensor, State, State | None]]:
     """What this rank owns of the state of every parameter, live, under the keys of ``collect``.
 
     Of experts the values are lists, and the third entry is the state whose ``step`` is theirs.
@@ -97,7 +97,7 @@ def show(build: Build) -> list[tuple[Tensor, State, State | None]]:
 
 
 def restore(
-    build: Build, states: Mapping[str, Mapping[str, Any]], required: Set[str], group: dist.ProcessGroup | None
+    build: StepPlan, states: Mapping[str, Mapping[str, Any]], required: Set[str], group: dist.ProcessGroup | None
 ) -> None:
     """Take over what ``collect`` gave, also at another number of ranks. A collective, as it is.
 
@@ -131,22 +131,22 @@ def restore(
         ]
 
     chunks = run_together(local_part, group)
-    for (unit, parameters), (first, second) in zip(low, chunks, strict=True):
-        division = Division(unit, parameters)
+    for (group_step, parameters), (first, second) in zip(low, chunks, strict=True):
+        division = EvenReshard(group_step, parameters)
         for key, values in zip(MOMENTS, (first, second), strict=True):
             division.to_owners(key, values)
 
 
 def _parameters(
-    build: Build,
-) -> tuple[list[tuple[Unit, list[LowRank]]], list[tuple[Tensor, Holding, AdamTensor | None]]]:
-    """The low-rank parameters of each unit, and the others with what this rank holds of them, all in order."""
+    build: StepPlan,
+) -> tuple[list[tuple[ShardGroupStep, list[LowRank]]], list[tuple[Tensor, Holding, AdamTensor | None]]]:
+    """The low-rank parameters of each shard group, and the others with what this rank holds of them, all in order."""
     tensors = {id(h): t for t, (h, _) in zip(build.tensors, build.holdings, strict=True)}
-    low: list[tuple[Unit, list[LowRank]]] = []
+    low: list[tuple[ShardGroupStep, list[LowRank]]] = []
     seen: set[int] = set()
-    for unit in build.units:
+    for group_step in build.shard_groups:
         parameters: list[LowRank] = []
-        for number, matrix in enumerate(unit.matrices):
+        for number, matrix in enumerate(group_step.matrices):
             holding = matrix.holding
             if id(holding) not in seen:
                 seen.add(id(holding))
@@ -155,14 +155,16 @@ def _parameters(
             parameters[-1].matrices.append(matrix)
         for p in parameters:
             p.divide()
-        low.append((unit, parameters))
+        low.append((group_step, parameters))
     held = {id(a.holding): a for a in build.adam}
     adam = [(tensors[id(h)], h, held.get(id(h))) for h, _ in build.holdings if id(h) not in seen]
     return low, adam
 
 
 def _agreed(
-    build: Build, low: list[tuple[Unit, list[LowRank]]], adam: list[tuple[Tensor, Holding, AdamTensor | None]]
+    build: StepPlan,
+    low: list[tuple[ShardGroupStep, list[LowRank]]],
+    adam: list[tuple[Tensor, Holding, AdamTensor | None]],
 ) -> dict[int, tuple[dict[str, int], dict[str, Tensor]]]:
     """Steps by parameter and limiter norms by matrix, for each process group, the same on all of its ranks.
 
@@ -174,10 +176,10 @@ def _agreed(
         steps = {p.holding.name: p.matrices[0].state["step"] for _, ps in low for p in ps if _is_in(p.holding, key)}
         steps |= {h.name: 0 if part is None else part.state["step"] for _, h, part in adam if _is_in(h, key)}
         norms: dict[str, Tensor] = {}
-        for unit, parameters in low:
+        for group_step, parameters in low:
             for p in (p for p in parameters if _is_in(p.holding, key)):
                 for number, m in zip(p.numbers, p.matrices, strict=True):
-                    taking_part = group.rank in unit.plan.matrices[number].participants
+                    taking_part = group.rank in group_step.plan.matrices[number].participants
                     norms[m.spec.name] = m.state["last_norm"] if taking_part else torch.zeros_like(m.state["last_norm"])
         if group.process_group is not None:
             where = device_for(group.process_group, next(h.device for h, _ in build.holdings if _is_in(h, key)))

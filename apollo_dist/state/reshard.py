@@ -19,7 +19,7 @@ from ..sharding.grid import Runs, chunk
 from ..sharding.local_shard import Holding, ShardGroup
 from ..sharding.regions import Range
 from ..step.matrix import Matrix
-from ..step.shard_group import Unit
+from ..step.shard_group import ShardGroupStep
 
 
 @dataclass
@@ -28,7 +28,7 @@ class LowRank:
 
     tensor: Tensor
     holding: Holding
-    numbers: list[int]  # of the matrices in the unit
+    numbers: list[int]  # of the matrices among the shard group's
     matrices: list[Matrix]
     shares: list[Range]
 
@@ -82,15 +82,15 @@ def _shares(p: LowRank) -> list[Range]:
     return shares
 
 
-class Division:
-    """Moves state between the owners of a unit's channels and their even division, over the unit's shard group.
+class EvenReshard:
+    """Moves state between the owners of a shard group's channels and their even division, over that group.
 
     A piece is some rows of a local tensor. Both ends of a message list its pieces by parameter, matrix and channel.
     """
 
-    def __init__(self, unit: Unit, parameters: Sequence[LowRank]) -> None:
-        self.parameters, self.dtype, self.device = parameters, unit.dtype, unit.device
-        self.group: ShardGroup = unit.exchange.group
+    def __init__(self, group_step: ShardGroupStep, parameters: Sequence[LowRank]) -> None:
+        self.parameters, self.dtype, self.device = parameters, group_step.dtype, group_step.device
+        self.group: ShardGroup = group_step.exchange.group
         # By the rank at the other end: pieces of what this rank owns (matrix, start, count), of its chunks.
         self._owned: list[list[tuple[Matrix, int, int]]] = [[] for _ in range(self.group.size)]
         self._chunked: list[list[tuple[int, int, int]]] = [[] for _ in range(self.group.size)]
@@ -102,7 +102,7 @@ class Division:
                         for _, _, position, count in _overlap(matrix, start, stop, low - base, high - base):
                             self._owned[rank].append((matrix, position, count))
                 mine = p.shares[self.group.rank]
-                for s in unit.plan.matrices[number].segments:
+                for s in group_step.plan.matrices[number].segments:
                     low, high = max(s.start + base, mine[0]), min(s.stop + base, mine[1])
                     if low < high:
                         self._chunked[s.owner].append((i, low - mine[0], high - low))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..projections.cache import OWNING, Projections
+from ..projections.cache import Phase, ProjectionCache
 from ..rules import apollo as rule
 from .matrix import GRADIENT, LOW_RANK, NORMALIZED, Matrix
 
@@ -31,11 +31,11 @@ _Norm = tuple[Tensor, int, int]
 
 
 class Batch:
-    """Consecutive matrices of a unit with one parameter group, rank and dtype.
+    """Consecutive matrices of a shard group with one parameter group, rank and dtype.
 
     Args:
         matrices: at least one; their states' moments become views of this batch's.
-        first: the place of the first one in the unit.
+        first: the place of the first one in the shard group.
     """
 
     def __init__(self, matrices: Sequence[Matrix], first: int) -> None:
@@ -47,10 +47,10 @@ class Batch:
         self._chunks = _runs([c * spec.rank for c in self.counts], _NUMBERS.get(holding.device.type, _ACCELERATOR))
         # The most channels in a chunk.
         self._most = max(sum(self.counts[chunk.start : chunk.stop]) for chunk in self._chunks)
-        self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
-        self.exp_avg = torch.zeros((ends[-1], spec.rank), **self._kind)
-        self.exp_avg_sq = torch.zeros((ends[-1], spec.rank), **self._kind)
-        self.last_norm = torch.zeros(len(self.matrices), **self._kind)
+        self._factory_kwargs: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
+        self.exp_avg = torch.zeros((ends[-1], spec.rank), **self._factory_kwargs)
+        self.exp_avg_sq = torch.zeros((ends[-1], spec.rank), **self._factory_kwargs)
+        self.last_norm = torch.zeros(len(self.matrices), **self._factory_kwargs)
         for i, (m, rows) in enumerate(zip(self.matrices, self._rows, strict=True)):
             places = {
                 "exp_avg": self.exp_avg[rows],
@@ -65,33 +65,33 @@ class Batch:
         """The gradients in the compute dtype; None for matrices that are not active.
 
         Args:
-            active: for each matrix of the unit whether it has a gradient.
+            active: for each matrix of the shard group whether it has a gradient.
         """
         return [m.gradients() if active[i] else None for i, m in enumerate(self.matrices, start=self.first)]
 
     def owner_step(
-        self, grads: Gradients, projections: Projections, received: Sequence[Any], terms: Tensor
+        self, grads: Gradients, projections: ProjectionCache, received: Sequence[Any], terms: Tensor
     ) -> Sequence[Tensor | None]:
         """Complete R over the owned channels, update their moments and write this rank's norm terms.
 
         Args:
             grads: of the batch's matrices; those without one are left alone.
-            projections: of the unit, in the current step.
-            received: for each matrix of the unit what ``Exchange.to_owners`` returned, or None.
-            terms: (matrices of the unit, TERMS), written in place.
+            projections: of the shard group, in the current step.
+            received: for each matrix of the shard group what ``Exchange.reduce_to_owners`` returned, or None.
+            terms: (matrices of the shard group, TERMS), written in place.
 
         Returns:
             For each matrix of the batch its owned channels' scaling factors, (channels, 1); None with tensor scaling.
         """
         spec, group = self.matrices[0].spec, self.matrices[0].group
         # By channel the norms of R, of N, and of G where they are needed; zeros where there is no gradient.
-        lengths = torch.zeros((2, self.exp_avg.shape[0]), **self._kind) if spec.channel_scales else None
-        of_grads = torch.empty(self.exp_avg.shape[0], **self._kind) if spec.channel_norms else None
+        lengths = torch.zeros((2, self.exp_avg.shape[0]), **self._factory_kwargs) if spec.channel_scales else None
+        of_grads = torch.empty(self.exp_avg.shape[0], **self._factory_kwargs) if spec.channel_norms else None
         nothing = [None] * len(self.matrices)
         own: Sequence[Tensor | None] = nothing if of_grads is None else torch.split(of_grads, self.counts)
         norms: list[_Norm] = []
         # R and N of one chunk at a time, in the same memory.
-        space = torch.empty((2, self._most, spec.rank), **self._kind)
+        space = torch.empty((2, self._most, spec.rank), **self._factory_kwargs)
         for chunk in self._chunks:
             counts = self.counts[chunk.start : chunk.stop]
             places = torch.split(space[:, : sum(counts)], counts, dim=1)
@@ -121,7 +121,7 @@ class Batch:
         self,
         chunk: range,
         grads: Gradients,
-        projections: Projections,
+        projections: ProjectionCache,
         received: Sequence[Any],
         places: Sequence[Tensor],
         norms: Sequence[Tensor | None],
@@ -140,7 +140,7 @@ class Batch:
                 continue
             low_rank, normalized = place.unbind()
             place_in_unit = self.first + k
-            projection = projections.of(place_in_unit, OWNING)
+            projection = projections.of(place_in_unit, Phase.OWN)
             self.matrices[k].complete(grad, low_rank, own, projection, received[place_in_unit])
             if not spec.channel_scales:
                 parts += [(normalized, k, NORMALIZED), (low_rank, k, LOW_RANK)]
@@ -150,15 +150,15 @@ class Batch:
         return [*parts[::2], *parts[1::2], *lines]
 
     def finish(
-        self, grads: Gradients, owned: Sequence[Tensor | None], arriving: Sequence[Tensor | None], terms: Tensor
+        self, grads: Gradients, owned: Sequence[Tensor | None], replies: Sequence[Tensor | None], terms: Tensor
     ) -> None:
         """Tensor scaling, limiter and update of the local weights.
 
         Args:
             grads: of the batch's matrices.
-            owned: what ``owner_step`` returned, for each matrix of the unit.
-            arriving: for each matrix of the unit the scaling factors from exchange 2, or None.
-            terms: (matrices of the unit, TERMS), summed over ranks.
+            owned: what ``owner_step`` returned, for each matrix of the shard group.
+            replies: for each matrix of the shard group the scaling factors from exchange 2, or None.
+            terms: (matrices of the shard group, TERMS), summed over ranks.
         """
         spec, group = self.matrices[0].spec, self.matrices[0].group
         norms = terms[self.first : self.first + len(self.matrices)].sqrt().to(self.last_norm.dtype)
@@ -177,7 +177,7 @@ class Batch:
         factors = factor.unbind()
         by = [factors[k] for k, _ in active]
         if spec.channel_scales and active:
-            scales = [self.matrices[k].held_scale(owned[self.first + k], arriving[self.first + k]) for k, _ in active]
+            scales = [self.matrices[k].held_scale(owned[self.first + k], replies[self.first + k]) for k, _ in active]
             by = list(torch._foreach_mul(scales, by))
         for (k, grad), coefficient in zip(active, by, strict=True):
             self.matrices[k].apply(grad, coefficient)
@@ -220,7 +220,7 @@ def _add_squares(norms: list[_Norm], out: Tensor) -> None:
 
 
 def make_batches(matrices: Sequence[Matrix]) -> list[Batch]:
-    """Divide a unit's matrices, in order, into batches."""
+    """Divide a shard group's matrices, in order, into batches."""
     sizes = [sum(tile.numel for tile in m.tiles) for m in matrices]
     limit = _ELEMENTS.get(matrices[0].holding.device.type, _ACCELERATOR)
     runs = _runs(sizes, limit, lambda i, j: _alike(matrices[i], matrices[j]))

@@ -13,7 +13,7 @@ from ..exchange.channels import ChannelSet
 from ..exchange.collectives import TERMS, Partial, Received
 from ..exchange.plan import MatrixSpec
 from ..exchange.routes import Channels
-from ..projections.cache import Projection, Slab
+from ..projections.cache import Projection, ProjectionSlice
 from ..rules import apollo as rule
 from ..sharding.local_shard import Holding
 from ..sharding.regions import Range, Tile
@@ -93,19 +93,20 @@ class Matrix:
         self.spec, self.holding, self.channels, self.group, self.state = spec, holding, channels, group, state
         self.tiles = spec.tiles[holding.group.rank]
         self._alone, self._projected, self._held = (
-            _Pieces.of(self.tiles, spec.tall, chosen) for chosen in (channels.alone, channels.projected, channels.held)
+            _Pieces.of(self.tiles, spec.tall, chosen)
+            for chosen in (channels.local_only, channels.projected, channels.held)
         )
-        self._kind: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
+        self._factory_kwargs: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
 
     @property
-    def slab(self) -> Slab:
+    def slab(self) -> ProjectionSlice:
         """What this rank needs of the projection."""
         edges = tuple(tile.inner(self.spec.tall) for tile in self.tiles)
-        elements = self.channels.arriving != (0, 0)
-        inner = [*edges, self.channels.arriving] if elements else edges
+        elements = self.channels.incoming_columns != (0, 0)
+        inner = [*edges, self.channels.incoming_columns] if elements else edges
         columns = (min(a for a, _ in inner), max(b for _, b in inner)) if inner else (0, 0)
         needed = bool(self._projected.parts), bool(self._alone.parts) or elements
-        return Slab(self.spec.name, self.spec.rank, self.holding.compute_dtype, columns, edges, needed)
+        return ProjectionSlice(self.spec.name, self.spec.rank, self.holding.compute_dtype, columns, edges, needed)
 
     @property
     def refresh(self) -> int:
@@ -157,9 +158,9 @@ class Matrix:
             active: whether there is a gradient.
         """
         count = self.channels.projected.count
-        low_rank = torch.zeros((count, self.spec.rank), **self._kind)
-        norms = torch.zeros(count, **self._kind) if self.spec.channel_norms else None
-        if not active or not self.channels.shared_held.count:
+        low_rank = torch.zeros((count, self.spec.rank), **self._factory_kwargs)
+        norms = torch.zeros(count, **self._factory_kwargs) if self.spec.channel_norms else None
+        if not active or not self.channels.shared.count:
             return Partial(low_rank, norms, None)
         stored = self._stored_gradients()
         if count:
@@ -185,15 +186,15 @@ class Matrix:
             low_rank: (owned channels, r), written.
             norms: (owned channels,), written; None where norms by channel are not needed.
             projection: of the current step; None if there is nothing to project.
-            received: what exchange 1 brought for ``shared_owned``, if there was one.
+            received: what exchange 1 brought for ``owned_shared``, if there was one.
         """
-        alone = self.channels.alone.count
+        alone = self.channels.local_only.count
         if alone:
             first = None if alone == low_rank.shape[0] else slice(alone)
             self._project(grads, self._alone, projection, _take(low_rank, first))
             if norms is not None:
                 self._channel_norms(grads, self._alone, _take(norms, first))
-        if received is not None and self.channels.shared_owned.count:
+        if received is not None and self.channels.owned_shared.count:
             low_rank[alone:] = received.low_rank
             squares = None if norms is None or received.norms is None else received.norms.to(norms.dtype)
             for channels, inner, elements in received.elements:
@@ -209,8 +210,8 @@ class Matrix:
             low_rank.neg_()
 
     def shared_scale(self, owned: Tensor | None) -> Tensor | None:
-        """What exchange 2 carries: the scaling factors over ``shared_owned``, (channels,)."""
-        return None if owned is None else owned[self.channels.alone.count :, 0]
+        """What exchange 2 carries: the scaling factors over ``owned_shared``, (channels,)."""
+        return None if owned is None else owned[self.channels.local_only.count :, 0]
 
     def _project(self, grads: Sequence[Tensor], pieces: _Pieces, projection: Projection | None, out: Tensor) -> None:
         """Write this rank's part of R over a set of channels to ``out``, (channels, r).
@@ -261,7 +262,7 @@ class Matrix:
         assert owned is not None
         if received is None:
             return owned
-        alone = owned[: self.channels.alone.count]
+        alone = owned[: self.channels.local_only.count]
         return torch.cat([alone, received.to(owned.dtype)[:, None]]) if received.numel() else alone
 
     def apply(self, grads: Sequence[Tensor], factor: Tensor) -> None:

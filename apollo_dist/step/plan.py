@@ -1,4 +1,4 @@
-"""From parameter groups to units: layouts read, low-rank members decided, plans made, states checked; all local."""
+"""From parameter groups to the plan of a step: layouts read, low-rank members chosen, states checked; all local."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from ..sharding import detect
 from ..sharding.deepspeed import zero
 from ..sharding.local_shard import Holding, canonical_name
 from ..state.slots import Slot
-from .shard_group import AdamTensor, Unit, specs_of
+from .shard_group import AdamTensor, ShardGroupStep, specs_of
 
 # A low-rank matrix: where it is, what the planner needs to know of it, its parameter group.
 Entry = tuple[Holding, MatrixSpec, dict[str, Any]]
 
 
 @dataclass
-class Build:
+class StepPlan:
     """Everything that a ``step()`` on the same tensors needs again.
 
     Attributes:
         tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
-        units: the low-rank matrices by part (``Member.part``) and shard group.
+        shard_groups: the low-rank matrices by part (``Member.part``) and shard group.
         adam: the other parameters, as far as this rank holds any of them.
         adam_shapes: shapes of the other parameters, wherever they are held.
         holdings: of every parameter, also those of which this rank holds nothing, with its group.
@@ -40,7 +40,7 @@ class Build:
     """
 
     tensors: list[Tensor]
-    units: list[Unit] = field(default_factory=list)
+    shard_groups: list[ShardGroupStep] = field(default_factory=list)
     adam: list[AdamTensor] = field(default_factory=list)
     adam_shapes: list[tuple[int, ...]] = field(default_factory=list)
     holdings: list[tuple[Holding, dict[str, Any]]] = field(default_factory=list)
@@ -50,7 +50,9 @@ class Build:
 
     def names(self) -> set[str]:
         """Names of all matrices and tensors."""
-        return {m.spec.name for unit in self.units for m in unit.matrices} | {a.holding.name for a in self.adam}
+        return {m.spec.name for group_step in self.shard_groups for m in group_step.matrices} | {
+            a.holding.name for a in self.adam
+        }
 
     @property
     def device(self) -> torch.device:
@@ -59,18 +61,20 @@ class Build:
 
     def gradients(self) -> list[Tensor]:
         """This rank's gradients, each once."""
-        holdings = [m.holding for unit in self.units for m in unit.matrices] + [a.holding for a in self.adam]
+        holdings = [m.holding for group_step in self.shard_groups for m in group_step.matrices] + [
+            a.holding for a in self.adam
+        ]
         found = (holding.grad() for holding in {id(holding): holding for holding in holdings}.values())
         return [grad for grad in found if grad is not None and grad.numel()]
 
     def summary(self) -> str:
         """One line: what is low-rank, what is not, which layout, what is exchanged."""
-        matrices = [m for unit in self.units for m in unit.matrices]
+        matrices = [m for group_step in self.shard_groups for m in group_step.matrices]
         elements = sum(m.spec.m * m.spec.n for m in matrices)
         rest = sum(torch.Size(shape).numel() for shape in self.adam_shapes)
         layouts = sorted({m.holding.layout for m in matrices} | {a.holding.layout for a in self.adam})
-        shared = sum(unit.plan.shared_channels for unit in self.units)
-        first, second = (sum(unit.exchange.bytes_sent[i] for unit in self.units) for i in (0, 1))
+        shared = sum(group_step.plan.shared_channels for group_step in self.shard_groups)
+        first, second = (sum(group_step.exchange.bytes_sent[i] for group_step in self.shard_groups) for i in (0, 1))
         ranks = sorted({m.spec.rank for m in matrices})
         return (
             f"{len(matrices)} matrices with {elements:,} elements are low-rank "
@@ -95,7 +99,7 @@ def fingerprint(
     return facts
 
 
-def build(
+def plan_step(
     groups: Sequence[dict[str, Any]],
     members: Mapping[int, Member],
     engine: zero.Engine,
@@ -104,7 +108,7 @@ def build(
     seed: int,
     exclude: str | None,
     cache_projection: bool | str,
-) -> Build:
+) -> StepPlan:
     """Read the layouts of all parameters in ``groups`` and prepare what a step needs.
 
     Args:
@@ -123,7 +127,7 @@ def build(
     names = _names(members, engine)
     by_name = any(group.get(CHOOSE) for group in groups)
     chosen = _choice(members, names, engine, exclude) if by_name else None
-    result = Build([tensor for group in groups for tensor in group["params"]])
+    result = StepPlan([tensor for group in groups for tensor in group["params"]])
     if chosen is not None:
         result.chosen = f"; chosen: {abbreviate(name for name in names.values() if name in chosen)}"
     parts = {names[key]: m.part for key, m in members.items()}
@@ -145,8 +149,8 @@ def build(
     result.groups = list(groups)
     result.facts = fingerprint(seed, groups, seen)
     for i, listed in enumerate(entries.values()):
-        result.units.append(_unit(listed, slots, cache_projection))
-        result.facts[f"exchange plan {i}"] = result.units[-1].plan.digest
+        result.shard_groups.append(_shard_group_step(listed, slots, cache_projection))
+        result.facts[f"exchange plan {i}"] = result.shard_groups[-1].plan.digest
     return result
 
 
@@ -159,10 +163,12 @@ def _name_of(names: Mapping[int, str], tensor: Tensor) -> str:
     return names[id(tensor)]
 
 
-def _unit(entries: Sequence[Entry], slots: Callable[[str], Slot], cache_projection: bool | str) -> Unit:
-    unit = Unit(entries)
-    unit.load(slots, unit.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
-    return unit
+def _shard_group_step(
+    entries: Sequence[Entry], slots: Callable[[str], Slot], cache_projection: bool | str
+) -> ShardGroupStep:
+    group_step = ShardGroupStep(entries)
+    group_step.load(slots, group_step.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
+    return group_step
 
 
 def _choice(

@@ -8,48 +8,53 @@ import torch
 from torch import Tensor
 
 from ..exchange.collectives import TERMS
-from ..projections.cache import SENDING
+from ..projections.cache import Phase
 from ..rules import apollo as rule
-from .shard_group import AdamTensor, Unit
+from .shard_group import AdamTensor, ShardGroupStep
 
 
-def step_unit(unit: Unit, seed: int) -> None:
+def step_shard_group(group_step: ShardGroupStep, seed: int) -> None:
     """One step of all matrices of a shard group: at most two collectives.
 
     Args:
-        unit: the matrices, their states and their plan.
+        group_step: the matrices, their states and their plan.
         seed: of the projections.
     """
-    plan, exchange, matrices, projections = unit.plan, unit.exchange, unit.matrices, unit.projections
+    plan, exchange, matrices, projections = (
+        group_step.plan,
+        group_step.exchange,
+        group_step.matrices,
+        group_step.projections,
+    )
     active = [m.begin_step() for m in matrices]
     projections.begin(seed, [m.refresh if on else None for m, on in zip(matrices, active, strict=True)])
 
     # Partial low-rank gradients travel to the owners of their channels.
     received: list[Any] = [None] * len(matrices)
     if plan.needs_exchange1:
-        partials = [m.partial(projections.of(k, SENDING), active[k]) for k, m in enumerate(matrices)]
-        received = exchange.to_owners(partials)
+        partials = [m.partial(projections.of(k, Phase.REDUCE), active[k]) for k, m in enumerate(matrices)]
+        received = exchange.reduce_to_owners(partials)
         del partials
 
     # Owners: moments, scaling factors, norm terms. Limiter and update are local, and follow at once where no rank
     # has to be heard, while the gradients are in the cache.
-    terms = torch.zeros((len(matrices), TERMS), dtype=unit.dtype, device=unit.device)
+    terms = torch.zeros((len(matrices), TERMS), dtype=group_step.dtype, device=group_step.device)
     owned: list[Tensor | None] = []
-    arriving: list[Tensor | None] = [None] * len(matrices)
-    for batch in unit.batches:
+    replies: list[Tensor | None] = [None] * len(matrices)
+    for batch in group_step.batches:
         grads = batch.gradients(active)
         owned += batch.owner_step(grads, projections, received, terms)
         if not plan.needs_exchange2:
-            batch.finish(grads, owned, arriving, terms)
+            batch.finish(grads, owned, replies, terms)
         del grads
     del received
 
     # Scaling factors and norm terms travel back to the holders.
     if plan.needs_exchange2:
         shared = [m.shared_scale(scale) for m, scale in zip(matrices, owned, strict=True)]
-        arriving, terms = exchange.to_holders(shared, terms)
-        for batch in unit.batches:
-            batch.finish(batch.gradients(active), owned, arriving, terms)
+        replies, terms = exchange.reply_to_holders(shared, terms)
+        for batch in group_step.batches:
+            batch.finish(batch.gradients(active), owned, replies, terms)
 
 
 def step_adam(tensors: list[AdamTensor]) -> None:

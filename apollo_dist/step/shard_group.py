@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..exchange.collectives import Exchange
 from ..exchange.plan import MatrixSpec, make_plan
-from ..projections.cache import Projections
+from ..projections.cache import ProjectionCache
 from ..sharding.local_shard import Holding, matrices, matrix_name
 from ..state.slots import Slot, ready
 from .batch import Batch, make_batches
@@ -56,7 +56,7 @@ def specs_of(holding: Holding, group: dict[str, Any]) -> list[MatrixSpec]:
     ]
 
 
-class Unit:
+class ShardGroupStep:
     """All matrices of one shard group on one device: they share one plan and its two collectives."""
 
     def __init__(self, entries: Sequence[tuple[Holding, MatrixSpec, dict[str, Any]]]) -> None:
@@ -84,5 +84,5 @@ class Unit:
             shapes = {"exp_avg": moment, "exp_avg_sq": moment, "last_norm": ()}
             ready(state, spec.name, shapes, kind, [list(r) for r in channels.owned.ranges])
             self.matrices.append(Matrix(spec, holding, channels, group, state))
-        self.projections = Projections([m.slab for m in self.matrices], self.device, keep=cache_projection)
+        self.projections = ProjectionCache([m.slab for m in self.matrices], self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)
