@@ -175,7 +175,7 @@ def test_a_bad_group_leaves_the_optimizer_as_it_was():
         ({"params": [extra, extra]}, "is given twice, before as param_4"),
         ({"params": [extra], "rank": 9}, "rank 9 is larger than param_4"),
         ({"params": [extra], "lr": -1}, "parameter group 2: lr must be >= 0"),
-        ({"params": [extra], "ranks": 1}, "unknown parameter group key 'ranks'. Did you mean 'rank'?"),
+        ({"params": [extra], "ranks": 1}, "parameter group 2: unknown key 'ranks'. Did you mean 'rank'?"),
         ({"params": [extra * 2], "rank": 2}, "can't optimize a non-leaf Tensor"),
         ({"params": {extra}}, "a set has none"),
         ({"params": [extra], "amsgrad": True}, "parameter group 2: amsgrad=True is not supported"),
@@ -208,8 +208,8 @@ def test_empty_parameters_and_missing_gradients():
 @pytest.mark.parametrize(
     ("keyword", "value", "reason"),
     [
-        ("foreach", True, "APOLLO always takes its tensors in batches"),
-        ("fused", False, "kernels are always fused"),
+        ("correct_bias", False, "always corrects the bias"),
+        ("adam_w_mode", False, "always decoupled"),
         ("capturable", True, "a CUDA graph would repeat one and the same step"),
         ("differentiable", True, "outside of autograd"),
         ("amsgrad", True, "no maximum of second moments"),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..optimizers.options import LOW_RANK_DEFAULTS
+from ..optimizers.options import LOW_RANK_DEFAULTS, plain
 
 logger = logging.getLogger("apollo_dist")
 
@@ -20,7 +20,7 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a parameter group that a checkpoint keeps: plain numbers, words and lists of them."""
     options = {}
     for key, value in group.items():
-        value = value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+        value = plain(value)
         value = list(value) if isinstance(value, tuple) else value
         items = value if isinstance(value, list) else [value]
         if key not in _NOT_OPTIONS and all(isinstance(v, (bool, int, float, str, type(None))) for v in items):

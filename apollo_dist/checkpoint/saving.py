@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from .._version import __version__
 from ..distributed import agree, gather, rank_of, run_first, run_together, world_of
+from ..optimizers.options import plain
 from . import folder, hub
 from .contents import Contents, contents
 from .shards import Shards, write
@@ -88,7 +89,7 @@ def save(
     if before is not None:
         before.wait()
     found = contents(model, optimizer)
-    step = _steps_of(found) if step is None else step
+    step, keep = _steps_of(found) if step is None else plain(step), plain(keep)
     run_together(lambda: _check(step, keep))
     agree({"step": step, "what is saved": found.description})
     module = model if found.engine is None else model.module

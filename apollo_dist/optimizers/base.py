@@ -19,6 +19,7 @@ from ..step.plan import StepPlan, fingerprint, plan_step
 from ..step.run import step_adam, step_shard_group
 from .grouped import GroupedOptimizer
 from .model_ref import PresentModel, check_not_replaced
+from .options import plain
 from .param_groups import Member
 
 logger = logging.getLogger("apollo_dist")
@@ -60,8 +61,8 @@ class APOLLO(GroupedOptimizer):
             optimizer was built are found in it. It is not kept alive.
         process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
             is built and at the first step, so every one of them must build it.
-        unknown: keywords of torch's optimizers (foreach, fused, capturable, differentiable, amsgrad) where they ask
-            for what is done anyway; all others are errors.
+        unknown: keywords of other optimizers (foreach, fused, capturable, differentiable, amsgrad, correct_bias,
+            no_deprecation_warning, ...) where they ask for what is done anyway; all others are errors.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -101,7 +102,7 @@ class APOLLO(GroupedOptimizer):
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
         self._process_group = process_group
         self._model = PresentModel(params if model is None and isinstance(params, nn.Module) else model)
-        self._guard = NonFiniteGuard(skip_nonfinite, max_skipped_steps, process_group)
+        self._guard = NonFiniteGuard(plain(skip_nonfinite), plain(max_skipped_steps), process_group)
         self._members: dict[int, Member] = {}
         # Keeps the given parameters alive, so that their ids stay theirs.
         self._given: list[Tensor] = []
@@ -109,8 +110,8 @@ class APOLLO(GroupedOptimizer):
         self._engine: zero.Engine | None = None
         self._constructed = False
         run_together(lambda: self._construct(params, options, unknown), process_group)
-        facts = {"skip_nonfinite": skip_nonfinite, "max_skipped_steps": max_skipped_steps}
-        agree({**facts, **fingerprint(seed, self.param_groups, self._members_of_groups())}, process_group)
+        facts = {"skip_nonfinite": self._guard.enabled, "max_skipped_steps": self._guard.limit}
+        agree({**facts, **fingerprint(self.seed, self.param_groups, self._members_of_groups())}, process_group)
         self._constructed = True
 
     def prepare(self, engine: Any = None) -> list[StepPlan]:
@@ -178,6 +179,7 @@ class APOLLO(GroupedOptimizer):
 
         None in the step with zero gradients that DeepSpeed makes while it builds FP16_UnfusedOptimizer.
         """
+        self._option_changes.check(self.param_groups, self._has_state)
         key = self._key()
         if key in self._builds:
             return self._builds[key]
@@ -188,6 +190,7 @@ class APOLLO(GroupedOptimizer):
         agree(built.facts, self._process_group)
         # A build of the same parameters under other tensors is out of date.
         names = built.names()
+        self._trained.update(holding.name for holding, _ in built.holdings)
         self._builds = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
         self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
         self._builds[self._key()] = built

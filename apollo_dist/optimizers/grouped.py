@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..distributed import agree, run_together
+from ..distributed import agree, rank_of, run_together
 from ..sharding.deepspeed import zero, zero_engine
 from ..step.plan import check_unique, fingerprint
 from .model_ref import PresentModel
-from .options import FOREIGN, OPTIONS, check_known, drop_torch_keywords, validate_options
+from .options import OPTIONS, check_group_keys, check_known, drop_other_keywords, make_plain, plain, validate_options
 from .param_groups import (
     CHOOSE,
     Member,
@@ -23,6 +24,8 @@ from .param_groups import (
 )
 from .stateful import StatefulOptimizer, given_twice
 
+logger = logging.getLogger("apollo_dist")
+
 _ARGUMENTS = (
     "seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "model", "process_group",
 )  # fmt: skip
@@ -33,10 +36,12 @@ class GroupedOptimizer(StatefulOptimizer):
 
     def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
         """The local part of construction; may fail on one rank only."""
-        drop_torch_keywords(unknown, type(self).__name__)
+        drop_other_keywords(unknown, type(self).__name__)
         check_known(unknown, [*OPTIONS, *_ARGUMENTS], "argument")
+        make_plain(options)
         validate_options(options, type(self).__name__)
         self._guard.check()
+        self.seed, self.cache_projection = plain(self.seed), plain(self.cache_projection)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.cache_projection not in ("auto", True, False):
@@ -87,8 +92,9 @@ class GroupedOptimizer(StatefulOptimizer):
         """The local part of ``add_param_group``."""
         group = dict(param_group)
         number = len(self.param_groups)
-        drop_torch_keywords(group, f"parameter group {number}")
-        check_known(group, [*OPTIONS, *FOREIGN], "parameter group key")
+        drop_other_keywords(group, f"parameter group {number}")
+        others = check_group_keys(group, f"parameter group {number}")
+        make_plain(group)
         pairs = self._model.named(split_params(group["params"]))
         explicit = group.get("rank") is not None
         group["rank"] = group.get("rank", self.defaults["rank"] if self._choose else None)
@@ -110,6 +116,15 @@ class GroupedOptimizer(StatefulOptimizer):
         super().add_param_group(group)
         self._members.update(added)
         self._given += tensors
+        self._option_changes.remember(self.param_groups)
+        if others and rank_of() == 0:
+            keys = ", ".join(map(repr, others))
+            logger.info("parameter group %d keeps %s, which APOLLO does not read", number, keys)
+
+    def _has_state(self, group: dict[str, Any]) -> bool:
+        """Whether any parameter of a group has state; what DeepSpeed puts in their places does from the first step."""
+        names = (self._members[id(p)].name if id(p) in self._members else None for p in group["params"])
+        return any(name in self._trained if name is not None else bool(self._trained) for name in names)
 
     def _members_of_groups(self) -> list[list[Member]]:
         return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]

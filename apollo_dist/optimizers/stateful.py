@@ -18,11 +18,15 @@ from ..state.slots import Slot, copied
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import StepPlan
 from .model_ref import PresentModel
-from .options import validate_options
+from .option_changes import OptionChanges
+from .options import make_plain, validate_options
 from .param_groups import Member
 
 # What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
-_KEPT = ("defaults", "param_groups", "seed", "exclude", "cache_projection", "_guard", "_choose", "_given", "_restored")
+_KEPT = (
+    "defaults", "param_groups", "seed", "exclude", "cache_projection", "_guard", "_choose", "_given", "_restored",
+    "_trained",
+)  # fmt: skip
 
 
 class StatefulOptimizer(Optimizer):
@@ -48,6 +52,9 @@ class StatefulOptimizer(Optimizer):
     # Names of the parameters that a load had to bring state for; None where nothing was loaded.
     _restored: frozenset[str] | None
     _builds: dict[tuple[Any, ...], StepPlan]
+    # Names of the parameters that have state, on whichever rank.
+    _trained: set[str]
+    _option_changes: OptionChanges
     _by_parameter: bool
     _engine: Any
     _constructed: bool
@@ -57,6 +64,7 @@ class StatefulOptimizer(Optimizer):
     def _init_state(self) -> None:
         """Set the attributes of an optimizer without state."""
         self._slots, self._pending, self._builds = {}, {}, {}
+        self._trained, self._option_changes = set(), OptionChanges()
         self._restored, self._by_parameter, self._stacks = None, False, []
 
     def named_state(self) -> dict[str, dict[str, Any]]:
@@ -81,6 +89,8 @@ class StatefulOptimizer(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        for group in self.param_groups:
+            make_plain(group)
         if (self._slots or self._pending) and any(map(fsdp1.is_flattened, self._tensors())):
             raise ValueError(
                 "FSDP1's optimizer state dict holds tensors in the shapes of parameters only, and would lose APOLLO's "
@@ -129,6 +139,7 @@ class StatefulOptimizer(Optimizer):
             self.state = defaultdict(dict)
         self._init_state()
         self._pending, self._slots, self.param_groups = pending, slots, groups
+        self._option_changes.remember(groups)
         if pending or slots:
             self._restored = frozenset(m.name for m in self._members.values())
         self._show()
@@ -153,7 +164,7 @@ class StatefulOptimizer(Optimizer):
             # What older versions did not save; tuples come back from a checkpoint as lists.
             for key, default in self.defaults.items():
                 group.setdefault(key, default)
-            group["betas"] = tuple(group["betas"])
+            make_plain(group)
             validate_options(group, f"parameter group {number} of the loaded state")
         if not by_parameter:
             return saved, {}, {name: copied(slot) for name, slot in state_dict["state"].items()}

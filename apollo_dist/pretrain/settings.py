@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import types
 import typing
 from collections.abc import Iterable, Mapping, Sequence
@@ -149,7 +150,9 @@ def build(kind: type[Any], values: Mapping[str, object], prefix: str) -> Any:
 
 
 def convert(value: object, kind: Any, key: str) -> object:
-    """``value`` (from YAML, or a command-line string) as type ``kind``; ValueError names the key."""
+    """``value`` (from YAML, a command line, or a number of any library) as type ``kind``; ValueError names the key."""
+    if type(value) not in (int, float, bool) and isinstance(value, numbers.Real):  # a numpy scalar
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     if isinstance(kind, types.UnionType):
         if value is None or value in ("null", "none"):
             return None
