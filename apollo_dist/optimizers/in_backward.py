@@ -92,8 +92,12 @@ class LayerwiseAPOLLO(APOLLO):
         # Hooks are on the parameters of now: no others may take their place, least of all the unsharded copies that
         # FSDP2 shows in the middle of a backward pass.
         self._model = PresentModel(None)
+        self._hook_up()
+
+    def _hook_up(self) -> None:
+        """Add the hooks, on all ranks or on none; a collective."""
         try:
-            run_together(lambda: self._add_hooks(world_of(group)), group)
+            run_together(lambda: self._add_hooks(world_of(self._process_group)), self._process_group)
         except ValueError:
             self.detach()
             raise
