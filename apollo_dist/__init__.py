@@ -1,13 +1,22 @@
 """APOLLO for sharded training: exact under DeepSpeed ZeRO and PyTorch FSDP."""
 
-from . import checkpoint, layerwise, projection
+from . import checkpoint, hugging_face, layerwise, projection
 from ._version import __version__
-from .integrations import hugging_face
 from .integrations.deepspeed import register
+from .integrations.hugging_face import register as register_hugging_face
 from .optimizers.base import APOLLO, APOLLOMini
 from .optimizers.param_groups import param_groups
 
 register(APOLLO, APOLLOMini)
-hugging_face.register(APOLLO, APOLLOMini)
+register_hugging_face(APOLLO, APOLLOMini)
 
-__all__ = ["APOLLO", "APOLLOMini", "__version__", "checkpoint", "layerwise", "param_groups", "projection"]
+__all__ = [
+    "APOLLO",
+    "APOLLOMini",
+    "__version__",
+    "checkpoint",
+    "hugging_face",
+    "layerwise",
+    "param_groups",
+    "projection",
+]

@@ -18,7 +18,7 @@ from torch import nn
 import apollo_dist
 
 from .engines import initialize, zero_config
-from .hugging_face_runs import accelerate, dropped, resumed, swapped, trainer_cases
+from .hugging_face_runs import accelerate, dropped, hugging_face_config, resumed, swapped, trainer_cases
 from .llama import (
     OFFLOAD,
     RANK,
@@ -35,6 +35,7 @@ from .llama import (
     tokens,
     whole_batches,
 )  # fmt: skip
+from .trainer_optim_runs import by_deepspeed
 
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 4.0}
 
@@ -157,6 +158,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         "trainer": trainer_cases(),
         "resumed": {stage: resumed(stage) for stage in STAGES},
         "accelerate": {f"ZeRO-{stage}": accelerate(stage) for stage in STAGES},
+        "named": by_deepspeed(hugging_face_config, offloaded),
         "choices": [choices(stage) for stage in STAGES],
         "log": [log_line(stage) for stage in STAGES],
         "swapped": swapped(),

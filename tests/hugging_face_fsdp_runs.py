@@ -33,6 +33,7 @@ from .integrations import (
     whole_weights,
 )
 from .llama import GAP, RANK, RATE, STEPS, WithTable, llama, tokens
+from .trainer_optim_runs import by_torch
 
 OPTIONS = {"lr": RATE, "rank": RANK, "update_proj_gap": GAP}
 MINI = {"rank": 1, "scale_type": "tensor", "scale": 4.0}
@@ -283,6 +284,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
             "sharded state": resumed({"version": 2, "state_dict_type": "SHARDED_STATE_DICT"}),
             "Mini": resumed({"version": 2}, "APOLLOMini", **MINI),
         },
+        "named": by_torch(),
         "choices": choices(),
         "alive": kept_alive(),
         "foreign": foreign_names(),

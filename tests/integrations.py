@@ -153,7 +153,10 @@ def documented(title: str) -> str:
     section = PAGE.read_text(encoding="utf-8").partition(f"\n## {title}\n")[2].partition("\n## ")[0]
     blocks = re.findall(r"^```python\n(.*?)^```", section, re.MULTILINE | re.DOTALL)
     assert len(blocks) == 1, f"{title}: {len(blocks)} blocks"
-    code, count = re.subn(r'(rank(?:=|": ))256', rf"\g<1>{RANK}, **options", blocks[0])
+    # In the words of ``optim_args`` the gap stands beside the rank, elsewhere it comes with the options.
+    code, count = re.subn(r'"rank=256, update_proj_gap=200', f'"rank={RANK}, update_proj_gap={GAP}', blocks[0])
+    if not count:
+        code, count = re.subn(r'(rank(?:=|": ))256', rf"\g<1>{RANK}, **options", blocks[0])
     assert count == 1
     return code
 

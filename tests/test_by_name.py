@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 import apollo_dist
 
 from .by_name_runs import everything
-from .llama import RANK, STAGES, llama, low_rank_names
+from .llama import RANK, STAGES, assert_equal_to_one_process, llama, low_rank_names
 from .ranks import run_ranks
 
 TOLERANCE = 1e-5
@@ -47,6 +47,15 @@ def test_every_case_equals_one_process(results: list[dict[str, Any]]) -> None:
 def test_the_trainers_own_checkpoints_resume_exactly(results: list[dict[str, Any]], stage: int) -> None:
     for result in results:
         assert result["resumed"][stage]
+
+
+@pytest.mark.slow
+def test_optim_apollo_adamw_equals_one_process(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        named = result["named"]
+        assert_equal_to_one_process(named["cases"])
+        assert "DeepSpeed collects, reduces and clips gradients itself" in named["layerwise"], named["layerwise"]
+        assert 'outranked by the DeepSpeed config\'s "optimizer", AdamW' in named["another optimizer"]
 
 
 @pytest.mark.slow

@@ -44,6 +44,21 @@ def test_the_trainers_own_checkpoints_resume_exactly(results: list[dict[str, Any
 
 
 @pytest.mark.slow
+def test_optim_apollo_adamw_equals_one_process(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        assert_equal_to_one_process(result["named"]["cases"])
+        assert all(result["named"]["resumed"].values()), result["named"]["resumed"]
+
+
+@pytest.mark.slow
+def test_optim_apollo_adamw_layerwise_is_refused_where_gradients_are_not_whole(results: list[dict[str, Any]]) -> None:
+    for result in results:
+        refused = result["named"]["refused"]
+        assert "on 2 ranks that hold whole parameters (DDP)" in refused["DDP"], refused
+        assert "is sharded by FSDP1" in refused["FSDP1"], refused
+
+
+@pytest.mark.slow
 def test_the_choice_is_that_of_the_model(results: list[dict[str, Any]]) -> None:
     for result in results:
         assert result["choices"] == ["layers.0.up.weight"]

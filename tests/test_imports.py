@@ -31,7 +31,7 @@ ALLOWED = {
     "integrations.import_hooks": (),
     "integrations.deepspeed": ("integrations", "sharding"),
     "integrations.deepspeed_config.unsupported": (),
-    "integrations.hugging_face": ("integrations.import_hooks", "sharding"),
+    "integrations.hugging_face": ("integrations.import_hooks", "integrations.trainer_optim", "sharding"),
     "planning": ("exchange", "optimizers", "pretrain", "sharding", "step"),
     "preflight": ("pretrain",),
 }

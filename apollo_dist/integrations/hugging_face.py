@@ -17,6 +17,8 @@ from torch import nn
 from ..sharding import fsdp1
 from ..sharding.deepspeed import zero_engine
 from .import_hooks import after_import, around
+from .trainer_optim import creating
+from .trainer_optim import register as register_names
 
 Classes = tuple[type[Any], ...]
 
@@ -24,6 +26,7 @@ Classes = tuple[type[Any], ...]
 def register(*classes: type[Any]) -> None:
     """Tell optimizers of these classes the model; called once, when ``apollo_dist`` is imported."""
     after_import("transformers.trainer", lambda m: around(m.Trainer, "create_optimizer", _create(classes)))
+    register_names()
     after_import("accelerate.accelerator", lambda m: around(m.Accelerator, "prepare", _prepare(classes)))
 
 
@@ -34,7 +37,11 @@ def _create(classes: Classes) -> Callable[..., Any]:
         trained = trainer.model if model is None else model
         # FSDP1's parameters have neither a shape nor a place without their model.
         fsdp1.register(trained)
-        result = create(trainer, *(() if model is None else (model,)), *args, **kwargs)
+        token = creating.set(trainer)
+        try:
+            result = create(trainer, *(() if model is None else (model,)), *args, **kwargs)
+        finally:
+            creating.reset(token)
         if isinstance(trainer.optimizer, classes):
             trainer.optimizer.attach(trained)
         return result

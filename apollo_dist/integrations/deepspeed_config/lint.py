@@ -163,6 +163,12 @@ def optimizer(config: Config) -> Iterator[str]:
         nearest = {name.lower(): name for name in OURS}
         near = difflib.get_close_matches(kind.lower().replace("-", "").replace("_", ""), nearest, n=1)
         yield f"optimizer.type: unknown, {kind!r}" + (f"; did you mean {nearest[near[0]]!r}?" if near else "")
+    else:
+        yield (
+            f"optimizer.type: {kind!r} is another optimizer, and DeepSpeed trains with it: it outranks the Trainer's "
+            'optim="apollo_adamw", and an optimizer from the code is the only one that outranks it. Write "APOLLO" or '
+            '"APOLLOMini", or remove the section and build APOLLO in the code'
+        )
 
 
 def offload(config: Config) -> Iterator[str]:
