@@ -18,6 +18,7 @@ from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.data import Data
 from apollo_dist.pretrain.distributed import Ranks, SetupError
 from apollo_dist.pretrain.engines.base import Engine
+from apollo_dist.pretrain.override import Change, apply, changes, options_now
 
 T = TypeVar("T")
 
@@ -30,13 +31,22 @@ class Checkpoints:
         facts: what a resumed run must share with the one that saved: configuration and data.
         place: where the run takes place: engine, ranks, micro-batches. They may change; rounding changes with them.
         ranks: of this run.
+        override: keys of the facts that may differ from those of the run that saved.
     """
 
-    def __init__(self, config: Config, facts: Mapping[str, object], place: Mapping[str, object], ranks: Ranks) -> None:
+    def __init__(
+        self,
+        config: Config,
+        facts: Mapping[str, object],
+        place: Mapping[str, object],
+        ranks: Ranks,
+        override: frozenset[str] = frozenset(),
+    ) -> None:
         self._folder = config.output_folder / "checkpoints"
         self._keep, self._background = config.keep_checkpoints, config.background_checkpoints
         self._facts, self._place = (json.loads(json.dumps(each)) for each in (facts, place))  # as they read back
-        self._ranks = ranks
+        self._ranks, self._override = ranks, override
+        self.overridden: list[Change] = []  # of the checkpoint that `find` found
         self._pending: checkpoint.Pending | None = None
         self._newest: Path | None = None
         self.step: int | None = None  # of the newest checkpoint that this run has loaded, or begun to save
@@ -89,14 +99,12 @@ class Checkpoints:
         """
         found = _together(lambda: checkpoint.find(self._folder))
         saved, own = _comparable(found.extra["facts"], self._facts)
-        differing = [key for key in {**saved, **own} if saved.get(key) != own.get(key)]
-        if differing:
-            shown = "; ".join(f"{key} was {saved.get(key)!r} and is {own.get(key)!r}" for key in differing)
-            raise SetupError(f"checkpoint {found.path} belongs to another run: {shown}. Resume with the same values")
+        self.overridden = _together(lambda: changes(saved, own, self._override, found.step, str(found.path)))
         return found
 
     def load(self, found: checkpoint.Found, engine: Engine, data: Data) -> list[str]:
         """Continue from a checkpoint that `find` found; lines for the log. Collective."""
+        own = options_now(engine.optimizer.param_groups)
         _together(lambda: checkpoint.load(found, engine.trained, engine.optimizer))
         self._newest, self.step = found.path, found.step
         state = found.extra
@@ -107,10 +115,16 @@ class Checkpoints:
             "lr_lambdas": [None for _ in groups],
         }
         engine.schedule.load_state_dict({**state["schedule"], **here})
+        apply(self.overridden, groups, own, engine.schedule)
         self._ranks.together(lambda: data.train.load_state_dicts(state["data"]))
         if len(state["random"]) == self._ranks.world:
             _set_random_state(state["random"][self._ranks.rank], self._ranks.device)
-        return [*found.problems, f"resumed after step {found.step} from {found.path}", *self._moved(state["place"])]
+        told = [*found.problems, f"resumed after step {found.step} from {found.path}", *self._moved(state["place"])]
+        if self.overridden:
+            rates = ", ".join(f"{rate:.3g}" for rate in dict.fromkeys(float(group["lr"]) for group in groups))
+            shown = "; ".join(map(str, self.overridden))
+            told.append(f"overridden from step {found.step + 1} on: {shown}. Its learning rate is {rates}")
+        return told
 
     def _moved(self, before: Mapping[str, Any]) -> list[str]:
         """A line for the log if the run that saved took place elsewhere."""

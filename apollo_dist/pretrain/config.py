@@ -19,8 +19,8 @@ TOKEN_DTYPES = ("uint8", "uint16", "uint32")
 # Keys that may differ between a run and its resumption: they say where and how often to write, never what to compute.
 RUN_KEYS = frozenset({
     "background_checkpoints", "checkpoint_every", "deepspeed_config", "eval_every", "eval_sequences",
-    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "resume", "step_timeout", "stop_after",
-    "tensorboard", "timeout_minutes", "wandb",
+    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "override", "resume", "step_timeout",
+    "stop_after", "tensorboard", "timeout_minutes", "wandb",
 })  # fmt: skip
 # Keys that say where and in which pieces to compute: a resumed run may change them, and changes rounding with them.
 PLACE_KEYS = frozenset({"engine", "fsdp1_strategy", "layerwise", "micro_batch_size"})
@@ -203,6 +203,7 @@ class Config:
     keep_checkpoints: int = option("how many checkpoints to keep", 2)
     background_checkpoints: bool = option("write checkpoints while training goes on, from copies in CPU memory", False)
     resume: bool = option("continue from the newest checkpoint in the output folder", False)
+    override: str | None = option("with resume: keys that may differ from the checkpoint's, such as steps,lr", None)
     stop_after: int | None = option("stop, with a checkpoint, after this step of the schedule", None)
     timeout_minutes: float = option("a collective that takes longer ends the job", 10.0)
     step_timeout: float = option("seconds for a step before every rank ends with its stacks; 0: no watchdog", 0.0)

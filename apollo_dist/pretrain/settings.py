@@ -16,6 +16,7 @@ from typing import Any
 import yaml
 
 from apollo_dist.pretrain.config import OPTIMIZERS, AdamWConfig, ApolloConfig, Config, DataConfig, ModelConfig
+from apollo_dist.pretrain.override import parse_override
 
 # Short names on the command line.
 ALIASES = {
@@ -49,7 +50,21 @@ def load_settings(arguments: Sequence[str]) -> Settings:
     merged = _merge(recipe, given, f"recipe {recipe_name!r}")
     merged["recipe"] = recipe_name
     config: Config = build(Config, merged, "")
+    parse_override(config.override, ALIASES)
     return Settings(config, frozenset(given))
+
+
+def overridable(config: Config) -> frozenset[str]:
+    """Keys of a run that may differ from its checkpoint's; ValueError if it does not resume one.
+
+    Not an error of the settings: a preflight has them without ``--resume``.
+    """
+    if config.override is not None and not config.resume:
+        raise ValueError(
+            f"--override {config.override} without --resume: a new run has every value that it is given, and only a "
+            "checkpoint's values are overridden"
+        )
+    return parse_override(config.override, ALIASES)
 
 
 def parse_arguments(arguments: Sequence[str]) -> dict[str, object]:

@@ -10,6 +10,7 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
+from apollo_dist.pretrain.override import Change
 from apollo_dist.pretrain.settings import Settings
 from apollo_dist.pretrain.stop import write_whole
 from apollo_dist.pretrain.versions import node, revision, versions
@@ -35,23 +37,37 @@ SLURM = (
 
 
 def snapshot(
-    settings: Settings, config: Config, json_: DeepSpeedJson | None, plan: BatchPlan, ranks: Ranks, step: int
+    settings: Settings,
+    config: Config,
+    json_: DeepSpeedJson | None,
+    plan: BatchPlan,
+    ranks: Ranks,
+    step: int,
+    overridden: Sequence[Change] = (),
 ) -> None:
     """Write recipe, DeepSpeed's JSON, command and environment of this start; collective.
+
+    What the start changed of the checkpoint's values is in the environment: key, value before, value now.
 
     Raises SetupError on every rank if they cannot be written.
     """
     nodes = ranks.gather(node())
-    ranks.on_first(lambda: _write(settings, config, json_, plan, nodes, step))
+    started = {"step": step, "overridden": {each.key: [each.was, each.now] for each in overridden}}
+    ranks.on_first(lambda: _write(settings, config, json_, plan, nodes, started))
 
 
 def _write(
-    settings: Settings, config: Config, json_: DeepSpeedJson | None, plan: BatchPlan, nodes: list[str], step: int
+    settings: Settings,
+    config: Config,
+    json_: DeepSpeedJson | None,
+    plan: BatchPlan,
+    nodes: list[str],
+    started: dict[str, Any],
 ) -> None:
     folder = next_folder(config.output_folder / FOLDER)
     environment = {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "step": step,
+        **started,
         "ranks": len(nodes),
         "nodes": {name: nodes.count(name) for name in dict.fromkeys(nodes)},
         "versions": versions(),
@@ -83,7 +99,7 @@ def recipe_text(config: Config) -> str:
     }
     name = values.pop("recipe")
     options = {key: list(v) if isinstance(v, tuple) else v for key, v in values.pop("optimizer").items()}
-    del values["resume"], values["output"]
+    del values["resume"], values["output"], values["override"]
     if values["deepspeed_config"] is not None:
         values["deepspeed_config"] = os.path.abspath(values["deepspeed_config"])
     values |= {"optimizer": config.optimizer.name, "optimizers": {config.optimizer.name: options}}

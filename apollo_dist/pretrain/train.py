@@ -17,7 +17,7 @@ from apollo_dist.pretrain.evaluate import Evaluation, evaluate
 from apollo_dist.pretrain.metrics import Metrics
 from apollo_dist.pretrain.model import build_model, model_facts
 from apollo_dist.pretrain.run import Run
-from apollo_dist.pretrain.settings import Settings
+from apollo_dist.pretrain.settings import Settings, overridable
 from apollo_dist.pretrain.snapshot import snapshot
 from apollo_dist.pretrain.step import train_step
 from apollo_dist.pretrain.stop import FINISHED_FILE, Requests, clear
@@ -67,7 +67,9 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     config, json, plan = ranks.together(lambda: decide(settings, ranks.world))
     watchdog.folder = config.output_folder
     watchdog.meet(ranks)
-    _agree({**config.computed(), "deepspeed JSON": None if json is None else json.values})
+    told = {"deepspeed JSON": None if json is None else json.values, "resume": config.resume}
+    _agree({**config.computed(), **told, "override": config.override})
+    override = ranks.together(lambda: overridable(config))
     cleared = ranks.on_first(lambda: clear(config.output_folder))
     if ranks.first:
         requests.look_in(config.output_folder)
@@ -80,7 +82,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     place: dict[str, object] = {"engine": config.engine, "ranks": ranks.world, "micro_batch_size": plan.micro}
     if json is not None:
         place["deepspeed JSON"] = json.values
-    checkpoints = Checkpoints(config, {**shared, **facts}, place, ranks)
+    checkpoints = Checkpoints(config, {**shared, **facts}, place, ranks, override)
     resume = config.resume and not cleared.nothing_saved
     if not resume:
         checkpoints.require_none()
@@ -91,7 +93,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     resumed = [] if found is None else checkpoints.load(found, engine, data)
     step = 0 if found is None else found.step
     metrics = ranks.together(lambda: Metrics(config, ranks.first, step))
-    snapshot(settings, config, json, plan, ranks, step)
+    snapshot(settings, config, json, plan, ranks, step, checkpoints.overridden)
     name = type(engine.optimizer).__name__
     for note in json.notes if json is not None else ():
         metrics.say(note)
