@@ -6,14 +6,15 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from . import preflight
+from . import preflight, reporting
 from .checkpoint import export, verify
+from .integrations import run_command
 from .integrations.deepspeed_config import lint
 from .planning import command as plan
 
 # Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
 # With the default ``takes_more``, arguments that the parser does not know reach it as ``more``.
-COMMANDS = (lint, verify, export, plan, preflight)
+COMMANDS = (lint, verify, export, plan, preflight, reporting, run_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
