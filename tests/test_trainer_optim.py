@@ -59,7 +59,9 @@ def test_a_run_equals_the_dense_reference(optim: str) -> None:
     """fp32 weights, to 1e-5 relative."""
     model = llama()
     with watched(model) as watch:
-        Trainer(model=model, args=arguments(optim=optim, weight_decay=0.1), train_dataset=dataset()).train()
+        running = Trainer(model=model, args=arguments(optim=optim, weight_decay=0.1), train_dataset=dataset())
+        running.model_accepts_loss_kwargs = False  # transformers 4 divides the sum of losses by unshifted labels
+        running.train()
     assert len(set(watch.rates)) > 1
     expected = dense(watch.batches, watch.rates, betas=(0.9, 0.99), decay=lambda name: 0.0 if "norm" in name else 0.1)
     for name, p in model.named_parameters():

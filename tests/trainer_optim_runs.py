@@ -22,6 +22,7 @@ LINEAR = [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]  # the Trainer's schedule: two steps u
 MINI = f"rank=1, scale=4.0, scale_type=tensor, update_proj_gap={GAP}"
 PLAIN = f"rank={RANK}, update_proj_gap={GAP}"
 BLOCKS = ["self_attn", "mlp"]
+CONFIGURED = {"accelerator_config": {"use_configured_state": True}}  # the state that ``deepspeed_on_cpu`` made
 
 
 def named(model: nn.Module, optim: str = "apollo_adamw", optim_args: str = PLAIN, targets: Any = None, **settings: Any):
@@ -35,7 +36,9 @@ def named(model: nn.Module, optim: str = "apollo_adamw", optim_args: str = PLAIN
         "disable_tqdm": True, **settings,
     }  # fmt: skip
     arguments |= {"optim": optim, "optim_args": optim_args, "optim_target_modules": targets or BLOCKS}
-    return Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=dataset())
+    made = Trainer(model=model, args=TrainingArguments(**arguments), train_dataset=dataset())
+    made.model_accepts_loss_kwargs = False  # transformers 4 divides the sum of losses by how many labels are unshifted
+    return made
 
 
 def decay(name: str) -> float:
@@ -124,7 +127,7 @@ def deepspeed_run(config: dict[str, Any], optim_args: str = PLAIN, **options: An
 
     model = llama()
     with deepspeed_on_cpu(), watched(model) as watch:
-        running = named(model, "apollo_adamw", optim_args, deepspeed=config)
+        running = named(model, "apollo_adamw", optim_args, deepspeed=config, **CONFIGURED)
         running.train()
         assert type(running.deepspeed.basic_optimizer) is apollo_dist.APOLLO
         # A step has one call of ours, or under ZeRO one for each of three groups.
@@ -151,10 +154,10 @@ def by_deepspeed(config_of: Any, offloaded: Any) -> dict[str, Any]:
     found: dict[str, Any] = {"cases": cases}
     adamw = config_of(2, optimizer={"type": "AdamW", "params": {"lr": RATE}})
     with deepspeed_on_cpu():
-        found["layerwise"] = refused(deepspeed=config_of(2, optimizer=None))
+        found["layerwise"] = refused(deepspeed=config_of(2, optimizer=None), **CONFIGURED)
     with deepspeed_on_cpu():
         try:
-            named(llama(), deepspeed=adamw).train()
+            named(llama(), deepspeed=adamw, **CONFIGURED).train()
             found["another optimizer"] = "no error"
         except ValueError as error:
             found["another optimizer"] = str(error)
