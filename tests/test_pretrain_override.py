@@ -18,10 +18,11 @@ from apollo_dist.pretrain.distributed import process_group
 from apollo_dist.pretrain.engines import native
 from apollo_dist.pretrain.metrics import read_rows
 from apollo_dist.pretrain.optimizers import schedule
+from apollo_dist.pretrain.override import changes
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.train import set_up
 
-from .pretrain_runs import SMALL, SMALL_APOLLO, rewind, write_text
+from .pretrain_runs import SMALL, SMALL_APOLLO, ZERO2, rewind, succeed, write_text
 
 pytestmark = pytest.mark.usefixtures("one_process")
 
@@ -137,6 +138,32 @@ def test_what_cannot_be_overridden_says_why(
     more = [f"--override={override}"] if override else []
     assert message in fails(capsys, arguments(finished, again, *changed, *more, "--resume"))
     assert (again / "metrics.jsonl").read_text() == before
+
+
+def test_options_of_the_jsons_optimizer_are_keys_of_their_own() -> None:
+    facts = {"steps": 8, "optimizer.type": "APOLLO", "optimizer.params": {"lr": 0.1, "rank": 4}}
+    lower = {**facts, "optimizer.params": {"lr": 0.05, "rank": 4}}
+    (change,) = changes(facts, lower, frozenset({"optimizer.lr"}), 4, "x")
+    assert (change.key, change.was, change.now) == ("optimizer.params.lr", 0.1, 0.05)
+    with pytest.raises(ValueError, match=r"optimizer.params.lr was 0.1 and is 0.05. .* --override optimizer.lr"):
+        changes(facts, lower, frozenset(), 4, "x")
+    smaller = {**facts, "optimizer.params": {"lr": 0.1, "rank": 2}}
+    with pytest.raises(ValueError, match=r"optimizer.params.rank was 4 and is 2 \(moments have the old rank\)"):
+        changes(facts, smaller, frozenset({"optimizer.lr"}), 4, "x")
+
+
+def test_deepspeed_follows_the_new_schedule_too(finished: Path, tmp_path: Path) -> None:
+    """Resumed under ZeRO-2 from the same checkpoint, to rounding of fp32 flat partitions."""
+    pytest.importorskip("deepspeed")
+    new = ["--steps=10", "--lr=0.005", "--resume", "--override=steps,lr"]
+    native = rewind(finished / "run", tmp_path / "native", 4)
+    assert main(arguments(finished, native, *new)) == 0
+    (tmp_path / "zero2.json").write_text(json.dumps(ZERO2))
+    moved = rewind(finished / "run", tmp_path / "zero2", 4)
+    given = arguments(finished, moved, *new, f"--deepspeed_config={tmp_path / 'zero2.json'}")
+    assert "overridden from step 5 on" in succeed("python", 1, given, tmp_path)
+    for one, other in zip(followed(moved), followed(native), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
 
 
 def test_override_needs_resume(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,10 @@ def rank_main(rank: int, world: int, folder: Path) -> dict[str, Any]:
         before = weights(run)
         found[name] = error_of(partial(train_step if name == "training" else validate, run))
         found[f"{name} changed weights"] = not torch.equal(weights(run), before)
+    resume = ["--resume"] if rank else []
+    found["resume"] = error_of(lambda: prepare(rank, world, text, folder / "y", *resume))
+    override = ["--resume", "--override=" + ("steps" if rank else "lr")]
+    found["override"] = error_of(lambda: prepare(rank, world, text, folder / "y", *override))
     found["rank"] = error_of(lambda: prepare(rank, world, data, folder / "x", "--optimizer.rank=17"))
     return found
 
@@ -100,6 +104,13 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_ddp_reduces_gradients_in_the_last_micro_batch_only(found: list[dict[str, Any]]) -> None:
     assert found[0]["reductions"] == [0, 0, 0]  # three steps of two micro-batches, one bucket
+
+
+@pytest.mark.parametrize("key", ["resume", "override"])
+def test_ranks_that_differ_in_what_they_resume_all_hear_of_it(found: list[dict[str, Any]], key: str) -> None:
+    for one in found:
+        assert key in one[key], one[key]
+        assert "no good checkpoint" not in one[key]
 
 
 @pytest.mark.parametrize(("part", "file"), [("training", ".train.bin"), ("validation", ".held.bin")])
