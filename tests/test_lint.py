@@ -92,7 +92,7 @@ BROKEN = {
     ),
     "rank": (apollo(rank=0), "optimizer.params: APOLLO: rank must be an integer >= 1, got 0"),
     "unknown parameter": (apollo(rang=4), "optimizer.params: unknown argument 'rang'. Did you mean 'rank'?"),
-    "beta": (apollo(betas=[0.9, "x"]), "optimizer.params: APOLLO: betas must be two numbers in [0, 1), got [0.9, 'x']"),
+    "beta": (apollo(betas=[0.9, "x"]), "optimizer.params: APOLLO: betas must be two numbers in [0, 1), got (0.9, 'x')"),
     "exclude": (apollo(exclude="("), "optimizer.params: exclude='(' is not a regular expression"),
     "limit among the optimizer's": (
         apollo(max_grad_norm=1.0),
