@@ -10,6 +10,7 @@ from . import preflight, reporting
 from .checkpoint import export, verify
 from .integrations import run_command
 from .integrations.deepspeed_config import lint
+from .integrations.extras import after_failed_import
 from .planning import command as plan
 
 # Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
@@ -27,7 +28,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if more and not getattr(parsed, "takes_more", False):
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     parsed.more = more
-    code: int = parsed.run(parsed)
+    try:
+        code: int = parsed.run(parsed)
+    except ImportError as error:
+        advice = after_failed_import(error)
+        if advice is None:
+            raise
+        print(f"error: {advice}", file=sys.stderr)
+        return 2
     return code
 
 

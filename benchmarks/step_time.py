@@ -156,7 +156,7 @@ def report(rows: list[Row], args: argparse.Namespace, where: str, command: str) 
     lines = [
         f"# Optimizer step: LLaMA {args.shapes} matrices, {args.dtype}, {args.device}",
         "",
-        f"- Date: {datetime.datetime.now(datetime.UTC):%Y-%m-%d %H:%M} UTC",
+        f"- Date: {datetime.datetime.now(datetime.timezone.utc):%Y-%m-%d %H:%M} UTC",
         f"- Machine: {where}",
         f"- Versions: {versions}",
         f"- Command: `{command}`",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from apollo_dist.integrations.deepspeed_config.faults import installed, known_faults
+from apollo_dist.integrations.extras import not_installed
 from apollo_dist.pretrain.batching import BatchPlan, plan_batch
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson, reconcile
@@ -12,8 +14,18 @@ from apollo_dist.pretrain.settings import Settings
 def decide(settings: Settings, world: int) -> tuple[Config, DeepSpeedJson | None, BatchPlan]:
     """The configuration with the values of DeepSpeed's JSON, that JSON if there is one, and how a step is divided.
 
-    Raises ValueError where they contradict each other, or batches do not divide by ``world`` ranks.
+    Raises ValueError where they contradict each other, batches do not divide by ``world`` ranks, a package that the run
+    needs is not installed, or the installed DeepSpeed is known to train wrongly with this JSON.
     """
+    engine = ("deepspeed",) if settings.config.deepspeed_config is not None else ()
+    absent = not_installed("tqdm", "transformers", *engine)
+    if absent:
+        raise ValueError(absent)
     config, json = reconcile(settings, world)
     check_loggers(config)
-    return config, json, plan_batch(config.batch_size, config.micro_batch_size, world)
+    plan = plan_batch(config.batch_size, config.micro_batch_size, world)
+    if json is not None:
+        faults = list(known_faults(json.complete(config, plan), installed()))
+        if faults:
+            raise ValueError(f"{config.deepspeed_config}: {faults[0]}")
+    return config, json, plan

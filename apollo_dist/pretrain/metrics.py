@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from apollo_dist.pretrain.config import Config
 
@@ -61,6 +60,8 @@ class Metrics:
         os.replace(fresh, self._path)
         self._file = self._path.open("a", encoding="utf-8")
         interval = 0.5 if sys.stderr.isatty() else 10.0
+        from tqdm import tqdm  # an optional dependency
+
         self._bar = tqdm(total=config.steps, initial=step, unit="step", mininterval=interval, dynamic_ncols=True)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter

@@ -6,7 +6,6 @@ import hashlib
 
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from apollo_dist.pretrain.config import ModelConfig
 
@@ -17,6 +16,8 @@ def build_model(config: ModelConfig, sequence_length: int, seed: int) -> nn.Modu
     Every rank builds the whole model, so the weights do not depend on the engine or the number of ranks; the engine
     shards or moves them afterwards.
     """
+    from transformers import LlamaConfig, LlamaForCausalLM  # an optional dependency, slow to import
+
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
         hidden_size=config.hidden_size,

@@ -11,7 +11,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +66,7 @@ def _write(
 ) -> None:
     folder = next_folder(config.output_folder / FOLDER)
     environment = {
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         **started,
         "ranks": len(nodes),
         "nodes": {name: nodes.count(name) for name in dict.fromkeys(nodes)},

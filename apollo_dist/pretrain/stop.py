@@ -14,7 +14,7 @@ import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
@@ -122,7 +122,7 @@ def clear(folder: Path) -> Cleared:
 
 def record(path: Path, step: int, checkpoint: Path | None, more: Mapping[str, object]) -> None:
     """Write how the run ended: step, checkpoint, the time and ``more``, as JSON, whole or not at all."""
-    now = datetime.now(UTC).isoformat(timespec="seconds")
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
     text = json.dumps(
         {"step": step, **more, "time": now, "checkpoint": None if checkpoint is None else str(checkpoint)}
     )

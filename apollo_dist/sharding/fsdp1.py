@@ -9,7 +9,8 @@ aligned, and every rank of the module's group holds an even part of it, which cu
 
 The parameters that an optimizer sees are views of this rank's part, 1-D, and empty where it holds nothing: then their
 gradient is None whatever the others have. Nothing leads from a parameter to its flat parameter, so modules are
-registered when a model is at hand. Attributes of torch's flat parameters are read in this file only (verified on 2.13).
+registered when a model is at hand. Attributes of torch's flat parameters are read in this file only (verified on torch
+2.6 to 2.15).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
+from .internals import UnknownInternals, require
 from .local_shard import WHOLE, Holding, ShardGroup, whole_cover
 from .regions import FlatCover, Range, cut_ranges
 
@@ -32,12 +34,27 @@ from .regions import FlatCover, Range, cut_ranges
 _known: Any = WeakIdKeyDictionary()
 
 
+_OF_FLAT_PARAMETERS = (
+    "_params", "_shapes", "_strides", "_contiguities", "_param_extensions", "_shard_param_infos",
+    "_numels_with_padding", "_is_padding_mask", "_sharded_size",
+)  # fmt: skip
+
+
 def register(model: nn.Module) -> None:
     """Note where the parameters of a model's FSDP1 modules lie; nothing happens for other models."""
     for module in _modules(model):
+        require(module, "_flat_param", "_handle")
         flat = module._flat_param
-        if flat is not None and flat._params is not None:
+        if flat is None:
+            continue
+        require(flat, *_OF_FLAT_PARAMETERS)
+        if flat._params is not None:
             for number, parameter in enumerate(flat._params):
+                if not is_flattened(parameter):
+                    raise UnknownInternals(
+                        f"torch {torch.__version__}: FSDP1 does not mark its parameters with _fsdp_flattened, by "
+                        "which APOLLO knows them; use FSDP2, or a version of the table in docs/versions.md"
+                    )
                 _known[parameter] = (weakref.ref(module), number)
 
 

@@ -1,6 +1,6 @@
 """FSDP2's modules as the backward pass sees them: whose gradients are reduced together, and whether they are at all.
 
-Reads attributes of FSDP2 that are not public (verified on torch 2.13).
+Reads attributes of FSDP2 that are not public (verified on torch 2.6 to 2.15).
 """
 
 from __future__ import annotations
@@ -11,6 +11,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .internals import first_of, require
+
 
 def _groups(model: nn.Module) -> Iterator[Any]:
     """FSDP2's parameter groups in ``model``, each once: a ``fully_shard`` of several modules makes one."""
@@ -18,10 +20,20 @@ def _groups(model: nn.Module) -> Iterator[Any]:
     seen: set[int] = set()
     for module in model.modules() if fsdp is not None else ():
         if isinstance(module, fsdp.FSDPModule):
-            for group in module._get_fsdp_state()._fsdp_param_groups:
+            for group in _groups_of(module):
                 if id(group) not in seen:
                     seen.add(id(group))
                     yield group
+
+
+def _groups_of(module: Any) -> list[Any]:
+    """The parameter groups of one ``fully_shard``: a list, or in torch before 2.13 one or None."""
+    require(module, "_get_fsdp_state")
+    found = first_of(module._get_fsdp_state(), "_fsdp_param_groups", "_fsdp_param_group")
+    groups = list(found) if isinstance(found, (list, tuple)) else [found] if found is not None else []
+    for group in groups:
+        require(group, "fsdp_params", "reduce_grads", "all_reduce_grads")
+    return groups
 
 
 def reduced_together(model: nn.Module) -> list[list[Tensor]]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from ...optimizers.base import APOLLO, APOLLOMini
 from ...optimizers.param_groups import name_pattern
+from .faults import installed, not_yet
 from .keys import DEEPSPEED_AUTO, HUGGING_FACE_AUTO, LENIENT, MESH, OUTDATED, STRICT, TOP_LEVEL
 from .unsupported import unsupported
 
@@ -29,13 +30,16 @@ DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "m
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
 
 
-def check(config: Config, *, world: int | None = None, hugging_face: bool = False) -> list[str]:
+def check(
+    config: Config, *, world: int | None = None, hugging_face: bool = False, deepspeed: str | None = None
+) -> list[str]:
     """Everything that is wrong with a DeepSpeed configuration for training with APOLLO.
 
     Args:
         config: the configuration, as read from JSON.
         world: the number of ranks, for the arithmetic of batch sizes.
         hugging_face: whether the Hugging Face Trainer fills in "auto".
+        deepspeed: the version that will run, such as "0.18.9"; None: the installed one, if there is one.
 
     Returns:
         One line for each finding, ``key: what is wrong; what to write``; empty if there is nothing to say.
@@ -49,7 +53,8 @@ def check(config: Config, *, world: int | None = None, hugging_face: bool = Fals
         *batch_sizes(filled, world),
         *optimizer(filled),
         *offload(filled),
-        *unsupported(filled),
+        *unsupported(with_accumulation(filled, world), deepspeed),
+        *not_yet(config, deepspeed or installed()),
     ]
 
 
@@ -140,6 +145,14 @@ def batch_sizes(config: Config, world: int | None) -> Iterator[str]:
     hpz = _section(config, "zero_optimization").get("zero_hpz_partition_size", 1)
     if world is not None and isinstance(hpz, int) and hpz > 1 and world % hpz:
         yield f"zero_optimization.zero_hpz_partition_size: {hpz} does not divide {world} ranks"
+
+
+def with_accumulation(config: Config, world: int | None) -> Config:
+    """The configuration with ``gradient_accumulation_steps``, where that follows from the other sizes and ``world``."""
+    total, micro, steps = (config.get(key) for key in BATCH)
+    if world and steps is None and isinstance(total, int) and isinstance(micro, int) and micro > 0:
+        return {**config, BATCH[2]: max(1, total // (micro * world))}
+    return config
 
 
 def optimizer(config: Config) -> Iterator[str]:
@@ -249,6 +262,9 @@ def add_parser(subparsers: Any) -> None:
         "--world", type=_positive, metavar="N", help="number of data-parallel ranks, to check the batch sizes with"
     )
     parser.add_argument("--hf", action="store_true", help='for the Hugging Face Trainer, which fills in "auto"')
+    parser.add_argument(
+        "--deepspeed", metavar="VERSION", help="the DeepSpeed that will run, for its known faults (default: installed)"
+    )
     parser.set_defaults(run=run)
 
 
@@ -269,7 +285,7 @@ def run(arguments: argparse.Namespace) -> int:
             print(f"{path}: cannot be read: {error}", file=sys.stderr)
             code = 2
             continue
-        findings = check(config, world=arguments.world, hugging_face=arguments.hf)
+        findings = check(config, world=arguments.world, hugging_face=arguments.hf, deepspeed=arguments.deepspeed)
         for finding in findings:
             print(f"{path}: {finding}")
         if not findings:

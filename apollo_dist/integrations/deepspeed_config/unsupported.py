@@ -1,7 +1,7 @@
 """DeepSpeed configurations under which APOLLO cannot be exact, or is never called, and what to write instead.
 
 Judged by the JSON alone, so that ``python -m apollo_dist lint`` needs no ranks; the optimizer asks the same question of
-the engine that drives it. Verified on DeepSpeed 0.19.8.
+the engine that drives it. Verified on DeepSpeed 0.19.8; faults of other versions are in ``faults.py``.
 """
 
 from __future__ import annotations
@@ -9,23 +9,32 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from .faults import installed, known_faults
+
 Config = Mapping[str, Any]
 
 _FLOAT16 = ("float16", "torch.float16", "fp16", "half", "torch.half")
 _FLOAT32 = ("float32", "torch.float32", "fp32", "float", "torch.float")
 
 
-def unsupported(config: Config) -> list[str]:
+def unsupported(config: Config, version: str | None = None) -> list[str]:
     """Why a DeepSpeed configuration is refused.
 
     Args:
         config: the configuration as a dictionary. Values that are still "auto" pass.
+        version: the DeepSpeed version whose own faults count as well; None: the installed one's, if there is one.
 
     Returns:
         One line for each finding, ``key: reason; remedy``; empty if there is none.
     """
     zero = _section(config, "zero_optimization")
-    return [*_stage(config, zero), *_offload(config, zero), *_precision(config), *_parallel(config)]
+    return [
+        *_stage(config, zero),
+        *_offload(config, zero),
+        *_precision(config),
+        *_parallel(config),
+        *known_faults(config, version or installed()),
+    ]
 
 
 def _section(config: Config, key: str) -> Config:

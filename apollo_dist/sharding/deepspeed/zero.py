@@ -1,10 +1,10 @@
 """DeepSpeed's wrappers: which elements of which parameter are in the tensors that ``step()`` sees.
 
-With ``zero3.py`` and ``zero_engine.py`` the only file that reads DeepSpeed's attributes (verified on 0.19.8). Under
-ZeRO the parameters that the optimizer was built with are no longer in ``param_groups`` at ``step()``: stages 1 and 2
-and BF16_Optimizer put one flat fp32 partition for each group there, stage 3 one for each sub-group in turn, ZeRO-0 in
-bf16 or fp16 fp32 clones.
-With ``offload_optimizer`` these tensors, and so the states, are on the CPU.
+With ``zero3.py`` and ``zero_engine.py`` the only file that reads DeepSpeed's attributes (verified on the versions of
+docs/versions.md). Under ZeRO the parameters that the optimizer was built with are no longer in ``param_groups`` at
+``step()``: stages 1 and 2 and BF16_Optimizer put one flat fp32 partition for each group there, stage 3 one for each
+sub-group in turn, ZeRO-0 in bf16 or fp16 fp32 clones. With ``offload_optimizer`` these tensors, and so the states, are
+on the CPU.
 
 A parameter's place in its group's flat buffer is read from its data pointer. DeepSpeed's own maps
 (``_hp_mapping``, ``_param_slice_mappings``) are wrong under ``round_robin_gradients``.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import whole
 from ..flat import check_first_use, flat_holding
+from ..internals import UnknownInternals, require, version_of
 from ..local_shard import Holding, ShardGroup
 from ..regions import cut_ranges
 from . import zero3
@@ -79,6 +80,8 @@ def find(optimizer: object) -> Engine:
     runtime = sys.modules.get("deepspeed.runtime.engine")
     if base is None or runtime is None:
         return Engine()
+    require(base, "DeepSpeedOptimizer")
+    require(runtime, "DeepSpeedEngine")
     wrapper, driver, warming_up = None, None, False
     frame = sys._getframe(1)
     while frame is not None:
@@ -94,9 +97,10 @@ def find(optimizer: object) -> Engine:
 
 
 def config(driver: Any) -> Mapping[str, Any]:
-    """The configuration of a DeepSpeed engine, as it was read from JSON."""
-    found: Mapping[str, Any] = driver._config._param_dict
-    return found
+    """The configuration of a DeepSpeed engine, as it was read from JSON, and the accumulation that follows from it."""
+    require(driver, "_config", "gradient_accumulation_steps")
+    require(driver._config, "_param_dict")
+    return {**driver._config._param_dict, "gradient_accumulation_steps": driver.gradient_accumulation_steps()}
 
 
 def unsupported(driver: Any) -> list[str]:
@@ -142,13 +146,15 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
         name_of: names a parameter of the model.
 
     Raises:
-        ValueError: for a wrapper that this version cannot read, or if it is not laid out as expected.
+        UnknownInternals: for a wrapper that cannot be read.
+        ValueError: if it is not laid out as expected.
     """
     kind = type(wrapper).__name__
     if zero3.is_stage3(wrapper):
         return zero3.read(wrapper, tensor, name_of)
     for attributes in _FLAT_ATTRIBUTES:
         if hasattr(wrapper, attributes[2]):
+            require(wrapper, *attributes, "real_dp_process_group")
             parameters, flats, partitions = (getattr(wrapper, attribute) for attribute in attributes)
             found = [i for i, partition in enumerate(partitions) if partition is tensor]
             # An error in a later group has to come before the first one steps.
@@ -164,8 +170,10 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
                 if clone is tensor:
                     return [whole.read(name_of(parameter), clone)]
         return None
-    version = getattr(sys.modules.get("deepspeed"), "__version__", "unknown")
-    raise ValueError(f"cannot read the layout of DeepSpeed {version}'s {kind}; this version knows that of 0.19.8")
+    raise UnknownInternals(
+        f"cannot read the layout of DeepSpeed {version_of('deepspeed')}'s {kind}; install a version of the table in "
+        "docs/versions.md"
+    )
 
 
 def _read_flat(

@@ -9,7 +9,7 @@ else. A sub-group's flat is its parameters' partitions one after the other, padd
           rank 0    rank 1
 
 ``hpZ`` keeps a second copy of the weights in smaller groups, for the forward pass; gradients and fp32 flats stay
-divided as above. Called by ``zero.py``; like it, verified on DeepSpeed 0.19.8.
+divided as above. Called by ``zero.py``; like it, verified on the versions of docs/versions.md.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any
 from torch import Tensor
 
 from ..flat import check_first_use, flat_holding
+from ..internals import require
 from ..local_shard import Holding, ShardGroup
 from ..regions import even_ranges
 
@@ -43,6 +44,7 @@ def read(wrapper: Any, flat: Tensor, name_of: Name) -> list[Holding] | None:
     Raises:
         ValueError: if the flat is not laid out as expected.
     """
+    require(wrapper, "fp32_partitioned_groups_flat", "fp16_groups", "dp_process_group", "swap_optimizer")
     flats = wrapper.fp32_partitioned_groups_flat
     for i, candidate in enumerate(flats):
         if candidate is flat:

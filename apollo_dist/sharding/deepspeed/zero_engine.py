@@ -1,6 +1,6 @@
 """DeepSpeed's engine and wrappers outside of ``step()``: what a checkpoint reads, and puts right after a load.
 
-Like ``zero.py`` and ``zero3.py`` it reads DeepSpeed's attributes (verified on 0.19.8).
+Like ``zero.py`` and ``zero3.py`` it reads DeepSpeed's attributes (verified on the versions of docs/versions.md).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..internals import UnknownInternals, first_of, require, version_of
 from ..local_shard import Holding, ShardGroup, whole_cover
 from ..regions import FlatCover, even_ranges
 from .zero3 import is_stage3
@@ -31,7 +32,7 @@ def is_engine(model: object) -> bool:
 
 def client_optimizer(engine: Any) -> Any:
     """The optimizer inside the engine's wrapper, or the engine's own where there is no wrapper."""
-    return engine.basic_optimizer
+    return first_of(engine, "basic_optimizer")
 
 
 def step_calls(wrapper: Any, groups: Sequence[Group]) -> list[list[tuple[Group, list[Tensor]]]]:
@@ -85,6 +86,8 @@ def update_model(wrapper: Any) -> None:
     elif is_stage3(wrapper):
         # As after a step. Parameters that are kept gathered, because they are small, are out of date: they are dropped
         # first and gathered anew in the end, as hpZ's second copies are.
+        require(wrapper, "checkpoint_event_prologue", "checkpoint_event_epilogue")
+        require(wrapper, "_reassign_or_swap_out_partitioned_parameters")
         wrapper.checkpoint_event_prologue()
         for sub_group in range(len(wrapper.fp32_partitioned_groups_flat)):
             wrapper._reassign_or_swap_out_partitioned_parameters(sub_group)
@@ -93,6 +96,11 @@ def update_model(wrapper: Any) -> None:
         for parameters, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, clone in zip(parameters, clones, strict=True):
                 parameter.data.copy_(clone.data)
+    elif wrapper is not None:
+        raise UnknownInternals(
+            f"DeepSpeed {version_of('deepspeed')}'s {type(wrapper).__name__} does not say how to give the model its "
+            "fp32 weights; install a version of the table in docs/versions.md"
+        )
 
 
 def read_frozen(name: str, parameter: Any) -> Holding | None:
