@@ -82,9 +82,12 @@ def _rank(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tupl
         dist.barrier()
     except BaseException:
         (Path(folder) / f"failure-{rank}").write_text(f"rank {rank} of {world}:\n{traceback.format_exc()}")
-        raise
-    finally:
-        dist.destroy_process_group()
+        traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Without the process group's own end: after an error it may wait for ever (seen with torch 2.6).
+        os._exit(1)
+    dist.destroy_process_group()
     # Not through Python's own end: it stops torch's C++ threads when they ask for the interpreter, and one time in some
     # thousands that is inside of a function that must not be left so ("terminate called without an active exception").
     sys.stdout.flush()

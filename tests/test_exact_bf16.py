@@ -14,6 +14,7 @@ from .engines import full_weights, initialize, zero_config
 from .models import Bag, gradients, groups_of, low_rank, relative_error, shapes_of
 from .ranks import run_ranks
 from .reference import Reference
+from .versions import deepspeed_runs, needs_bf16_states, needs_zero12
 
 STEPS, GAP = 12, 5
 BF16 = {"bf16": {"enabled": True}}
@@ -46,7 +47,7 @@ def train(rank, world, config):
 
 
 def all_cases(rank, world):
-    return {name: train(rank, world, config) for name, config in CASES.items()}
+    return {name: train(rank, world, config) for name, config in CASES.items() if deepspeed_runs(config, world)}
 
 
 def without_masters(rank, world):
@@ -72,6 +73,7 @@ def without_masters(rank, world):
     return found
 
 
+@needs_bf16_states
 def test_bf16_without_fp32_masters_equals_one_process():
     """Every rounding is the same, bit for bit, but where sums in another order fall on the other side of one."""
     for found in run_ranks(without_masters, 2):
@@ -81,7 +83,8 @@ def test_bf16_without_fp32_masters_equals_one_process():
 @pytest.mark.parametrize("world", [1, 2])
 def test_bf16_equals_the_reference(world):
     for results in run_ranks(all_cases, world):
-        assert results["BF16_Optimizer"]["wrapper"] == "BF16_Optimizer"
+        if "BF16_Optimizer" in results:
+            assert results["BF16_Optimizer"]["wrapper"] == "BF16_Optimizer"
         for case, found in results.items():
             found.pop("wrapper")
             worst = max(found, key=found.get)
@@ -125,7 +128,7 @@ def by_name(rank, world, stage):
     return low, {n: relative_error(w, results[1][n]) for n, w in results[0].items()}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=needs_zero12) for n in (1, 2))])
 def test_by_name_in_the_config(stage):
     for low, errors in run_ranks(by_name, 2, stage):
         assert low == {f"layers.{i}.weight" for i in range(3)}

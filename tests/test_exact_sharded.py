@@ -21,6 +21,7 @@ from .models import SHAPES, Bag, gradients, groups_of, low_rank, mean_gradients,
 from .ranks import run_ranks
 from .reference import Reference
 from .sharded import FSDP1, fsdp1, fsdp2, tp, whole
+from .versions import on_cpu
 
 STEPS, GAP, TOLERANCE = 16, 5, 1e-9
 CASES = {
@@ -60,6 +61,7 @@ def all_cases(rank: int, world: int, kinds: list[tuple[str, str]]) -> dict[str, 
     return {
         f"{engine} {kind}, {name}": train(engine, kind, world, rank, options)
         for engine, kind in kinds
+        if on_cpu(engine)
         for name, options in CASES.items()
     }
 

@@ -14,6 +14,7 @@ from apollo_dist import APOLLO
 from .engines import initialize, prepare, zero_config
 from .models import Bag, gradients, groups_of, low_rank, shapes_of
 from .ranks import run_ranks
+from .versions import deepspeed_runs
 from .zero_runs import BF16, FP16, FP16_SUMS, OFFLOAD, OFFLOAD_BOTH, train
 
 STEPS, GAP, TOLERANCE = 8, 3, 1e-5
@@ -83,12 +84,13 @@ def run(rank: int, world: int, cases: dict) -> dict[str, dict[str, float]]:
     return {
         name: train(rank, world, config, options, steps=STEPS, gap=GAP, **extra)
         for name, (config, options, extra) in cases.items()
+        if deepspeed_runs(config, world)
     }
 
 
 def judge(world: int, cases: dict) -> None:
     for errors in run_ranks(run, world, cases):
-        assert errors.keys() == cases.keys()
+        assert errors.keys() == {n for n, (config, *_) in cases.items() if deepspeed_runs(config, world)}
         for case, found in errors.items():
             worst = max(found, key=found.get)
             assert found[worst] < TOLERANCE, f"{case}: {worst} is off by {found[worst]:.1e}"

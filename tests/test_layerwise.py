@@ -19,6 +19,7 @@ from .models import Bag, Block, gradients, groups_of, low_rank, mean_gradients, 
 from .ranks import run_ranks
 from .reference import Reference
 from .test_exact_torch import CASES, GAP, STEPS, TOLERANCE, whole, wrap
+from .versions import needs_fsdp2, on_cpu
 
 HALF = STEPS // 2
 # Not used in some steps: a whole layer, and one parameter of each of three others, which are then not complete: one in
@@ -116,10 +117,10 @@ def all_cases(rank: int, world: int, engines: tuple[str, ...], folder: str) -> d
 @pytest.mark.parametrize(
     ("world", "engines"),
     [
-        (1, ("plain", "fsdp2")),
-        (2, ("fsdp2",)),
-        pytest.param(3, ("fsdp2",), marks=pytest.mark.slow),
-        pytest.param(4, ("fsdp2", "hsdp"), marks=pytest.mark.slow),
+        (1, on_cpu("plain", "fsdp2")),
+        pytest.param(2, ("fsdp2",), marks=needs_fsdp2),
+        pytest.param(3, ("fsdp2",), marks=[pytest.mark.slow, needs_fsdp2]),
+        pytest.param(4, ("fsdp2", "hsdp"), marks=[pytest.mark.slow, needs_fsdp2]),
     ],
 )
 def test_equals_the_reference(world, engines, tmp_path):
@@ -219,7 +220,9 @@ def real_networks(rank: int, world: int, engines: tuple[str, ...]) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize(("world", "engines"), [(1, ("plain", "fsdp2")), (2, ("fsdp2",))])
+@pytest.mark.parametrize(
+    ("world", "engines"), [(1, on_cpu("plain", "fsdp2")), pytest.param(2, ("fsdp2",), marks=needs_fsdp2)]
+)
 def test_with_recomputed_activations_and_in_one_layers_memory(world, engines):
     for found in run_ranks(real_networks, world, engines):
         for case, value in found.items():
@@ -329,6 +332,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     return found
 
 
+@needs_fsdp2
 def test_what_cannot_be_exact_is_refused_on_every_rank():
     wanted = {
         "ddp": "the model is wrapped in DistributedDataParallel",
