@@ -17,11 +17,12 @@ def version() -> str:
     return found.group(1)
 
 
-# The lower bound is a guess from the interfaces that are used; only 0.19.8 is tested (constraints.txt). What is read
-# of DeepSpeed's internals is read in one file, apollo_dist/layout/zero.py, which names the version when one is missing.
-DEEPSPEED = ["deepspeed>=0.16"]
+# All lower bounds are the oldest line of the table in docs/versions.md, which launch/test_versions.sh writes. Some
+# versions in between have faults of their own, which apollo_dist refuses (integrations/deepspeed_config/faults.py).
+DEEPSPEED = ["deepspeed>=0.16.9"]
 
-HUGGINGFACE = ["transformers>=4.48", "accelerate>=1.0", *DEEPSPEED]
+# accelerate has no FSDP2 (`fsdp_version`) before 1.6.
+HUGGINGFACE = ["transformers>=4.48", "accelerate>=1.6", *DEEPSPEED]
 
 # Its strategies for FSDP: docs/integrations.md.
 LIGHTNING = ["lightning>=2.4"]
@@ -37,7 +38,7 @@ PRETRAIN = [
 ]
 
 DEV = [
-    "accelerate>=1.0",
+    "accelerate>=1.6",
     *LIGHTNING,
     "pytest>=8.0",
     "ruff",
@@ -59,7 +60,7 @@ setup(
     license_files=["LICENSE"],
     packages=find_packages(include=["apollo_dist", "apollo_dist.*"]),
     package_data={"apollo_dist": ["py.typed", "pretrain/recipes/*.yaml"]},
-    python_requires=">=3.11",  # 3.11 is tested, with the versions in constraints.txt
+    python_requires=">=3.10",  # docs/versions.md says with which versions each was tested
     install_requires=["torch>=2.6", "numpy", "pyyaml"],
     extras_require={
         "deepspeed": DEEPSPEED,
@@ -77,7 +78,9 @@ setup(
         "Intended Audience :: Developers",
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],

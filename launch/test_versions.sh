@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The core suites under other versions of torch, DeepSpeed and transformers, each in an environment of its own.
 #
-#   bash launch/test_versions.sh [--keep] [--output FILE] [TORCH:DEEPSPEED[:TRANSFORMERS[:ACCELERATE]] ...]
+#   bash launch/test_versions.sh [--keep] [--output FILE] [TORCH:DEEPSPEED[:TRANSFORMERS[:ACCELERATE]][@PYTHON] ...]
 #
 #   --keep          leave the environments in place (some 5 GB each); a kept one is used again
 #   --output FILE   where the table goes, as Markdown (default: $APOLLO_VERSIONS/versions.md)
@@ -10,7 +10,7 @@
 # $APOLLO_VERSIONS/rows stay in the table until the same versions run again. The exit status is 0 if all tests pass.
 #
 #   APOLLO_VERSIONS=...   the folder for environments, logs and lines (default: versions in the repository's runs/)
-#   PYTHON=...            the interpreter, as `uv venv --python` takes it (default: 3.11)
+#   PYTHON=...            the interpreter where no version names one, as `uv venv --python` takes it (default: 3.11)
 #   RUN=...               a command that runs the tests, such as `nice`
 set -euo pipefail
 ROOT="$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)"
@@ -47,13 +47,13 @@ if [[ -z "$UV" ]]; then
     [[ -x "$UV" ]] || { python3 -m venv "$WORK/uv" && "$WORK/uv/bin/pip" install --quiet uv; }
 fi
 
-# install ENVIRONMENT TORCH DEEPSPEED TRANSFORMERS ACCELERATE
+# install ENVIRONMENT PYTHON TORCH DEEPSPEED TRANSFORMERS ACCELERATE
 install() {
-    local packages=("torch==$2" "deepspeed==$3" accelerate transformers numpy pyyaml tqdm datasets tokenizers psutil
+    local packages=("torch==$3" "deepspeed==$4" accelerate transformers numpy pyyaml tqdm datasets tokenizers psutil
         "pytest>=8" setuptools ninja)
-    [[ -z "$4" ]] || packages+=("transformers==$4.*")
-    [[ -z "$5" ]] || packages+=("accelerate==$5.*")
-    "$UV" venv --quiet --python "${PYTHON:-3.11}" "$1"
+    [[ -z "$5" ]] || packages+=("transformers==$5.*")
+    [[ -z "$6" ]] || packages+=("accelerate==$6.*")
+    "$UV" venv --quiet --python "$2" "$1"
     "$UV" pip install --quiet --python "$1/bin/python" "${packages[@]}"
 }
 
@@ -93,15 +93,17 @@ PYTHON
 
 status=0
 for entry in "${VERSIONS[@]}"; do
-    IFS=: read -r torch deepspeed transformers accelerate <<<"$entry:::"
+    python="${PYTHON:-3.11}"
+    if [[ "$entry" == *@* ]]; then python="${entry#*@}"; fi
+    IFS=: read -r torch deepspeed transformers accelerate <<<"${entry%@*}:::"
     accelerate="${accelerate%%:*}"
-    name="${entry//:/-}"
+    name="${entry//[:\/]/-}"
     environment="$WORK/env-$name"
     echo "==> torch $torch, deepspeed $deepspeed${transformers:+, transformers $transformers}" >&2
     made=0
     if [[ ! -x "$environment/bin/python" ]]; then
         made=1
-        if ! install "$environment" "$torch" "$deepspeed" "$transformers" "$accelerate"; then
+        if ! install "$environment" "$python" "$torch" "$deepspeed" "$transformers" "$accelerate"; then
             rm -rf -- "$environment"
             echo "error: $entry cannot be installed" >&2
             status=1

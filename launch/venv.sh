@@ -3,7 +3,8 @@
 #
 #     source "$(dirname "${BASH_SOURCE[0]}")/venv.sh"
 #
-# Needs a Python of 3.11 or later with venv, and a package index the first time. The installation is repeated only
+# Needs a Python of 3.11 or later with venv (constraints.txt; as a library the package takes 3.10 as well), and a package
+# index the first time. The installation is repeated only
 # when setup.py, pyproject.toml or constraints.txt have changed, so later runs need no network.
 #
 #   PYTHON=...                 the interpreter to build with (default: the first suitable one on PATH)

@@ -20,10 +20,12 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
     """The options of a parameter group that a checkpoint keeps: plain numbers, words and lists of them."""
     options = {}
     for key, value in group.items():
+        if key in _NOT_OPTIONS:
+            continue
         value = plain(value)
         value = list(value) if isinstance(value, tuple) else value
         items = value if isinstance(value, list) else [value]
-        if key not in _NOT_OPTIONS and all(isinstance(v, (bool, int, float, str, type(None))) for v in items):
+        if all(isinstance(v, (bool, int, float, str, type(None))) for v in items):
             options[key] = value
     return options
 

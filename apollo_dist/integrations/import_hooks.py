@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import functools
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+_log = logging.getLogger(__name__)
+
 Action = Callable[[ModuleType], None]
 
 
 def around(owner: ModuleType | type, name: str, call: Callable[..., Any]) -> None:
-    """Let ``call(function, *args, **kwargs)`` stand in for a function of a module or class, if there is one."""
+    """Let ``call(function, *args, **kwargs)`` stand in for a function of a module or class.
+
+    Where a version has no such function, one line in the log says so: what the call checks is then not checked.
+    """
     function = getattr(owner, name, None)
     if function is None:
+        package = owner.__name__ if isinstance(owner, ModuleType) else owner.__module__
+        version = getattr(sys.modules.get(package.partition(".")[0]), "__version__", "unknown")
+        _log.warning(
+            "%s %s has no %s.%s, where apollo_dist looks whether another optimizer takes its place and learns the "
+            "parameters' names; install a version of the table in docs/versions.md, or build the optimizer yourself",
+            package.partition(".")[0], version, owner.__name__, name,
+        )  # fmt: skip
         return
 
     @functools.wraps(function)
