@@ -2,6 +2,7 @@
 
 from . import checkpoint, hugging_face, layerwise, projection
 from ._version import __version__
+from .distributed import RankError
 from .integrations.deepspeed import register
 from .integrations.hugging_face import register as register_hugging_face
 from .optimizers.base import APOLLO, APOLLOMini
@@ -13,6 +14,7 @@ register_hugging_face(APOLLO, APOLLOMini)
 __all__ = [
     "APOLLO",
     "APOLLOMini",
+    "RankError",
     "__version__",
     "checkpoint",
     "hugging_face",

@@ -96,7 +96,7 @@ def test_ranks_decide_alike_and_write_once(tmp_path):
         assert found["extra"] == {"rank": 0}
         assert "step is 3 on rank 0 and 4 on rank 1" in found["step"]
         assert "is 'APOLLO' on rank 0 and 'AdamW' on rank 1" in found["optimizer"]
-        assert found["unknown"].startswith("rank 1: ")
+        assert found["unknown"].startswith("rank 1: ") == (rank == 0)  # rank 1 raises its own error
         assert "that is not in the model" in found["unknown"]
         assert "what is saved is" in found["model"]
         assert not found["made"]

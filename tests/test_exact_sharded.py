@@ -105,18 +105,30 @@ PLACEMENTS = [
 def placed(rank: int, world: int) -> list[str]:
     """Compare what the layout says this rank holds with the values that DTensor gave it."""
     mesh = init_device_mesh("cpu", (2, 2))
+    from torch.distributed.tensor.debug import CommDebugMode
+
     from apollo_dist.sharding import dtensor
+    from apollo_dist.sharding.local_shard import view_of
 
     wrong = []
     for shape in ((13, 6), (5, 9), (2, 3), (3, 5, 7)):
         values = torch.arange(torch.Size(shape).numel()).double().view(shape)
         for placements in PLACEMENTS:
             local = distribute_tensor(values, mesh, list(placements), src_data_rank=None)
-            holding = dtensor.read("layers.0.weight", nn.Parameter(local))
+            dtensor.make_groups([local], None)
+            parameter = nn.Parameter(local)
+            holding = dtensor.read("layers.0.weight", parameter)
             flat = holding.weight().reshape(-1)
+            # A gradient that autograd left whole on the second axis, or on both, is cut without communication.
+            for left in ((placements[0], Replicate()), (Replicate(), Replicate())):
+                parameter.grad = distribute_tensor(values, mesh, list(left), src_data_rank=None)
+                with CommDebugMode() as communicated:
+                    same = torch.equal(holding.grad(), local.to_local())
+                if not same or communicated.get_total_counts():
+                    wrong.append(f"{shape} {placements}: the gradient {left}, {communicated.get_total_counts()}")
             for box in holding.cover.boxes(holding.group.rank, shape):
                 inside = values[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))]
-                if not torch.equal(inside.reshape(-1), flat[box.offset : box.offset + box.numel]):
+                if not torch.equal(inside, view_of(flat, box.offset, box.sizes, box.strides)):
                     wrong.append(f"{shape} {placements} box {box}")
             m, n = shape[-2:]
             count = shape[0] if len(shape) == 3 else 1
@@ -125,8 +137,12 @@ def placed(rank: int, world: int) -> list[str]:
                 matrix = values[index] if count > 1 else values
                 for tile in tiles[holding.group.rank]:
                     inside = matrix[tile.row : tile.row + tile.height, tile.column : tile.column + tile.width]
-                    if not torch.equal(inside.reshape(-1), flat[tile.offset : tile.offset + tile.numel]):
+                    strides = (tile.stride, 1) if tile.stride else None
+                    if not torch.equal(inside, view_of(flat, tile.offset, (tile.height, tile.width), strides)):
                         wrong.append(f"{shape} {placements} tile {tile}")
+                # However many rows there are.
+                if max(map(len, tiles)) > 4:
+                    wrong.append(f"{shape} {placements}: {max(map(len, tiles))} tiles of matrix {index}")
                 # All ranks together hold each element once.
                 seen = torch.zeros(m, n)
                 for held in tiles:

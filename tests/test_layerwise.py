@@ -344,7 +344,8 @@ def test_what_cannot_be_exact_is_refused_on_every_rank():
         "nothing moved": "True",
         "sharded late": "attach after it is sharded",
     }
-    for found in run_ranks(refusals, 2):
+    for rank, found in enumerate(run_ranks(refusals, 2)):
         assert found.keys() == wanted.keys()
         for case, words in wanted.items():
-            assert words in found[case], case
+            # The rank that fails raises its own error, and the other one says whose it is.
+            assert (words.removeprefix("rank 1: ValueError: ") if rank else words) in found[case], case

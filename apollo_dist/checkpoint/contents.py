@@ -92,14 +92,21 @@ def contents(model: Any, optimizer: Any) -> Contents:
     client = run_together(lambda: _client(found.engine, optimizer))
     agree({"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None})
     builds = client.prepare(found.engine) if isinstance(client, APOLLO) else []
-    run_together(lambda: _fill(found, model if found.engine is None else model.module, client, builds))
+    module = model if found.engine is None else model.module
+    run_together(lambda: _show_sharded(module))
+    # Also of parameters that APOLLO does not train.
+    detect.make_groups(module.parameters(), None)
+    run_together(lambda: _fill(found, module, client, builds))
     return found
+
+
+def _show_sharded(module: nn.Module) -> None:
+    fsdp1.register(module)
+    detect.reshard(module)
 
 
 def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer, builds: Sequence[StepPlan]) -> None:
     """The local part of ``contents``, which may fail on one rank only."""
-    fsdp1.register(module)
-    detect.reshard(module)
     if found.engine is not None:
         found.wrapper = zero.from_engine(found.engine, client).wrapper
     held = _apollo(found, client, builds) if isinstance(client, APOLLO) else elementwise.add(found, client, module)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ..distributed import gather, rank_of, run_first, run_together, world_of
+from ..distributed import gather_together, rank_of, run_first, run_together, world_of
 from . import folder
 from .contents import contents
 from .saving import EXTRA
@@ -59,22 +59,21 @@ def find(path: str | os.PathLike[str]) -> Found:
     Raises:
         ValueError: on all ranks alike, if there is no good checkpoint; it names the bad files.
     """
-    root = Path(path)
-    order, problems = run_first(lambda: _order(root))
+    order, problems = run_first(lambda: _order(Path(path)))
     for checkpoint in order:
         # Decided from what all ranks know alike; so all choose the same.
         manifest, bad = run_first(partial(_manifest, checkpoint))
         if not bad:
             mine = dict(sorted(manifest["files"].items())[rank_of() :: world_of()])
-            checked = gather(run_together(partial(folder.check_files, checkpoint, mine)))
+            checked = gather_together(partial(folder.check_files, checkpoint, mine))
             bad = sorted({line for part in checked for line in part})
         if not bad:
             extra = run_together(partial(_read_extra, checkpoint))
             found = Found(checkpoint, int(manifest["step"]), extra, manifest, tuple(problems))
-            _tell(found)
+            run_together(partial(_tell, found))  # a warning may be an error
             return found
         problems += bad
-    what = "; ".join(problems) if problems else f"there is none in {root}"
+    what = "; ".join(problems) if problems else f"there is none in {path}"
     raise ValueError(f"no good checkpoint to load: {what}")
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .._version import __version__
-from ..distributed import agree, gather, rank_of, run_first, run_together, world_of
+from ..distributed import agree, gather_together, rank_of, run_first, run_together, world_of
 from ..optimizers.options import plain
 from . import folder, hub
 from .contents import Contents, contents
@@ -44,7 +44,7 @@ class Pending:
         """Wait for its end: the folder of the finished checkpoint.
 
         Raises:
-            ValueError: on all ranks alike, if it failed; checkpoints before it are as they were.
+            ValueError, OSError or RankError: on all ranks, as of ``save``; checkpoints before it are as they were.
         """
         return self._future.result()
 
@@ -82,16 +82,18 @@ def save(
         The finished checkpoint's folder, or with ``background`` a ``Pending``.
 
     Raises:
-        ValueError: on all ranks alike, if something cannot be saved or written.
+        ValueError: on all ranks alike, if something cannot be saved or written. Where that happens on one rank only, it
+            raises its own error (OSError for a full disk, say), and the others a RankError, which is a ValueError.
     """
     global _last
     before, _last = _last, None
     if before is not None:
         before.wait()
     found = contents(model, optimizer)
-    step, keep = _steps_of(found) if step is None else plain(step), plain(keep)
+    counted = _steps_of(found)
+    step, keep = counted if step is None else plain(step), plain(keep)
     run_together(lambda: _check(step, keep))
-    agree({"step": step, "what is saved": found.description})
+    agree({"step": step, "keep": keep, "background": background, "what is saved": found.description})
     module = model if found.engine is None else model.module
     # The first rank's, which writes them; all hear of a failure.
     files = run_together(lambda: {EXTRA: _pack(extra), **hub.files(module, tokenizer)} if rank_of() == 0 else {})
@@ -107,12 +109,18 @@ def save(
 
 def _steps_of(found: Contents) -> int:
     """How many steps the engine, or else the optimizer, has counted; a collective."""
-    if found.engine is not None:
-        return int(found.description["engine"]["global_steps"])
-    counts = [
-        s.pieces[0].tensor for key, s in found.tensors.items() if key.startswith("optimizer.") and key.endswith(".step")
-    ]
-    return max(gather(max((int(count) for count in counts), default=0)))
+
+    def counted() -> int:
+        if found.engine is not None:
+            return int(found.description["engine"]["global_steps"])
+        counts = [
+            shards.pieces[0].tensor
+            for key, shards in found.tensors.items()
+            if key.startswith("optimizer.") and key.endswith(".step")
+        ]
+        return max((int(count) for count in counts), default=0)
+
+    return max(gather_together(counted))
 
 
 def _write_or_log(*arguments: Any) -> Path:
@@ -145,7 +153,7 @@ def _write(
 
     names = run_first(complete, group)
     mine = names[rank_of(group) :: world_of(group)]
-    described = gather(run_together(lambda: folder.describe_files(draft, mine), group), group)
+    described = gather_together(lambda: folder.describe_files(draft, mine), group)
     listed = {name: entry for part in described for name, entry in part.items()}
 
     def commit() -> Path:

@@ -29,6 +29,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystem
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, WriteItem, WriteItemType
 
+from ..distributed import RankError, described, global_rank, known_to_all, rank_of
+from ..sharding.local_shard import view_of
 from ..sharding.regions import Box
 
 
@@ -71,7 +73,7 @@ class Shards:
         if not local.is_contiguous() or sum(b.numel for b in boxes) != local.numel():
             raise ValueError(f"{name}: the local tensor {tuple(local.shape)} is not a contiguous run of its parts")
         flat = local.view(-1)
-        return Shards(shape, [Piece(b.offsets, flat[b.offset : b.offset + b.numel].view(b.sizes)) for b in boxes])
+        return Shards(shape, [Piece(b.offsets, view_of(flat, b.offset, b.sizes, b.strides)) for b in boxes])
 
     @staticmethod
     def whole(tensor: Tensor, writes: bool = True) -> Shards:
@@ -156,7 +158,9 @@ def write(folder: Path, tensors: dict[str, Shards], group: dist.ProcessGroup | N
     """
     planner = _SavePlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     writer = FileSystemWriter(folder)
-    _run(lambda: state_dict_saver.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group))
+    _run(
+        group, lambda: state_dict_saver.save(dict(tensors), storage_writer=writer, planner=planner, process_group=group)
+    )
 
 
 def read(folder: Path, tensors: dict[str, Shards], group: dist.ProcessGroup | None = None) -> None:
@@ -169,10 +173,13 @@ def read(folder: Path, tensors: dict[str, Shards], group: dist.ProcessGroup | No
     """
     planner = _LoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
     reader = FileSystemReader(folder)
-    _run(lambda: state_dict_loader.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group))
+    _run(
+        group,
+        lambda: state_dict_loader.load(dict(tensors), storage_reader=reader, planner=planner, process_group=group),
+    )
 
 
-def _run(work: Callable[[], object]) -> None:
+def _run(group: dist.ProcessGroup | None, work: Callable[[], object]) -> None:
     alone = not (dist.is_available() and dist.is_initialized())
     with warnings.catch_warnings() if alone else nullcontext():
         if alone:  # DCP warns of that
@@ -180,9 +187,11 @@ def _run(work: Callable[[], object]) -> None:
         try:
             work()
         except CheckpointException as error:  # a BaseException, which ends a process past every handler
-            causes = {f"rank {rank}: {_text(wrapped[0])}" for rank, wrapped in error.failures.items()}
-            raise ValueError("; ".join(sorted(causes))) from error
-
-
-def _text(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
+            failures = {rank: wrapped[0] for rank, wrapped in error.failures.items()}
+            mine = failures.get(rank_of(group))
+            if isinstance(mine, (ValueError, OSError, MemoryError, torch.OutOfMemoryError)):
+                raise known_to_all(mine, group) from error
+            if mine is not None:  # of DCP's many types
+                raise known_to_all(ValueError(described(mine)), group) from error
+            first = min(failures)
+            raise known_to_all(RankError.of(global_rank(first, group), described(failures[first])), group) from error

@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import meet
 from ..sharding.local_shard import ShardGroup
 from ..sharding.regions import Range
 from .plan import Plan
 from .routes import Elements, Projected, ReduceRoutes, ReplyAllReduce, ReplyRoutes, Scales
+from .waiting import wait
 
 TERMS = 3
 
@@ -219,7 +221,8 @@ class Exchange:
         torch.index_select(terms.view(-1), 0, places, out=block[first_term:])
         where = device_for(self.group.process_group, self.device)
         summed = block.to(where)
-        dist.all_reduce(summed, group=self.group.process_group)
+        meet()
+        wait(dist.all_reduce(summed, group=self.group.process_group, async_op=True), where)
         summed = summed.to(self.device)
         total = terms.clone()  # what one rank alone has is complete
         total.view(-1)[places] = summed[first_term:]
@@ -229,7 +232,10 @@ class Exchange:
         assert buffer.numel() == sum(send), "the plan and the pieces disagree"
         where = device_for(self.group.process_group, self.device)
         received = torch.empty(sum(receive), dtype=self.dtype, device=where)
-        dist.all_to_all_single(received, buffer.to(where), receive, send, group=self.group.process_group)
+        given = buffer.to(where)
+        meet()
+        work = dist.all_to_all_single(received, given, receive, send, group=self.group.process_group, async_op=True)
+        wait(work, where)
         return received.to(self.device)
 
 
@@ -256,6 +262,7 @@ def first_rank_where(condition: Tensor, process_group: dist.ProcessGroup | None 
         return 0 if bool(condition) else None
     size, rank = dist.get_world_size(process_group), dist.get_rank(process_group)
     first = torch.where(condition, rank, size).to(device_for(process_group, condition.device))
-    dist.all_reduce(first, op=dist.ReduceOp.MIN, group=process_group)
+    meet()
+    wait(dist.all_reduce(first, op=dist.ReduceOp.MIN, group=process_group, async_op=True), first.device)
     found = int(first)
     return None if found == size else found

@@ -12,11 +12,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import agree, run_together
+from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..state.callers import called_to_make_state
+from ..step.failing import Failures, Steps
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import StepPlan, fingerprint, plan_step
-from ..step.run import step_adam, step_shard_group
 from .grouped import GroupedOptimizer
 from .model_ref import PresentModel, check_not_replaced
 from .options import plain
@@ -109,9 +110,9 @@ class APOLLO(GroupedOptimizer):
         self._init_state()
         self._engine: zero.Engine | None = None
         self._constructed = False
+        self._failures = Failures(process_group)
         run_together(lambda: self._construct(params, options, unknown), process_group)
-        facts = {"skip_nonfinite": self._guard.enabled, "max_skipped_steps": self._guard.limit}
-        agree({**facts, **fingerprint(self.seed, self.param_groups, self._members_of_groups())}, process_group)
+        agree(self._facts, process_group, self._explain)
         self._constructed = True
 
     def prepare(self, engine: Any = None) -> list[StepPlan]:
@@ -152,19 +153,32 @@ class APOLLO(GroupedOptimizer):
 
         Raises:
             ValueError: at the first step, on all ranks alike, if a layout is not supported or ranks disagree.
+            RankError: if the step failed on another rank, which raises its own error. A first step that fails before
+                weights change can be repeated; after any other failure the job has to end.
+            RuntimeError: after such a failure.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         making_state = not self._builds and called_to_make_state()
-        current = self._current()
-        if current is not None and not making_state and not self._must_skip(current):
-            for group_step in current.shard_groups:
-                step_shard_group(group_step, self.seed)
-            step_adam(current.adam)
-            self._count_stacks()
+        # ZeRO calls ``step()`` once for each group or sub-group, so some may have been stepped when a later one fails.
+        partly = any(plan.steps is not None and plan.steps.taken for plan in self._builds.values())
+        try:
+            current = self._current()
+            if current is not None and not making_state:
+                self._steps_of(current).take(self.seed, lambda: self._must_skip(current))
+                self._count_stacks()
+        except BaseException as error:
+            if partly and (self._engine or zero.find(self)).wrapper is not None:
+                self._failures.half_way(error)
+            raise
         return loss
+
+    def _steps_of(self, current: StepPlan) -> Steps:
+        if current.steps is None:
+            current.steps = Steps(current.shard_groups, current.adam, self._failures)
+        return current.steps
 
     def _must_skip(self, current: StepPlan) -> bool:
         return self._guard.enabled and self._guard.must_skip(current.gradients(), current.device)
@@ -186,18 +200,40 @@ class APOLLO(GroupedOptimizer):
         engine = self._engine or zero.find(self)
         if engine.warming_up:
             return None
-        built = run_together(lambda: self._build(engine), self._process_group)
-        agree(built.facts, self._process_group)
-        # A build of the same parameters under other tensors is out of date.
-        names = built.names()
-        self._trained.update(holding.name for holding, _ in built.holdings)
-        self._builds = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
-        self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
-        self._builds[self._key()] = built
+        # States that are made while this fails, on this rank or on another one, may be incomplete.
+        slots = dict(self._slots)
+        try:
+            built = self._agreed_build(engine)
+        except BaseException:
+            # Builds of before may no longer share the tensors of these slots.
+            self._slots, self._builds = slots, {}
+            raise
         self._show()
         if not dist.is_initialized() or dist.get_rank() == 0:
             logger.info("%s: %s", type(self).__name__, built.summary())
         return built
+
+    def _agreed_build(self, engine: zero.Engine) -> StepPlan:
+        """A new build that all ranks agree on, with the state that was loaded; a collective."""
+        run_together(lambda: self._follow_model(engine), self._process_group)
+        detect.make_groups((p for group in self.param_groups for p in group["params"]), self._process_group)
+        built = run_together(lambda: self._build(engine), self._process_group)
+        agree(built.facts, self._process_group, self._explain)
+        # A build of the same parameters under other tensors is out of date.
+        names = built.names()
+        self._trained.update(holding.name for holding, _ in built.holdings)
+        others = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
+        self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
+        self._builds = {**others, self._key(): built}
+        return built
+
+    def _facts(self) -> dict[str, object]:
+        """What ranks must have in common when the optimizer is built."""
+        facts: dict[str, object] = {
+            "skip_nonfinite": self._guard.enabled,
+            "max_skipped_steps": self._guard.limit,
+        }
+        return facts | fingerprint(self.seed, self.param_groups, self._members_of_groups())
 
     def _key(self) -> tuple[Any, ...]:
         # With the groups' own ids, since a build reads their hyperparameters. Under ZeRO-3 each sub-group has a build,
@@ -206,12 +242,15 @@ class APOLLO(GroupedOptimizer):
             (id(g), tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
         )
 
-    def _build(self, engine: zero.Engine) -> StepPlan:
-        """The local part of ``_current``; may fail on one rank only."""
+    def _follow_model(self, engine: zero.Engine) -> None:
+        """Take the parameters that the model has now; local, may fail on one rank only."""
         if engine.wrapper is None and self._model.module is not None:
             self._follow()
         elif engine.wrapper is None:
             check_not_replaced(self._given)
+
+    def _build(self, engine: zero.Engine) -> StepPlan:
+        """The local part of ``_current``; may fail on one rank only."""
         if engine.module is None:
             engine = replace(engine, module=self._model.module)
         return plan_step(

@@ -82,8 +82,12 @@ class GroupedOptimizer(StatefulOptimizer):
         groups, given, members = len(self.param_groups), len(self._given), dict(self._members)
         try:
             run_together(lambda: self._add_group(param_group), self._process_group)
-            agree(fingerprint(self.seed, self.param_groups, self._members_of_groups()), self._process_group)
-        except ValueError:
+            agree(
+                lambda: fingerprint(self.seed, self.param_groups, self._members_of_groups()),
+                self._process_group,
+                self._explain,
+            )
+        except BaseException:
             del self.param_groups[groups:], self._given[given:]
             self._members = members
             raise
@@ -125,6 +129,17 @@ class GroupedOptimizer(StatefulOptimizer):
         """Whether any parameter of a group has state; what DeepSpeed puts in their places does from the first step."""
         names = (self._members[id(p)].name if id(p) in self._members else None for p in group["params"])
         return any(name in self._trained if name is not None else bool(self._trained) for name in names)
+
+    def _explain(self, fact: str) -> str:
+        """What to do about a fact of ``fingerprint`` in which ranks differ, where it is not evident."""
+        if not fact.startswith(("parameter ", "number of parameters")):
+            return ""
+        if self._process_group is not None:
+            return ". process_group may hold only ranks that train the same parameters"
+        return (
+            ". Ranks that train different parameters, such as the stages of a pipeline, each need "
+            "process_group=GROUP, the group of the ranks that train the same parameters as they do"
+        )
 
     def _members_of_groups(self) -> list[list[Member]]:
         return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]

@@ -20,8 +20,8 @@ from ..integrations.deepspeed import NOT_IN_BACKWARD
 from ..sharding import dtensor, fsdp1, fsdp2
 from ..sharding.deepspeed import zero_engine
 from ..state.callers import called_to_make_state
+from ..step.failing import Steps
 from ..step.plan import StepPlan
-from ..step.run import step_adam, step_shard_group
 from ..step.shard_group import AdamTensor, ShardGroupStep
 from .base import APOLLO, APOLLOMini
 from .model_ref import PresentModel
@@ -60,6 +60,7 @@ class _Part:
     tensors: list[Tensor] = field(default_factory=list)
     shard_groups: list[ShardGroupStep] = field(default_factory=list)
     adam: list[AdamTensor] = field(default_factory=list)
+    steps: Steps | None = None
 
 
 class _Hook:
@@ -184,9 +185,9 @@ class LayerwiseAPOLLO(APOLLO):
         return found
 
     def _update(self, part: _Part) -> None:
-        for group_step in part.shard_groups:
-            step_shard_group(group_step, self.seed)
-        step_adam(part.adam)
+        if part.steps is None:
+            part.steps = Steps(part.shard_groups, part.adam, self._failures)
+        part.steps.take(self.seed)
         for p in part.tensors:
             p.grad = None
         self._waiting = None

@@ -15,6 +15,7 @@ from ..distributed import run_together
 from ..sharding import fsdp1
 from ..state import parameter_state
 from ..state.slots import Slot, copied
+from ..step.failing import Failures
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import StepPlan
 from .model_ref import PresentModel
@@ -42,6 +43,7 @@ class StatefulOptimizer(Optimizer):
     cache_projection: bool | str
     _process_group: dist.ProcessGroup | None
     _guard: NonFiniteGuard
+    _failures: Failures
     _choose: bool
     _members: dict[int, Member]
     _given: list[Tensor]
@@ -260,6 +262,7 @@ class StatefulOptimizer(Optimizer):
         state = dict(state)
         slots, members, pending = (state.pop(key) for key in ("slots", "members", "pending"))
         self._process_group, self._engine, self._constructed = None, None, True
+        self._failures = Failures(None)
         self._model = PresentModel(None)
         self._init_state()
         super().__setstate__({**state, "state": defaultdict(dict)})

@@ -16,7 +16,7 @@ import torch
 from apollo_dist import checkpoint
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.data import Data
-from apollo_dist.pretrain.distributed import Ranks, SetupError
+from apollo_dist.pretrain.distributed import Ranks, alike
 from apollo_dist.pretrain.engines.base import Engine
 from apollo_dist.pretrain.override import Change, apply, changes, options_now
 
@@ -152,10 +152,8 @@ def _comparable(saved: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[
 
 def _together(work: Callable[[], T]) -> T:
     """Run what raises the same error on every rank; the error ends the job without a traceback."""
-    try:
+    with alike():
         return work()
-    except (ValueError, OSError) as error:
-        raise SetupError(str(error)) from error
 
 
 def _random_state(device: torch.device) -> dict[str, torch.Tensor]:

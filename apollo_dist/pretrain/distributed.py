@@ -12,6 +12,8 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from apollo_dist.distributed import described, raised_together
+
 T = TypeVar("T")
 
 
@@ -90,11 +92,18 @@ class Ranks:
 
 @contextlib.contextmanager
 def alike() -> Iterator[None]:
-    """Turn a ValueError that every rank raises alike, as those of APOLLO's are, into `SetupError`."""
+    """Turn an error that every rank raises, as those of APOLLO's are, into `SetupError`.
+
+    Where only one rank failed it raises its own error, of any type, and the others a RankError.
+    """
     try:
         yield
-    except ValueError as error:
-        raise SetupError(str(error)) from error
+    except Exception as error:
+        if isinstance(error, ValueError):
+            raise SetupError(str(error)) from error
+        if raised_together(error):
+            raise SetupError(str(error) if isinstance(error, OSError) else described(error)) from error
+        raise
 
 
 @contextlib.contextmanager

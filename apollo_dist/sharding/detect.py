@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import dtensor, fsdp1, whole
@@ -27,6 +28,19 @@ def read(tensors: Sequence[Tensor], name_of: zero.Name, engine: zero.Engine) -> 
         found = None if engine.wrapper is None else zero.read(engine.wrapper, tensor, name_of)
         holdings += [_plain(tensor, name_of(tensor))] if found is None else found
     return holdings
+
+
+def make_groups(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Make the process groups that ``read`` needs and that do not exist yet. A collective of ``group``.
+
+    Args:
+        tensors: what ``read`` will be asked for, of any layout.
+        group: the ranks that train them, default all.
+
+    Raises:
+        ValueError: on all ranks alike, if ranks that share a parameter do not all hold it.
+    """
+    dtensor.make_groups(tensors, group)
 
 
 def _plain(tensor: Tensor, name: str) -> Holding:

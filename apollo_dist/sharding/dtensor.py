@@ -8,6 +8,7 @@ of index runs. Ranks beyond the last row hold nothing and still take part in eve
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from itertools import product
 from typing import Any
 
@@ -18,7 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from .grid import GridCover, Runs, chunk, strided_chunk
+from ..distributed import gather_together, global_rank, world_of
+from .grid import GridCover, Runs, chunk, positions, strided_chunk
 from .local_shard import WHOLE, Cover, Holding, ShardGroup, whole_cover
 from .regions import FlatCover, row_ranges
 
@@ -27,9 +29,9 @@ _groups: list[tuple[object, tuple[int, ...], dist.ProcessGroup]] = []
 
 
 def read(name: str, parameter: DTensor) -> Holding:
-    """The holding of a DTensor parameter.
+    """The holding of a DTensor parameter; local.
 
-    Where several mesh axes shard it, the process group over them is made the first time: a collective.
+    Where several mesh axes shard it, ``make_groups`` has made the process group over them.
 
     Raises:
         ValueError: for placements other than ``Shard``, ``_StridedShard`` and ``Replicate``, or if the local tensor is
@@ -77,30 +79,88 @@ def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Cover]:
 
 
 def shard_group(parameter: DTensor) -> dist.ProcessGroup | None:
-    """The process group over the mesh axes that shard a parameter; None where none does.
+    """The process group over the mesh axes that shard a parameter; None where none does. Local.
 
-    Over several axes it is made here, a collective of its ranks, and kept. Flattening the mesh would make it as well,
-    but changes the mesh: once two axes have been flattened, torch 2.13 puts a DTensor that they divide unevenly along
-    one dim together in a wrong order (``full_tensor``), whosever it is.
+    Raises:
+        ValueError: where several axes shard it and ``make_groups`` did not make their group.
     """
-    mesh = parameter.device_mesh
     axes = _sharding_axes(parameter)
     if len(axes) < 2:
-        return mesh.get_group(axes[0]) if axes else None
-    mine = mesh.get_coordinate()
-    assert mine is not None
-    ranks = tuple(mesh.mesh[tuple(slice(None) if i in axes else at for i, at in enumerate(mine))].flatten().tolist())
-    world = dist.group.WORLD
-    known = next((made for default, of, made in _groups if default is world and of == ranks), None)
+        return parameter.device_mesh.get_group(axes[0]) if axes else None
+    ranks = _sharding_ranks(parameter)
+    known = _known(ranks)
     if known is None:
-        known = dist.new_group(list(ranks), use_local_synchronization=True)
-        assert known is not None
-        _groups[:] = [*(group for group in _groups if group[0] is world), (world, ranks, known)]
+        raise ValueError(
+            f"there is no process group of ranks {ranks} yet, which share a parameter of shape "
+            f"{tuple(parameter.shape)} over several mesh axes; call step() or prepare() on all ranks first"
+        )
     return known
 
 
+def make_groups(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
+    """Make the process groups that ``shard_group`` returns for DTensors that several mesh axes shard.
+
+    A collective of ``group``. Every rank first says which groups it needs, so that none of them waits in the making of
+    a group that another rank does not make. Groups are kept. Flattening the mesh would make one as well, but changes
+    the mesh: once two axes have been flattened, torch 2.13 puts a DTensor that they divide unevenly along one dim
+    together in a wrong order (``full_tensor``), whosever it is.
+
+    Args:
+        tensors: parameters of any kind.
+        group: the ranks that train them, default all.
+
+    Raises:
+        ValueError: on all ranks alike, if the ranks of such a group do not all need it.
+    """
+    needed = gather_together(lambda: _needed(tensors), group)
+    missing = sorted({ranks for of_rank in needed for ranks, exists in of_rank.items() if not exists})
+    if not missing:
+        return
+    number = {global_rank(i, group): i for i in range(world_of(group))}
+    for ranks in missing:
+        absent = [rank for rank in ranks if rank not in number or ranks not in needed[number[rank]]]
+        if absent:
+            raise ValueError(
+                f"some ranks hold parameters that are sharded over ranks {ranks}, but rank {absent[0]} of these "
+                f"{'is not in process_group' if absent[0] not in number else 'holds none of them'}: build the same "
+                "model on the same mesh on all of these ranks"
+            )
+    mine = dist.get_rank()
+    for ranks in missing:  # in the same order on every rank
+        if mine in ranks:
+            made = dist.new_group(list(ranks), use_local_synchronization=True)
+            world = dist.group.WORLD
+            kept = [known for known in _groups if known[0] is world and known[1] != ranks]
+            _groups[:] = [*kept, (world, ranks, made)]
+
+
+def _needed(tensors: Iterable[Tensor]) -> dict[tuple[int, ...], bool]:
+    """The ranks of each group that this rank needs, and whether the group exists."""
+    doubly = [t for t in tensors if is_dtensor(t) and len(_sharding_axes(t)) > 1]  # type: ignore[arg-type]
+    found = {_sharding_ranks(t) for t in doubly}  # type: ignore[arg-type]
+    return {ranks: _known(ranks) is not None for ranks in found}
+
+
+def _known(ranks: tuple[int, ...]) -> dist.ProcessGroup | None:
+    world = dist.group.WORLD
+    return next((made for default, of, made in _groups if default is world and of == ranks), None)
+
+
+def _sharding_ranks(parameter: DTensor) -> tuple[int, ...]:
+    """The global ranks along the mesh axes that divide a parameter, in the order of the mesh."""
+    mesh, axes = parameter.device_mesh, _sharding_axes(parameter)
+    mine = mesh.get_coordinate()
+    if mine is None:
+        raise ValueError(f"this rank is not in the mesh {mesh} of a parameter of shape {tuple(parameter.shape)}")
+    chosen = tuple(slice(None) if i in axes else at for i, at in enumerate(mine))
+    return tuple(mesh.mesh[chosen].flatten().tolist())
+
+
 def shard_mesh(parameter: DTensor) -> DeviceMesh:
-    """The parameter's mesh; where several axes shard it, a mesh of one axis over its shard group."""
+    """The parameter's mesh; where several axes shard it, a mesh of one axis over its shard group.
+
+    Local: torch makes a mesh of a group that exists without communication.
+    """
     mesh = parameter.device_mesh
     if len(_sharding_axes(parameter)) < 2:
         return mesh
@@ -120,14 +180,14 @@ def places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
     return dict(zip(mesh.mesh.flatten().tolist(), product(*map(range, mesh.mesh.shape)), strict=True))
 
 
-def _runs(parameter: DTensor, place: tuple[int, ...]) -> tuple[Runs, ...]:
+def _runs(tensor: DTensor, place: tuple[int, ...]) -> tuple[Runs, ...]:
     """What the rank at ``place`` in the mesh holds: placements divide from left to right, as DTensor's do."""
-    runs: list[Runs] = [((0, size),) if size else () for size in parameter.shape]
-    for axis, placement in enumerate(parameter.placements):
+    runs: list[Runs] = [((0, size),) if size else () for size in tensor.shape]
+    for axis, placement in enumerate(tensor.placements):
         if isinstance(placement, Replicate):
             continue
-        pieces, index = parameter.device_mesh.size(axis), place[axis]
-        dim = placement.dim % parameter.ndim  # type: ignore[attr-defined]
+        pieces, index = tensor.device_mesh.size(axis), place[axis]
+        dim = placement.dim % tensor.ndim  # type: ignore[attr-defined]
         if type(placement) is _StridedShard:
             runs[dim] = strided_chunk(runs[dim], pieces, index, int(placement.split_factor))
         else:
@@ -146,7 +206,7 @@ def _local_grad(name: str, parameter: DTensor) -> Tensor | None:
         return None
     if isinstance(grad, DTensor) and grad.placements != parameter.placements and _can_cut(grad, parameter):
         # Autograd under tensor parallelism may leave a gradient whole: this rank's part is cut out of it, once.
-        grad = parameter.grad = grad.redistribute(placements=parameter.placements)
+        grad = parameter.grad = _cut(grad, parameter)
     if not isinstance(grad, DTensor) or tuple(grad.placements) != tuple(parameter.placements):
         got = grad.placements if isinstance(grad, DTensor) else "a plain tensor"
         raise ValueError(f"{name}: the gradient is {got}, the parameter {parameter.placements}; they must match")
@@ -160,6 +220,30 @@ def _can_cut(grad: DTensor, parameter: DTensor) -> bool:
     """
     pairs = zip(grad.placements, parameter.placements, strict=True)
     return grad.device_mesh == parameter.device_mesh and all(g == p or isinstance(g, Replicate) for g, p in pairs)
+
+
+def _cut(grad: DTensor, parameter: DTensor) -> DTensor:
+    """A gradient with the parameter's placements, of which this rank holds all elements that it needs; local.
+
+    Not ``redistribute``: where several axes divide one dim, that may communicate to get from one order to another.
+    """
+    place = parameter.device_mesh.get_coordinate()
+    assert place is not None
+    local = grad.to_local()
+    held, wanted = _runs(grad, tuple(place)), _runs(parameter, tuple(place))
+    for dim, (have, want) in enumerate(zip(held, wanted, strict=True)):
+        if have != want:
+            at = [range(start, stop) for start, stop in positions(have, want)]
+            index = torch.tensor([i for run in at for i in run], dtype=torch.int64, device=local.device)
+            local = local.index_select(dim, index)
+    return DTensor.from_local(
+        local.contiguous(),
+        parameter.device_mesh,
+        parameter.placements,
+        run_check=False,
+        shape=parameter.shape,
+        stride=parameter.stride(),
+    )
 
 
 def reshard(module: nn.Module) -> None:

@@ -38,48 +38,75 @@ class GridCover:
         return [(dim, *run) for dim, along in enumerate(self.runs[rank]) for run in along]
 
     def boxes(self, rank: int, shape: tuple[int, ...]) -> list[Box]:
-        """What rank ``rank`` holds of the parameter, whose shape is ``shape``, as boxes.
-
-        A box lies without gaps in the local tensor, so the dimensions before one with several runs are taken index by
-        index.
-        """
+        """What rank ``rank`` holds of the parameter, of that shape, as boxes: one for each choice of runs."""
         assert len(shape) == len(self.runs[rank])
         return _boxes(self.runs[rank]) if self.numel(rank) else []
 
     def tiles(self, index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
-        """For each rank its tiles of the ``index``-th m x n matrix of the parameter (0 for a 2-D parameter)."""
-        result = []
-        for rank, runs in enumerate(self.runs):
-            found = []
-            for box in _boxes(runs) if self.numel(rank) else ():
-                (row, column), (height, width) = box.offsets[-2:], box.sizes[-2:]
-                first, count = (box.offsets[0], box.sizes[0]) if len(runs) == 3 else (0, 1)
-                if first <= index < first + count:
-                    found.append(Tile(row, column, height, width, box.offset + (index - first) * height * width))
-            result.append(tuple(found))
-        return tuple(result)
+        """For each rank its tiles of the ``index``-th m x n matrix of the parameter (0 for a 2-D parameter).
+
+        One tile for each run of rows and run of columns, however the local tensor's rows are put together.
+        """
+        return tuple(_tiles(runs, index) for runs in self.runs)
+
+
+def _tiles(runs: Sequence[Runs], index: int) -> tuple[Tile, ...]:
+    *before, rows, columns = runs
+    height, width = _count(rows), _count(columns)
+    place = _place(before[0], index) if before else 0
+    if place is None or not height or not width:
+        return ()
+    stride = width if len(columns) > 1 else 0
+    return tuple(
+        Tile(row, column, row_stop - row, column_stop - column, (place * height + down) * width + across, stride)
+        for down, (row, row_stop) in _placed(rows)
+        for across, (column, column_stop) in _placed(columns)
+    )
+
+
+def _placed(along: Runs) -> list[tuple[int, Range]]:
+    """Each run with its position in the local tensor."""
+    found, at = [], 0
+    for start, stop in along:
+        found.append((at, (start, stop)))
+        at += stop - start
+    return found
+
+
+def _place(along: Runs, index: int) -> int | None:
+    """The position of an index in the local tensor; None if it is not there."""
+    return next((at + index - start for at, (start, stop) in _placed(along) if start <= index < stop), None)
+
+
+def positions(held: Runs, wanted: Runs) -> list[Range]:
+    """Where the indices ``wanted``, in their order, lie in a local tensor of the indices ``held``.
+
+    Raises:
+        ValueError: if one of them is not held.
+    """
+    found: list[Range] = []
+    for start, stop in wanted:
+        while start < stop:
+            at = _place(held, start)
+            if at is None:
+                raise ValueError(f"index {start} is not among {held}")
+            end = next(last for first, last in held if first <= start < last)
+            found.append((at, at + min(end, stop) - start))
+            start = min(end, stop)
+    return found
 
 
 def _boxes(runs: Sequence[Runs]) -> list[Box]:
     sizes = [_count(along) for along in runs]
-    strides = [math.prod(sizes[d + 1 :]) for d in range(len(runs))]
-    last = max((d for d, along in enumerate(runs) if len(along) > 1), default=0)
-    # For each dimension its pieces: (start, stop, position in the local tensor).
-    pieces: list[list[tuple[int, int, int]]] = []
-    for d, along in enumerate(runs):
-        cut = along if d >= last else [(i, i + 1) for start, stop in along for i in range(start, stop)]
-        position, placed = 0, []
-        for start, stop in cut:
-            placed.append((start, stop, position))
-            position += stop - start
-        pieces.append(placed)
+    strides = tuple(math.prod(sizes[d + 1 :]) for d in range(len(runs)))
     return [
         Box(
-            tuple(start for start, _, _ in chosen),
-            tuple(stop - start for start, stop, _ in chosen),
-            sum(position * stride for (_, _, position), stride in zip(chosen, strides, strict=True)),
+            tuple(start for _, (start, _) in chosen),
+            tuple(stop - start for _, (start, stop) in chosen),
+            sum(position * stride for (position, _), stride in zip(chosen, strides, strict=True)),
+            strides,
         )
-        for chosen in product(*pieces)
+        for chosen in product(*map(_placed, runs))
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -115,3 +116,17 @@ def matrix_name(name: str, index: int, count: int) -> str:
 def whole_cover(numel: int) -> FlatCover:
     """One rank holds all ``numel`` elements."""
     return FlatCover(((0, numel),))
+
+
+def view_of(flat: Tensor, offset: int, sizes: Sequence[int], strides: Sequence[int] | None = None) -> Tensor:
+    """A rectangle in a local flat buffer, as a view.
+
+    Args:
+        flat: 1-D.
+        offset: where the rectangle starts.
+        sizes: its shape.
+        strides: how far apart its elements lie along each dimension; None for row-major order without gaps.
+    """
+    if strides is None:
+        return flat[offset : offset + math.prod(sizes)].view(tuple(sizes))
+    return flat[offset:].as_strided(tuple(sizes), [step * flat.stride(0) for step in strides])

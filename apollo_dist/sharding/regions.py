@@ -34,8 +34,8 @@ def joined(ranges: Sequence[Range]) -> tuple[Range, ...]:
 class Tile:
     """Rows ``row .. row + height`` and columns ``column .. column + width`` of a matrix.
 
-    ``offset`` is where the tile starts in the rank's local flat buffer; its elements lie there row by row without
-    gaps.
+    ``offset`` is where the tile starts in the rank's local flat buffer, and ``stride`` how far apart its rows begin
+    there: ``width``, unless the rank's local rows hold other columns as well. 0 means ``width``.
     """
 
     row: int
@@ -43,6 +43,7 @@ class Tile:
     height: int
     width: int
     offset: int
+    stride: int = 0
 
     @property
     def numel(self) -> int:
@@ -87,12 +88,14 @@ class Box:
     """A rectangle of a parameter of any number of dimensions: checkpoints are made of them.
 
     ``offsets`` and ``sizes`` have one entry for each dimension. ``offset`` is where the box starts in the rank's local
-    flat buffer; its elements lie there in row-major order without gaps.
+    flat buffer, and ``strides`` how far apart its elements lie there along each dimension; without strides they lie in
+    row-major order without gaps.
     """
 
     offsets: tuple[int, ...]
     sizes: tuple[int, ...]
     offset: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def numel(self) -> int:

@@ -26,7 +26,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from ..distributed import run_together
 from ..exchange.collectives import device_for
-from ..sharding.local_shard import Holding
+from ..sharding.local_shard import Holding, view_of
 from ..step.plan import StepPlan
 from ..step.shard_group import AdamTensor, ShardGroupStep
 from .reshard import EvenReshard, LowRank
@@ -252,7 +252,7 @@ def _restore_adam(holding: Holding, part: AdamTensor | None, state: Mapping[str,
             continue
         for box in holding.cover.boxes(holding.group.rank, holding.shape):
             window = tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))
-            part.state[key][box.offset : box.offset + box.numel].copy_(value[window].reshape(-1))
+            view_of(part.state[key], box.offset, box.sizes, box.strides).copy_(value[window])
     if part is not None and state is not None:
         part.state["step"] = int(state["step"])
 

@@ -15,7 +15,7 @@ from ..exchange.plan import MatrixSpec
 from ..exchange.routes import Channels
 from ..projections.cache import Projection, ProjectionSlice
 from ..rules import apollo as rule
-from ..sharding.local_shard import Holding
+from ..sharding.local_shard import Holding, view_of
 from ..sharding.regions import Range, Tile
 
 # Columns of a matrix's norm terms: ||N||^2, ||R||^2, and ||G||^2 (tensor) or sum_c s_c^2 ||G_c||^2 (channel).
@@ -137,7 +137,8 @@ class Matrix:
         flat = local.reshape(-1)
         views = []
         for tile in tiles:
-            view = flat[tile.offset : tile.offset + tile.numel].view(tile.height, tile.width)
+            strides = (tile.stride, 1) if tile.stride else None
+            view = view_of(flat, tile.offset, (tile.height, tile.width), strides)
             views.append(view if tall else view.t())
         return views, None if local.is_contiguous() else flat
 

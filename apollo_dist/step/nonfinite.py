@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..distributed import known_to_all
 from ..exchange.collectives import first_rank_where
 
 logger = logging.getLogger("apollo_dist")
@@ -56,11 +57,12 @@ class NonFiniteGuard:
         self.skipped += 1
         self.in_a_row += 1
         if self.limit is not None and self.in_a_row > self.limit:
-            raise RuntimeError(
+            error = RuntimeError(
                 f"gradients were not finite in {self.in_a_row} steps in a row, more than max_skipped_steps="
                 f"{self.limit}; in this one first on rank {rank}. Weights and states are those of the last good step. "
                 "Lower the learning rate, or look at the data of these steps"
             )
+            raise known_to_all(error, self._process_group)
         logger.warning(
             "step left out: gradients are not finite, first on rank %d (%d in a row, %d in all)",
             rank,

@@ -18,6 +18,7 @@ from ..sharding import detect
 from ..sharding.deepspeed import zero
 from ..sharding.local_shard import Holding, canonical_name
 from ..state.slots import Slot
+from .failing import Steps
 from .shard_group import AdamTensor, ShardGroupStep, specs_of
 
 # A low-rank matrix: where it is, what the planner needs to know of it, its parameter group.
@@ -37,6 +38,7 @@ class StepPlan:
         facts: what all ranks must agree on before the first exchange.
         chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
         groups: ``param_groups``, kept like the tensors.
+        steps: what takes the steps; made at the first one.
     """
 
     tensors: list[Tensor]
@@ -47,6 +49,7 @@ class StepPlan:
     facts: dict[str, object] = field(default_factory=dict)
     chosen: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
+    steps: Steps | None = None
 
     def names(self) -> set[str]:
         """Names of all matrices and tensors."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,12 +14,40 @@ from ..rules import apollo as rule
 from .shard_group import AdamTensor, ShardGroupStep
 
 
+@dataclass
+class Pending:
+    """A step of a shard group before its weights change.
+
+    Attributes:
+        active: for each matrix whether it has a gradient.
+        owned, replies, terms: what ``Batch.finish`` takes; for ``replies`` None where a rank has to hear of nothing.
+    """
+
+    active: list[bool]
+    owned: list[Tensor | None]
+    replies: list[Tensor | None]
+    terms: Tensor
+
+
 def step_shard_group(group_step: ShardGroupStep, seed: int) -> None:
     """One step of all matrices of a shard group: at most two collectives.
 
     Args:
         group_step: the matrices, their states and their plan.
         seed: of the projections.
+    """
+    pending = begin_step(group_step, seed, early=not group_step.plan.needs_exchange2)
+    if group_step.plan.needs_exchange2:
+        finish_step(group_step, pending)
+
+
+def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) -> Pending:
+    """The step of a shard group up to the update of the weights.
+
+    Args:
+        group_step, seed: as of ``step_shard_group``.
+        early: update each batch's weights as soon as they can be, while its gradients are in the cache. Only without
+            an exchange 2.
     """
     plan, exchange, matrices, projections = (
         group_step.plan,
@@ -36,15 +65,14 @@ def step_shard_group(group_step: ShardGroupStep, seed: int) -> None:
         received = exchange.reduce_to_owners(partials)
         del partials
 
-    # Owners: moments, scaling factors, norm terms. Limiter and update are local, and follow at once where no rank
-    # has to be heard, while the gradients are in the cache.
+    # Owners: moments, scaling factors, norm terms.
     terms = torch.zeros((len(matrices), TERMS), dtype=group_step.dtype, device=group_step.device)
     owned: list[Tensor | None] = []
     replies: list[Tensor | None] = [None] * len(matrices)
     for batch in group_step.batches:
         grads = batch.gradients(active)
         owned += batch.owner_step(grads, projections, received, terms)
-        if not plan.needs_exchange2:
+        if early:
             batch.finish(grads, owned, replies, terms)
         del grads
     del received
@@ -53,8 +81,13 @@ def step_shard_group(group_step: ShardGroupStep, seed: int) -> None:
     if plan.needs_exchange2:
         shared = [m.shared_scale(scale) for m, scale in zip(matrices, owned, strict=True)]
         replies, terms = exchange.reply_to_holders(shared, terms)
-        for batch in group_step.batches:
-            batch.finish(batch.gradients(active), owned, replies, terms)
+    return Pending(active, owned, replies, terms)
+
+
+def finish_step(group_step: ShardGroupStep, pending: Pending) -> None:
+    """Limiter and update of the local weights, which ``begin_step`` left."""
+    for batch in group_step.batches:
+        batch.finish(batch.gradients(pending.active), pending.owned, pending.replies, pending.terms)
 
 
 def step_adam(tensors: list[AdamTensor]) -> None:

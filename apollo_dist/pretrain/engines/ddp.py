@@ -19,7 +19,8 @@ class DDP(NativeEngine):
 
     def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        self._ddp = DistributedDataParallel(model.to(ranks.device), device_ids=ids)
+        moved = ranks.together(lambda: model.to(ranks.device))  # memory may not do on one rank only
+        self._ddp = DistributedDataParallel(moved, device_ids=ids)
         super().__init__(config, plan, self._ddp, ranks)
         self._autocast = config.precision == "bf16"
 

@@ -38,4 +38,4 @@ def shard(config: Config, model: nn.Module, ranks: Ranks) -> nn.Module:
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return model.to(ranks.device)
+    return ranks.together(lambda: model.to(ranks.device))  # memory may not do on one rank only

@@ -1,0 +1,131 @@
+"""A step that fails on one rank ends on all of them.
+
+The first step of what was built is where most things fail: gradients have the wrong kind or place, or memory runs out.
+It is taken with care: ranks meet before every collective, and no weight changes before all of them have come to the
+point where nothing but the update is left. If a rank fails before that, the states are made new again and the step can
+be repeated. Later steps cost no communication: a rank that fails raises an alarm, which ends the waiting of the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from ..distributed import RankError, described, meet, raised_together, together, world_of
+from ..exchange.waiting import Alarm
+from ..state.slots import Slot
+from .run import begin_step, finish_step, step_adam, step_shard_group
+from .shard_group import AdamTensor, ShardGroupStep
+
+
+class Failures:
+    """What the ranks of one optimizer know about failed steps.
+
+    Args:
+        group: the ranks that step together, default all.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None) -> None:
+        self.group = group
+        self._alarm: Alarm | None = None
+        self._broken: str | None = None
+
+    @property
+    def alarm(self) -> Alarm:
+        """The alarm of later steps; made when all ranks ask for it at the same point."""
+        if self._alarm is None:
+            self._alarm = Alarm(self.group)
+        return self._alarm
+
+    def check(self) -> None:
+        """Raise RuntimeError if an earlier step failed half way, so that ranks may hold different weights."""
+        if self._broken is not None:
+            raise RuntimeError(
+                f"an earlier step failed half way ({self._broken}), so the weights and states of the ranks may not "
+                "belong together: end this job, and continue from a checkpoint"
+            )
+
+    def half_way(self, error: BaseException) -> None:
+        """Note that a step failed half way; in a single process it changes nothing, as in torch's optimizers."""
+        if world_of(self.group) > 1 and self._broken is None:
+            self._broken = str(error) if isinstance(error, RankError) else described(error)
+
+
+class Steps:
+    """The steps of some shard groups and AdamW tensors, which end on all ranks if they fail on one.
+
+    Args:
+        shard_groups, adam: what is stepped.
+        failures: of the optimizer.
+
+    Attributes:
+        taken: whether a step was taken.
+    """
+
+    def __init__(self, shard_groups: Sequence[ShardGroupStep], adam: Sequence[AdamTensor], failures: Failures) -> None:
+        self._shard_groups, self._adam, self._failures = list(shard_groups), list(adam), failures
+        self.taken = False
+
+    def take(self, seed: int, skip: Callable[[], bool] = lambda: False) -> None:
+        """One step; every rank of the optimizer's group must take it.
+
+        Args:
+            seed: of the projections.
+            skip: asks, on all ranks, whether this step is to be skipped.
+
+        Raises:
+            RankError: if another rank failed; that rank raises its own error.
+        """
+        if not self.taken:
+            self._take_first(seed, skip)
+            return
+        failures = self._failures
+        failures.check()
+        try:
+            with failures.alarm.armed():
+                if not skip():
+                    for group_step in self._shard_groups:
+                        step_shard_group(group_step, seed)
+                    step_adam(self._adam)
+        except BaseException as error:
+            if not raised_together(error, failures.group):
+                failures.half_way(error)
+            raise
+
+    def _take_first(self, seed: int, skip: Callable[[], bool]) -> None:
+        new = all(int(slot["step"]) == 0 for slot in self._slots())
+        phase = "before"
+        try:
+            with together(self._failures.group):
+                self._failures.check()
+                if skip():
+                    return
+                phase = "states"
+                pending = [begin_step(group_step, seed) for group_step in self._shard_groups]
+                meet()
+                phase = "weights"
+                for group_step, one in zip(self._shard_groups, pending, strict=True):
+                    finish_step(group_step, one)
+                step_adam(self._adam)
+        except BaseException as error:
+            if phase == "states" and new:
+                self._forget()
+            elif phase != "before":
+                self._failures.half_way(error)
+            raise
+        self._failures.alarm  # noqa: B018  # made here, where all ranks are
+        self.taken = True
+
+    def _slots(self) -> list[Slot]:
+        return [m.state for one in self._shard_groups for m in one.matrices] + [t.state for t in self._adam]
+
+    def _forget(self) -> None:
+        """Make the states what they were before the first step."""
+        for slot in self._slots():
+            for key, value in slot.items():
+                if isinstance(value, Tensor):
+                    value.zero_()
+                elif key == "step":
+                    slot[key] = 0
