@@ -90,6 +90,8 @@ BROKEN = {
         config(optimizer={"type": "apollo-mini"}),
         "optimizer.type: unknown, 'apollo-mini'; did you mean 'APOLLOMini'?",
     ),
+    "another optimizer": (config(optimizer={"type": "AdamW"}), "optimizer.type: 'AdamW' is another optimizer, and"),
+    "another of torch's": (config(optimizer={"type": "SGD"}), "optimizer.type: 'SGD' is another optimizer, and"),
     "rank": (apollo(rank=0), "optimizer.params: APOLLO: rank must be an integer >= 1, got 0"),
     "unknown parameter": (apollo(rang=4), "optimizer.params: unknown argument 'rang'. Did you mean 'rank'?"),
     "beta": (apollo(betas=[0.9, "x"]), "optimizer.params: APOLLO: betas must be two numbers in [0, 1), got (0.9, 'x')"),
