@@ -24,6 +24,7 @@ import apollo_dist
 from .by_name_runs import everything
 from .llama import RANK, STAGES, assert_equal_to_one_process, llama, low_rank_names
 from .ranks import run_ranks
+from .versions import needs_apollo_names
 
 TOLERANCE = 1e-5
 
@@ -49,6 +50,7 @@ def test_the_trainers_own_checkpoints_resume_exactly(results: list[dict[str, Any
         assert result["resumed"][stage]
 
 
+@needs_apollo_names
 @pytest.mark.slow
 def test_optim_apollo_adamw_equals_one_process(results: list[dict[str, Any]]) -> None:
     for result in results:

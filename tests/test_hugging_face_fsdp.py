@@ -22,6 +22,7 @@ import apollo_dist
 from .hugging_face_fsdp_runs import everything
 from .llama import RANK, assert_equal_to_one_process, llama
 from .ranks import run_ranks
+from .versions import needs_apollo_names
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +44,7 @@ def test_the_trainers_own_checkpoints_resume_exactly(results: list[dict[str, Any
         assert all(result["resumed"].values()), result["resumed"]
 
 
+@needs_apollo_names
 @pytest.mark.slow
 def test_optim_apollo_adamw_equals_one_process(results: list[dict[str, Any]]) -> None:
     for result in results:
@@ -50,6 +52,7 @@ def test_optim_apollo_adamw_equals_one_process(results: list[dict[str, Any]]) ->
         assert all(result["named"]["resumed"].values()), result["named"]["resumed"]
 
 
+@needs_apollo_names
 @pytest.mark.slow
 def test_optim_apollo_adamw_layerwise_is_refused_where_gradients_are_not_whole(results: list[dict[str, Any]]) -> None:
     for result in results:

@@ -28,6 +28,9 @@ from apollo_dist.integrations.trainer_optim import parse_optim_args, target_name
 from .integrations import dataset, watched
 from .llama import GAP, RANK, RATE, dense, llama, low_rank_names
 from .models import relative_error
+from .versions import needs_apollo_names
+
+pytestmark = needs_apollo_names
 
 ARGS = f"rank={RANK}, update_proj_gap={GAP}"
 BLOCKS = ["self_attn", "mlp"]

@@ -17,6 +17,7 @@ import apollo_dist
 
 from .integrations import accelerate_on_cpu, dataset, resumes_exactly, run_documented, watched, whole_weights
 from .llama import GAP, RANK, RATE, STAGES, dense, errors, llama, whole_batches
+from .versions import APOLLO_NAMES, FSDP2_ON_CPU, deepspeed_runs
 
 LINEAR = [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]  # the Trainer's schedule: two steps up, four down
 MINI = f"rank=1, scale=4.0, scale_type=tensor, update_proj_gap={GAP}"
@@ -69,9 +70,11 @@ def documented_run() -> dict[str, float]:
 def torch_cases() -> dict[str, dict[str, float]]:
     fsdp1 = {"version": 1, "sync_module_states": False}
     layerwise = ("apollo_adamw_layerwise",)
+    found = {"DDP": torch_run(None), "FSDP1": torch_run(fsdp1)}
+    if not FSDP2_ON_CPU:
+        return found
     return {
-        "DDP": torch_run(None),
-        "FSDP1": torch_run(fsdp1),
+        **found,
         "FSDP2": torch_run({"version": 2}),
         "FSDP2, as documented": documented_run(),
         "FSDP2, regular expression": torch_run(
@@ -110,13 +113,16 @@ def torch_resumed(fsdp: dict[str, Any] | None, *given: Any) -> bool:
 
 
 def by_torch() -> dict[str, Any]:
-    """Everything without DeepSpeed."""
+    """Everything without DeepSpeed; nothing where transformers does not know the names."""
+    if not APOLLO_NAMES:
+        return {}
     return {
         "cases": torch_cases(),
         "refused": torch_refused(),
         "resumed": {
-            "FSDP2": torch_resumed({"version": 2}),
-            "FSDP2, layerwise": torch_resumed({"version": 2}, "apollo_adamw_layerwise"),
+            name: torch_resumed({"version": 2}, name)
+            for name in ("apollo_adamw", "apollo_adamw_layerwise")
+            if FSDP2_ON_CPU
         },
     }
 
@@ -138,7 +144,7 @@ def deepspeed_run(config: dict[str, Any], optim_args: str = PLAIN, **options: An
 
 
 def by_deepspeed(config_of: Any, offloaded: Any) -> dict[str, Any]:
-    """Everything under DeepSpeed.
+    """Everything under DeepSpeed that the installed versions can do.
 
     Args:
         config_of: a configuration of a stage, with changes.
@@ -146,8 +152,15 @@ def by_deepspeed(config_of: Any, offloaded: Any) -> dict[str, Any]:
     """
     from .engines import deepspeed_on_cpu
 
-    cases = {f"ZeRO-{stage}": deepspeed_run(config_of(stage, optimizer=None)) for stage in STAGES}
-    cases["Mini, ZeRO-2"] = deepspeed_run(config_of(2, optimizer=None), MINI, rank=1, scale=4.0, scale_type="tensor")
+    if not APOLLO_NAMES:
+        return {}
+    stages = {stage: config_of(stage, optimizer=None) for stage in STAGES}
+    stages = {stage: config for stage, config in stages.items() if deepspeed_runs(config, 2)}
+    cases = {f"ZeRO-{stage}": deepspeed_run(config) for stage, config in stages.items()}
+    if 2 in stages:
+        cases["Mini, ZeRO-2"] = deepspeed_run(
+            config_of(2, optimizer=None), MINI, rank=1, scale=4.0, scale_type="tensor"
+        )
     cases["ZeRO-3 with offload"] = deepspeed_run(
         offloaded(config_of(3, optimizer=None, zero_force_ds_cpu_optimizer=False))
     )

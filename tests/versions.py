@@ -33,6 +33,9 @@ needs_zero12 = pytest.mark.skipif(
 # The keys of bf16 are read from then on.
 BF16_STATES = DEEPSPEED >= (0, 18, 3)
 needs_bf16_states = pytest.mark.skipif(not BF16_STATES, reason="DeepSpeed before 0.18.3 has no bf16_optimizer_states")
+# The names "apollo_adamw" and "apollo_adamw_layerwise" of ``TrainingArguments(optim=...)``.
+APOLLO_NAMES = TRANSFORMERS >= (4, 49)
+needs_apollo_names = pytest.mark.skipif(not APOLLO_NAMES, reason='transformers before 4.49 has no optim="apollo_adamw"')
 
 
 def on_cpu(*engines: str) -> tuple[str, ...]:
