@@ -99,7 +99,7 @@ class LayerwiseAPOLLO(APOLLO):
         """Add the hooks, on all ranks or on none; a collective."""
         try:
             run_together(lambda: self._add_hooks(world_of(self._process_group)), self._process_group)
-        except ValueError:
+        except Exception:
             self.detach()
             raise
 
