@@ -22,7 +22,7 @@ from apollo_dist.exchange import collectives
 from apollo_dist.optimizers import base, grouped, in_backward, stateful
 from apollo_dist.rules import apollo as rule
 from apollo_dist.sharding import detect, dtensor
-from apollo_dist.state import parameter_state
+from apollo_dist.state import parameter_state, slots
 from apollo_dist.step import nonfinite, plan, shard_group
 from apollo_dist.step.batch import Batch
 from apollo_dist.step.matrix import Matrix
@@ -39,6 +39,19 @@ STEPS = 3
 
 # What is called in a first step, where it stands, and at which call of it the injected error is raised.
 Place = tuple[Any, str, int]
+
+
+class _Torch:
+    """torch as one module sees it, of which a function can fail there alone."""
+
+    zeros = staticmethod(torch.zeros)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(torch, name)
+
+
+TORCH = _Torch()
+
 # Before the step: nothing is kept of it.
 BUILDING: dict[str, Place] = {
     "following the model": (base.APOLLO, "_follow_model", 1),
@@ -47,6 +60,7 @@ BUILDING: dict[str, Place] = {
     "choosing": (plan, "is_low_rank", 2),
     "planning": (shard_group, "make_plan", 1),
     "making states": (shard_group, "ready", 3),
+    "allocating a moment": (TORCH, "zeros", 2),
     "dividing into batches": (shard_group, "make_batches", 1),
     "comparing facts": (plan, "fingerprint", 1),
 }
@@ -214,6 +228,7 @@ def first_step(rank: int, world: int, layout: str) -> tuple[dict[str, str], set[
     build = DeepSpeed if layout.startswith("zero") else Native
     wrong: dict[str, str] = {}
     reached: set[str] = set()
+    slots.torch = TORCH  # type: ignore[attr-defined]
     run = build(layout, rank, world)
     number = 0
     for phase in (CHANGING, BUILDING, STEPPING):
