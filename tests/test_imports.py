@@ -26,7 +26,7 @@ ALLOWED = {
     "optimizers.param_groups": ("optimizers.options", "sharding"),
     "state.slots": (),
     "state.callers": (),
-    "state.reshard": ("exchange", "sharding", "step.matrix", "step.shard_group"),
+    "state.reshard": ("distributed", "exchange", "sharding", "step.matrix", "step.shard_group"),
     "state": ("distributed", "exchange", "sharding", "step.matrix", "step.plan", "step.shard_group"),
     "integrations.import_hooks": (),
     "integrations.deepspeed": ("integrations", "sharding"),

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import agree, run_together
+from ..distributed import agree, run_together, together
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..state.callers import called_to_make_state
@@ -223,7 +223,8 @@ class APOLLO(GroupedOptimizer):
         names = built.names()
         self._trained.update(holding.name for holding, _ in built.holdings)
         others = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
-        self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
+        with together(self._process_group):
+            self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
         self._builds = {**others, self._key(): built}
         return built
 

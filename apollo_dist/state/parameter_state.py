@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
-from ..distributed import run_together
+from ..distributed import meet, run_together
 from ..exchange.collectives import device_for
 from ..sharding.local_shard import Holding, view_of
 from ..step.plan import StepPlan
@@ -211,6 +211,7 @@ def _fitting(value: Any, mesh: DeviceMesh | None, placements: Sequence[Placement
     """A DTensor on this mesh with these placements as it is, any other one made whole."""
     if not isinstance(value, DTensor) or (value.device_mesh == mesh and list(value.placements) == list(placements)):
         return value
+    meet()  # all ranks, before a collective that one of them might not come to
     return value.full_tensor()
 
 

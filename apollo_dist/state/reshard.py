@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
+from ..distributed import meet
 from ..exchange.collectives import device_for
 from ..sharding.dtensor import places, shard_mesh
 from ..sharding.grid import Runs, chunk
@@ -140,6 +141,7 @@ class EvenReshard:
         receive = [sum(piece.numel() for piece in pieces) for pieces in targets]
         received = torch.empty(sum(receive), **kind)
         out = torch.cat(flat) if flat else torch.empty(0, **kind)
+        meet()
         dist.all_to_all_single(received, out, receive, send, group=self.group.process_group)
         at = 0
         for target in (piece for pieces in targets for piece in pieces):
