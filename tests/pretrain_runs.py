@@ -12,6 +12,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from .ranks import run_module_on_ranks
+from .timeouts import allowed
+
 ROOT = Path(__file__).resolve().parents[1]
 
 # A LLaMA with a few thousand parameters; 5 validation sequences do not divide by 2 ranks or by micro-batches of 2.
@@ -71,16 +74,46 @@ def command(launcher: str, ranks: int, module: str = "apollo_dist.pretrain") -> 
     return [*head, f"--master_port={free_port()}", "--module", module]
 
 
-def run(launcher: str, ranks: int, arguments: list[str], cwd: Path) -> subprocess.CompletedProcess[str]:
-    """Run to the end and return what it printed; not longer than two minutes."""
-    return subprocess.run(
-        command(launcher, ranks) + arguments, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
-    )
+def run(
+    launcher: str, ranks: int, arguments: list[str], cwd: Path, forked: bool = False
+) -> subprocess.CompletedProcess[str]:
+    """Run to the end and return what it printed; not longer than two minutes.
+
+    Args:
+        launcher: python, torchrun or deepspeed.
+        ranks: how many.
+        arguments: of the module.
+        cwd: the working directory.
+        forked: start the ranks themselves, as the launcher starts them but in a tenth of the time, and no launcher:
+            for tests of what the ranks do.
+    """
+    if not forked:
+        return subprocess.run(
+            command(launcher, ranks) + arguments, cwd=cwd, env=environment(), capture_output=True, text=True,
+            timeout=allowed(120),
+        )  # fmt: skip
+    if launcher == "python":
+        return run_module_on_ranks("apollo_dist.pretrain", [arguments], [environment()], cwd)
+    local_ranks = [[f"--local_rank={rank}"] if launcher == "deepspeed" else [] for rank in range(ranks)]
+    return run_different([[*local_rank, *arguments] for local_rank in local_ranks], cwd)
 
 
-def succeed(launcher: str, ranks: int, arguments: list[str], cwd: Path) -> str:
-    """Run, require success, and return standard output."""
-    done = run(launcher, ranks, arguments, cwd)
+def run_different(arguments: list[list[str]], cwd: Path) -> subprocess.CompletedProcess[str]:
+    """Forked ranks, each with arguments of its own, in the environment that torchrun makes."""
+    port, world = str(free_port()), str(len(arguments))
+    environments = [
+        {
+            **environment(), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world,
+            "LOCAL_SIZE": world, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        }
+        for rank in range(len(arguments))
+    ]  # fmt: skip
+    return run_module_on_ranks("apollo_dist.pretrain", arguments, environments, cwd)
+
+
+def succeed(launcher: str, ranks: int, arguments: list[str], cwd: Path, forked: bool = False) -> str:
+    """``run``, require success, and return standard output."""
+    done = run(launcher, ranks, arguments, cwd, forked)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 

@@ -7,18 +7,19 @@ from __future__ import annotations
 
 import datetime
 import os
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .template import Child, template
+from .template import Child, run_module, template
 from .timeouts import allowed
 
 TIMEOUT_S = 60
@@ -37,26 +38,65 @@ def run_ranks(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 2
         AssertionError: with the rank's traceback if a rank fails, or if the ranks do not end in ``timeout`` seconds.
     """
     with tempfile.TemporaryDirectory() as folder:
-        ranks: list[Child] = []
-        for number in range(min(world, 2)):
-            template(number)  # both start before either is waited for
-        try:
-            for rank in range(world):
-                ranks.append(template(rank % 2).fork(_rank, rank, world, folder, fn, args))
-            deadline = time.monotonic() + allowed(timeout)
-            while any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
-                assert time.monotonic() < deadline, f"ranks did not end within {timeout} s\n{_failures(folder)}"
-                time.sleep(0.01)
-            deadline = time.monotonic() + GRACE_S
-            while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-                time.sleep(0.01)
-        finally:
-            for rank in ranks:
-                rank.kill()
-                rank.wait()
-        codes = [rank.returncode for rank in ranks]
+        jobs = [(_rank, rank, world, folder, fn, args) for rank in range(world)]
+        codes, in_time = _run([(job, {}) for job in jobs], timeout)
+        assert in_time, f"ranks did not end within {timeout} s\n{_failures(folder)}"
         assert not any(codes), f"exit statuses of the ranks: {codes}\n{_failures(folder)}"
         return [torch.load(Path(folder) / f"result-{rank}", weights_only=False) for rank in range(world)]
+
+
+def run_module_on_ranks(
+    module: str, arguments: Sequence[Sequence[str]], environments: Sequence[dict[str, str]], cwd: Path,
+    timeout: float = 120,
+) -> subprocess.CompletedProcess[str]:  # fmt: skip
+    """``python -m module arguments`` on forked ranks, one for each of ``arguments`` and ``environments``.
+
+    This is what a launcher starts, without the launcher: when a rank fails, the others are ended. The exit status is
+    that of a rank that failed, or 0.
+
+    Raises:
+        subprocess.TimeoutExpired: if the ranks do not end in ``timeout`` seconds.
+    """
+    # Opened for appending: each line goes to the end, whichever rank writes it.
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder) / "out", Path(folder) / "err"
+        with out.open("a") as stdout, err.open("a") as stderr:
+            files = {"stdout": stdout.fileno(), "stderr": stderr.fileno(), "cwd": cwd}
+            codes, in_time = _run(
+                [
+                    ((run_module, module, list(own)), {**files, "env": env})
+                    for own, env in zip(arguments, environments, strict=True)
+                ],
+                timeout,
+            )
+        if not in_time:
+            raise subprocess.TimeoutExpired(module, timeout, out.read_text(), err.read_text())
+        # A rank that was ended because another had failed has a negative status.
+        code = max(codes) or min(codes)
+        return subprocess.CompletedProcess(module, code, out.read_text(), err.read_text())
+
+
+def _run(jobs: list[tuple[tuple[Any, ...], dict[str, Any]]], timeout: float) -> tuple[list[int], bool]:
+    """Fork a process for each job; their exit statuses, and whether all ended, or one failed, within ``timeout``."""
+    for number in range(min(len(jobs), 2)):
+        template(number)  # both start before either is waited for
+    ranks: list[Child] = []
+    in_time = True
+    try:
+        for number, (job, options) in enumerate(jobs):
+            ranks.append(template(number % 2).fork(*job, **options))
+        deadline = time.monotonic() + allowed(timeout)
+        while in_time and any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+            in_time = time.monotonic() < deadline
+            time.sleep(0.01)
+        deadline = time.monotonic() + allowed(GRACE_S)
+        while in_time and any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
+            time.sleep(0.01)
+    finally:
+        for rank in ranks:
+            rank.kill()
+        codes = [rank.wait() for rank in ranks]
+    return codes, in_time
 
 
 def _failures(folder: str) -> str:

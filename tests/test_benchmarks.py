@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .timeouts import allowed
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -19,7 +21,7 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, str(ROOT / "benchmarks" / "step_time.py"), *arguments],
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=allowed(300),
         env={**os.environ, "PYTHONPATH": path},
         check=False,
     )

@@ -24,6 +24,7 @@ import apollo_dist
 from .by_name_runs import everything
 from .llama import RANK, STAGES, assert_equal_to_one_process, llama, low_rank_names
 from .ranks import run_ranks
+from .timeouts import allowed
 from .versions import needs_apollo_names
 
 TOLERANCE = 1e-5
@@ -149,6 +150,10 @@ assert "exec_module" not in vars(utils.__spec__.loader)
 @pytest.mark.parametrize("imports", ["", "import deepspeed"], ids=["before DeepSpeed", "after DeepSpeed"])
 def test_registered_in_either_order_of_imports(imports: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", ORDERS.format(imports=imports)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", ORDERS.format(imports=imports)],
+        capture_output=True,
+        text=True,
+        timeout=allowed(120),
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

@@ -15,6 +15,7 @@ from apollo_dist import checkpoint
 from apollo_dist.checkpoint import folder
 
 from .checkpoint_kills import build, snapshot, step
+from .timeouts import allowed
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = "__0_0.distcp"
@@ -217,7 +218,7 @@ def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=allowed(300),
     )
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()

@@ -18,6 +18,7 @@ import pytest
 
 from .pretrain_runs import ROOT, environment, losses
 from .slurm_cluster import ranks, steps_done
+from .timeouts import allowed
 
 BATCH = ["slurm_fsdp.sbatch", "slurm_deepspeed.sbatch"]
 SCRIPTS = sorted(
@@ -41,7 +42,7 @@ def launch(script: str, *options: object, **variables: str) -> subprocess.Comple
         env={**kept, "APOLLO_SITE": os.devnull, **variables},
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=allowed(60),
     )
 
 
@@ -192,7 +193,7 @@ def test_a_single_node_goes_on_after_kill_9_and_stops_when_asked(single_node: Ru
     kill_a_rank(job, log, output, start=1)  # before its first step, which the first start reached
     wait_for(job, lambda: "resumed after step" in log.read_text() and steps_done(output) > max(before), log)
     job.send_signal(signal.SIGTERM)
-    assert job.wait(120) == 0, log.read_text()
+    assert job.wait(allowed(120)) == 0, log.read_text()
     assert not ranks(output)
     assert {step: losses(output)[step] for step in before} == before
     stopped = json.loads((output / "stopped.json").read_text())
@@ -205,7 +206,7 @@ def test_a_single_node_gives_up_after_two_starts_without_a_step(single_node: Run
     job, log, output = single_node
     for start in range(3):
         kill_a_rank(job, log, output, start)
-    assert job.wait(60) > 0, log.read_text()
+    assert job.wait(allowed(60)) > 0, log.read_text()
     assert log.read_text().count("failed before its first step") == 2
     assert not ranks(output)
 
@@ -217,7 +218,7 @@ def kill_a_rank(job: subprocess.Popen[bytes], log: Path, output: Path, start: in
 
 
 def wait_for(job: subprocess.Popen[bytes], condition: Callable[[], bool], log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + allowed(180)
     while not condition():
         assert job.poll() is None and time.monotonic() < deadline, log.read_text()
         time.sleep(0.1)

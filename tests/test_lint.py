@@ -14,6 +14,8 @@ from apollo_dist.__main__ import main
 from apollo_dist.integrations.deepspeed_config import keys as ds_keys
 from apollo_dist.integrations.deepspeed_config.lint import check
 
+from .timeouts import allowed
+
 ROOT = Path(__file__).resolve().parent.parent
 GONE = object()
 
@@ -185,7 +187,7 @@ def test_the_command_needs_no_deepspeed() -> None:
     hide = "import sys; sys.modules['deepspeed'] = None; sys.argv[1:] = ['lint', 'ds_configs/zero2.json']\n"
     run = "import runpy; runpy.run_module('apollo_dist', run_name='__main__')"
     done = subprocess.run(
-        [sys.executable, "-c", hide + run], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", hide + run], cwd=ROOT, capture_output=True, text=True, timeout=allowed(120), check=False
     )
     assert (done.returncode, done.stdout) == (0, "ds_configs/zero2.json: ok\n"), done.stderr
 

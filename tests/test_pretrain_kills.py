@@ -21,6 +21,7 @@ from apollo_dist.checkpoint.export import export
 from apollo_dist.pretrain.metrics import FILE, read_rows
 
 from .pretrain_runs import SMALL, SMALL_APOLLO, free_port, write_text
+from .timeouts import allowed
 
 KILLS, STEPS, EVERY = 20, 240, 4
 # A rank starts in a tenth of a second from a server that has imported all of this.
@@ -84,7 +85,7 @@ def set_aside(run: Path) -> None:
 
 def end(process: BaseProcess, timeout: float) -> int | None:
     """The exit code; None for a process that had to be killed, whose stacks are then in its log."""
-    process.join(timeout)
+    process.join(allowed(timeout))
     code = process.exitcode
     if code is None and process.pid is not None:
         os.kill(process.pid, signal.SIGUSR2)
@@ -98,7 +99,7 @@ def logs(folder: Path) -> str:
 
 
 def wait_for(condition: Callable[[], bool], processes: list[BaseProcess], folder: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + allowed(120)
     while not condition():
         assert all(process.is_alive() for process in processes), f"a rank ended by itself\n{logs(folder)}"
         assert time.monotonic() < deadline, f"nothing happened for two minutes\n{logs(folder)}"

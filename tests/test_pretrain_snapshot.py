@@ -57,7 +57,7 @@ def test_deepspeeds_json_is_kept_as_it_was_given_to_deepspeed(tmp_path: Path) ->
     write_text(tmp_path / "text")
     (tmp_path / "zero1.json").write_text('{"zero_optimization": {"stage": 1}, "train_batch_size": "auto"}')
     options = ["--deepspeed_config=zero1.json", "--data=text", "--output=run", "--stop_after=1"]
-    succeed("python", 1, [*SMALL, *SMALL_APOLLO, *options], tmp_path)
+    succeed("python", 1, [*SMALL, *SMALL_APOLLO, *options], tmp_path, forked=True)
     kept = json.loads((tmp_path / "run" / "config" / "deepspeed.json").read_text())
     assert kept["zero_optimization"] == {"stage": 1}
     assert kept["train_batch_size"] == 4

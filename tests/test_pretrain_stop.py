@@ -19,7 +19,8 @@ from apollo_dist.pretrain.__main__ import main
 from apollo_dist.pretrain.metrics import Metrics
 from apollo_dist.pretrain.stop import SIGNALS, STOPPED
 
-from .pretrain_runs import SMALL, SMALL_APOLLO, command, environment, losses, rows, validations, write_text
+from .pretrain_runs import SMALL, SMALL_APOLLO, command, environment, losses, rows, succeed, validations, write_text
+from .timeouts import allowed
 
 STEPS = 60
 
@@ -55,7 +56,7 @@ def started(launcher: str, ranks: int, given: list[str], folder: Path) -> Iterat
 
 
 def wait_for(condition: Callable[[], object], job: subprocess.Popen[str], log: Path) -> None:
-    deadline = time.monotonic() + 180
+    deadline = time.monotonic() + allowed(180)
     while not condition():
         assert job.poll() is None, f"the run ended by itself\n{log.read_text()[-4000:]}"
         assert time.monotonic() < deadline, f"nothing happened\n{log.read_text()[-4000:]}"
@@ -86,11 +87,7 @@ def curve(output: Path) -> list[tuple[object, ...]]:
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_for_bit(folder: Path) -> None:
     options = ["--engine=fsdp2", "--micro_batch_size=1"]
-    done = subprocess.run(
-        command("torchrun", 2) + arguments("straight", *options), cwd=folder, env=environment(), capture_output=True,
-        text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    succeed("torchrun", 2, arguments("straight", *options), folder, forked=True)
     output, log = folder / "asked", folder / "asked.log"
     last = 0
     for number, again in ((signal.SIGUSR1, 3), (signal.SIGTERM, 0)):
@@ -104,7 +101,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_for_bit(folder: 
                 time.sleep(0.02)
                 with contextlib.suppress(psutil.Error):
                     rank_1.send_signal(number)
-            assert job.wait(timeout=60) != 0
+            assert job.wait(timeout=allowed(60)) != 0
         record = json.loads((output / "stopped.json").read_text())
         assert record["reason"] == number.name
         assert record["checkpoint"].endswith(f"step_{record['step']:08d}")
@@ -115,7 +112,7 @@ def test_a_signal_to_one_rank_stops_all_and_the_run_resumes_bit_for_bit(folder: 
         assert f"stopped after step {record['step']} ({number.name})" in text
         last = record["step"]
     with started("torchrun", 2, arguments("asked", *options, "--resume"), folder) as job:
-        assert job.wait(timeout=90) == 0, log.read_text()[-3000:]
+        assert job.wait(timeout=allowed(90)) == 0, log.read_text()[-3000:]
     assert f"removed {Path('asked') / 'stopped.json'}" in log.read_text()
     assert not (output / "stopped.json").exists()
     assert json.loads((output / "finished.json").read_text())["step"] == STEPS
@@ -132,7 +129,7 @@ def test_signals_under_the_deepspeed_launcher(folder: Path) -> None:
     with started("deepspeed", 2, given, folder) as job:
         wait_for(lambda: steps_done(output) >= 3, job, log)
         worker(job, 0).send_signal(signal.SIGUSR1)
-        assert job.wait(timeout=60) == STOPPED, log.read_text()[-3000:]
+        assert job.wait(timeout=allowed(60)) == STOPPED, log.read_text()[-3000:]
     assert json.loads((output / "stopped.json").read_text())["reason"] == "SIGUSR1"
     assert json.loads((output / "stopped.json").read_text())["step"] == steps_done(output)
 
@@ -142,13 +139,13 @@ def test_a_signal_during_the_set_up_ends_before_the_first_step(folder: Path) -> 
     with started("python", 1, arguments("early"), folder) as job:
         wait_for(lambda: heard(job.pid), job, log)
         os.kill(job.pid, signal.SIGTERM)
-        assert job.wait(timeout=60) == STOPPED, log.read_text()[-3000:]
+        assert job.wait(timeout=allowed(60)) == STOPPED, log.read_text()[-3000:]
     record = json.loads((output / "stopped.json").read_text())
     assert (record["step"], record["reason"], record["checkpoint"]) == (0, "SIGTERM", None)
     assert "nothing to save yet" in log.read_text()
     assert losses(output) == {}
     with started("python", 1, arguments("early", "--resume", "--stop_after=1"), folder) as job:
-        assert job.wait(timeout=60) == 0, log.read_text()[-3000:]
+        assert job.wait(timeout=allowed(60)) == 0, log.read_text()[-3000:]
     assert "nothing to resume: the run before was stopped before its first step" in log.read_text()
     assert sorted(losses(output)) == [1]
     assert (output / "checkpoints" / "step_00000001").exists()

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from .timeouts import allowed
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = ("README.md", "docs/engines.md", "docs/options.md", "docs/checkpoints.md")
@@ -102,7 +104,7 @@ def test_python_block_runs(number: int, tmp_path: Path) -> None:
         env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=allowed(300),
         check=False,
     )
     assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
