@@ -39,6 +39,7 @@ SLOW=(by_name hugging_face_fsdp)
 mkdir -p "$WORK/rows"
 export UV_CACHE_DIR="${UV_CACHE_DIR:-$WORK/cache}" # on the disk of the environments, which then share its files
 export PYTHONPATH="$ROOT" OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" DS_BUILD_OPS=0
+export TORCHINDUCTOR_COMPILE_THREADS=1 # CUDA builds of torch would start compiler processes at import
 export HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false MPLBACKEND=Agg
 
 UV="$(command -v uv || true)"

@@ -123,6 +123,8 @@ class Template:
             "PYTHONHASHSEED": str(hash_seed),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "OMP_NUM_THREADS": "1",
+            # Else DeepSpeed's import of torch._inductor starts compiler processes and a thread (CUDA builds of torch).
+            "TORCHINDUCTOR_COMPILE_THREADS": "1",
         }
         self._owner = os.getpid()
         self._process = subprocess.Popen(
