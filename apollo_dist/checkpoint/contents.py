@@ -13,7 +13,8 @@ Keys of the tensors::
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +35,9 @@ from .shards import Piece, Shards
 
 logger = logging.getLogger("apollo_dist")
 
+# Kinds of parameters: without optimizer state, and with some.
+FROZEN, TRAINED = "frozen", ("low-rank", "AdamW", "Adam")
+
 
 @dataclass
 class Contents:
@@ -42,6 +46,7 @@ class Contents:
     Attributes:
         tensors: what this rank holds, by key; loading fills it in place.
         description: of everything, the same on all ranks, as plain values: "parameters", "optimizer", "engine".
+        weights_alone: whether there is no optimizer.
         after_load: what turns loaded tensors into state; local.
         groups: the live parameter groups, each with the names of its parameters.
         engine, wrapper: DeepSpeed's, or None.
@@ -53,22 +58,46 @@ class Contents:
     groups: list[tuple[dict[str, Any], list[str]]] = field(default_factory=list)
     engine: Any = None
     wrapper: Any = None
+    weights_alone: bool = False
 
     def check(self, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first differences, unless a checkpoint of that description fits."""
-        problems = list(_differences(saved, self.description))
+        """Raise ValueError, naming the first differences, unless a checkpoint of that description fits.
+
+        State of parameters that train here and were frozen where it was saved begins at zero.
+        """
+        problems = list(_differences(saved, self.description, self.weights_alone))
         rounded = list(_rounded(saved["parameters"], self.description["parameters"]))
         if rounded and rank_of() == 0:
             logger.warning("%d tensors lose precision, such as %s", len(rounded), rounded[0])
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError("the checkpoint does not fit: " + "; ".join(problems[:5]) + more)
+        if not self.weights_alone:
+            self._begin_anew({n for n, about in saved["parameters"].items() if about["kind"] == FROZEN})
+
+    def _begin_anew(self, names: Set[str]) -> None:
+        """Take the state of some parameters for that of before their first step, and out of what is to be read."""
+        begun = set()
+        for key in [key for key in self.tensors if key.startswith("optimizer.")]:
+            name = re.sub(r"\[\d+\]$", "", key.removeprefix("optimizer.").rpartition(".")[0])
+            if name in names:
+                begun.add(name)
+                for piece in self.tensors.pop(key).pieces:
+                    piece.tensor.zero_()
+        if begun and rank_of() == 0:
+            logger.info(
+                "the checkpoint has no state for %d parameters that were frozen when it was saved, such as %s: it "
+                "begins at zero",
+                len(begun),
+                min(begun),
+            )
 
     def finish_load(self, saved: Mapping[str, Any]) -> None:
         """Local work after the tensors are read: counts of steps, options of the parameter groups."""
         for work in self.after_load:
             work()
-        restore_options(self.groups, saved)
+        if not self.weights_alone:
+            restore_options(self.groups, saved)
 
     def update_engine(self, saved: Mapping[str, Any], step: int) -> None:
         """What DeepSpeed derives from the loaded weights; a collective under ZeRO."""
@@ -77,20 +106,25 @@ class Contents:
             zero_engine.restore(self.engine, self.wrapper, step, saved["engine"])
 
 
-def contents(model: Any, optimizer: Any) -> Contents:
+def contents(model: Any, optimizer: Any, saved: Mapping[str, Any] | None = None) -> Contents:
     """Open a model and its optimizer; a collective, and state that does not exist yet is made.
 
     Args:
         model: a model as it was wrapped (plain, DDP, FSDP2), or a DeepSpeed engine.
         optimizer: APOLLO or an element-wise optimizer of torch, or DeepSpeed's wrapper around one; for an engine None
             means the engine's.
+        saved: a checkpoint's description, if one is to be loaded: parameters that are frozen here get state where it
+            has some of theirs, and without an optimizer it is the weights that are wanted.
 
     Raises:
         ValueError: if it cannot be told by names which parameter is which, or the layout is not supported.
     """
     found = Contents(engine=model if zero_engine.is_engine(model) else None)
-    client = run_together(lambda: _client(found.engine, optimizer))
+    client = run_together(lambda: _client(found.engine, optimizer, saved is not None))
+    found.weights_alone = client is None
     agree({"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None})
+    if isinstance(client, APOLLO) and saved is not None:
+        client.expect_state({name for name, about in saved["parameters"].items() if about["kind"] in TRAINED})
     builds = client.prepare(found.engine) if isinstance(client, APOLLO) else []
     module = model if found.engine is None else model.module
     run_together(lambda: _show_sharded(module))
@@ -105,19 +139,27 @@ def _show_sharded(module: nn.Module) -> None:
     detect.reshard(module)
 
 
-def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer, builds: Sequence[StepPlan]) -> None:
+def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer | None, builds: Sequence[StepPlan]) -> None:
     """The local part of ``contents``, which may fail on one rank only."""
+    if client is None:
+        found.description["parameters"] = {}
+        zero_engine.check_free(module)
+        _model(found, module, [], set())
+        return
     if found.engine is not None:
         found.wrapper = zero.from_engine(found.engine, client).wrapper
     held = _apollo(found, client, builds) if isinstance(client, APOLLO) else elementwise.add(found, client, module)
-    _model(found, module, held, {id(p) for group in client.param_groups for p in group["params"]})
+    idle = {id(p) for build in builds for _, p, _ in build.idle}
+    _model(found, module, held, {id(p) for group in client.param_groups for p in group["params"]} - idle)
     found.description["engine"] = zero_engine.progress(found.engine, found.wrapper)
 
 
-def _client(engine: Any, optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer that makes the update."""
+def _client(engine: Any, optimizer: Any, may_be_none: bool) -> torch.optim.Optimizer | None:
+    """The optimizer that makes the update; None if there is none, where there may be none."""
     if optimizer is None and engine is not None:
         optimizer = zero_engine.client_optimizer(engine)
+    if optimizer is None and may_be_none:
+        return None
     inner = getattr(optimizer, "optimizer", optimizer)  # DeepSpeed's wrappers, Accelerate's
     inner = getattr(inner, "optimizer", inner)
     if not isinstance(inner, torch.optim.Optimizer):
@@ -137,8 +179,13 @@ def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[StepPlan]) -> l
             _add_matrix(found, matrix)
         for tensor in build.adam:
             _add_adam(found, tensor)
+    # With those that have no state yet, whose options change meanwhile.
     found.groups = [
-        (group, [h.name for build in builds for h, of in build.holdings if of is group])
+        (
+            group,
+            [h.name for build in builds for h, of in build.holdings if of is group]
+            + [name for build in builds for name, _, of in build.idle if of is group],
+        )
         for group in optimizer.param_groups
     ]
     found.description["optimizer"] = {
@@ -192,7 +239,7 @@ def _model(found: Contents, module: nn.Module, holdings: Sequence[Holding], opti
     for name, parameter in module.named_parameters():
         name = canonical_name(name)
         if name not in held and id(parameter) not in optimized:
-            _add_holding(found, _frozen(name, parameter), {"kind": "frozen"})
+            _add_holding(found, _frozen(name, parameter), {"kind": FROZEN})
     first = rank_of() == 0
     for name, buffer in persistent_buffers(module):
         found.description["parameters"][name] = {**_described(buffer.shape, buffer.dtype), "kind": "buffer"}
@@ -229,9 +276,10 @@ def _described(shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
 
 
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
+def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], weights_alone: bool) -> Iterator[str]:
     """What keeps a checkpoint from continuing here: one line each."""
-    for key, what in (("name", "optimizer"), ("seed", "seed of the projections")):
+    compared = () if weights_alone else (("name", "optimizer"), ("seed", "seed of the projections"))
+    for key, what in compared:
         was, now = saved["optimizer"].get(key), here["optimizer"].get(key)
         if was != now:
             yield f"its {what} is {was}, and here it is {now}"
@@ -243,7 +291,9 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[
         elif now is None:
             yield f"its {name} is not in the model"
         else:
-            for key in ("shape", "kind", "rank"):
+            # What was frozen, and trains now, has no state to compare.
+            of_state = () if weights_alone or (was["kind"] == FROZEN and now["kind"] in TRAINED) else ("kind", "rank")
+            for key in ("shape", *of_state):
                 if was.get(key) != now.get(key):
                     yield f"{key} of {name} was {was.get(key)}, and here it is {now.get(key)}"
 

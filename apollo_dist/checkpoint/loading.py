@@ -81,14 +81,20 @@ def load(path: str | os.PathLike[str] | Found, model: Any, optimizer: Any = None
     """Continue from a checkpoint, whatever number of ranks and engine saved it. A collective over all ranks.
 
     Call it when the model is wrapped (or the engine built) and the optimizer made, before or between steps. Weights,
-    optimizer state, frozen parameters, buffers and the options of the parameter groups (lr, betas, ...) are those of
-    the checkpoint afterwards; under DeepSpeed also the low-precision weights, the counters and the loss scale.
+    optimizer state, frozen parameters, buffers and the options of the parameter groups are those of the checkpoint
+    afterwards; under DeepSpeed also the low-precision weights, the counters and the loss scale.
+
+    Learning rate and weight decay follow one rule: each parameter goes on with what it had when it was saved, whatever
+    the groups were built with; one log line says so. Options that you want otherwise are set in ``param_groups`` after
+    this call. A scheduler is not part of the checkpoint, unless you put its ``state_dict()`` into ``extra``; without
+    it a scheduler starts over, and sets its own learning rate at its next step.
 
     Args:
         path: a folder of checkpoints (the newest good one is taken, see ``find``), one checkpoint, or what ``find``
             returned.
         model: the model as it was wrapped, or the DeepSpeed engine.
-        optimizer: APOLLO (or torch's AdamW); None means the engine's.
+        optimizer: APOLLO (or torch's AdamW). None means the engine's; for a model without an engine it loads the
+            weights and buffers alone.
 
     Returns:
         Which checkpoint it was, its step, and ``extra`` as it was saved.
@@ -98,7 +104,7 @@ def load(path: str | os.PathLike[str] | Found, model: Any, optimizer: Any = None
             other names, shapes, low-rank choice, rank or seed.
     """
     found = path if isinstance(path, Found) else find(path)
-    opened = contents(model, optimizer)
+    opened = contents(model, optimizer, found.manifest)
     run_together(lambda: opened.check(found.manifest))
     read(found.path, opened.tensors)
     run_together(lambda: opened.finish_load(found.manifest))

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..distributed import rank_of
 from ..optimizers.options import LOW_RANK_DEFAULTS, plain
 
 logger = logging.getLogger("apollo_dist")
@@ -33,11 +34,15 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 def restore_options(groups: Sequence[tuple[dict[str, Any], list[str]]], saved: Mapping[str, Any]) -> None:
     """Give each parameter group the options (lr, betas, ...) that its parameters had when they were saved.
 
-    Groups may be divided differently here. Options that only low-rank matrices read are taken from those.
+    Groups may be divided differently here. Options that only low-rank matrices read are taken from those. Parameters
+    that the checkpoint's optimizer did not hold have no say.
     """
+    told = []
     options = {name: g["options"] for g in saved["optimizer"]["groups"] for name in g["parameters"]}
     low_rank = {name for name, about in saved["parameters"].items() if about["kind"] == "low-rank"}
-    for number, (group, names) in enumerate(groups):
+    for number, (group, held) in enumerate(groups):
+        names = [name for name in held if name in options]
+        before = {key: plain(group.get(key)) for key in ("lr", "weight_decay")}
         for key in dict.fromkeys(key for name in names for key in options[name]):
             if key not in group and key in LOW_RANK_DEFAULTS:
                 continue
@@ -51,6 +56,14 @@ def restore_options(groups: Sequence[tuple[dict[str, Any], list[str]]], saved: M
                     f"and {next(v for v in values if v != values[0])}. Give them groups of their own"
                 )
             _set(group, key, values[0], number)
+        told.append(f"group {number}: " + ", ".join(_told(key, was, plain(group[key])) for key, was in before.items()))
+    if rank_of() == 0:
+        more = f" and {len(told) - 8} more groups" if len(told) > 8 else ""
+        logger.info("learning rate and decay are the checkpoint's: %s%s", "; ".join(told[:8]), more)
+
+
+def _told(key: str, was: Any, now: Any) -> str:
+    return f"{key} {now}" if was == now else f"{key} {now} (was {was})"
 
 
 def _set(group: dict[str, Any], key: str, value: Any, number: int) -> None:
@@ -59,6 +72,6 @@ def _set(group: dict[str, Any], key: str, value: Any, number: int) -> None:
         old.fill_(value)
         return
     value = tuple(value) if isinstance(value, list) else value
-    if key not in ("lr", "step") and old != value and old is not None:
+    if key not in ("lr", "weight_decay", "step") and old != value and old is not None:
         logger.warning("parameter group %d: %s was %s and is %s, from the checkpoint", number, key, old, value)
     group[key] = value

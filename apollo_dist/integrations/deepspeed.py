@@ -76,13 +76,20 @@ def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> N
 
 
 def _no_inexact(classes: Classes) -> Callable[..., None]:
-    """The check of DeepSpeed's ``engine._do_optimizer_sanity_check(basic_optimizer)``, before any wrapper is made."""
+    """The check of DeepSpeed's ``engine._do_optimizer_sanity_check(basic_optimizer)``, before any wrapper is made.
+
+    Here alone engine and optimizer are both at hand, whoever built the optimizer, so this is where the optimizer is
+    told its engine.
+    """
 
     def check(engine: Any, basic_optimizer: Any = None, *_: Any, **__: Any) -> None:
         if isinstance(basic_optimizer, classes):
             if getattr(basic_optimizer, "updates_in_backward", False):
                 raise ValueError(NOT_IN_BACKWARD)
             refuse(engine)
+            driven_by = getattr(basic_optimizer, "driven_by", None)
+            if driven_by is not None:
+                driven_by(engine)
 
     return check
 

@@ -107,8 +107,10 @@ class APOLLO(GroupedOptimizer):
         self._members: dict[int, Member] = {}
         # Keeps the given parameters alive, so that their ids stay theirs.
         self._given: list[Tensor] = []
+        self._frozen_once = set()
         self._init_state()
         self._engine: zero.Engine | None = None
+        self._driver = None
         self._constructed = False
         self._failures = Failures(process_group)
         run_together(lambda: self._construct(params, options, unknown), process_group)
@@ -167,10 +169,12 @@ class APOLLO(GroupedOptimizer):
         try:
             current = self._current()
             if current is not None and not making_state:
+                if self._unreduced:
+                    self._check_reduced(current)
                 self._steps_of(current).take(self.seed, lambda: self._must_skip(current))
                 self._count_stacks()
         except BaseException as error:
-            if partly and (self._engine or zero.find(self)).wrapper is not None:
+            if partly and self._find_engine().wrapper is not None:
                 self._failures.half_way(error)
             raise
         return loss
@@ -194,10 +198,12 @@ class APOLLO(GroupedOptimizer):
         None in the step with zero gradients that DeepSpeed makes while it builds FP16_UnfusedOptimizer.
         """
         self._option_changes.check(self.param_groups, self._has_state)
+        if self._builds:
+            self._look_at_model()
         key = self._key()
         if key in self._builds:
             return self._builds[key]
-        engine = self._engine or zero.find(self)
+        engine = self._find_engine()
         if engine.warming_up:
             return None
         # States that are made while this fails, on this rank or on another one, may be incomplete.
@@ -221,11 +227,13 @@ class APOLLO(GroupedOptimizer):
         agree(built.facts, self._process_group, self._explain)
         # A build of the same parameters under other tensors is out of date.
         names = built.names()
-        self._trained.update(holding.name for holding, _ in built.holdings)
+        self._begin(holding.name for holding, _ in built.holdings)
+        self._generation += 1
         others = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
         with together(self._process_group):
             self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
         self._builds = {**others, self._key(): built}
+        run_together(lambda: self._note_model(engine, built), self._process_group)
         return built
 
     def _facts(self) -> dict[str, object]:
@@ -262,6 +270,8 @@ class APOLLO(GroupedOptimizer):
             seed=self.seed,
             exclude=self.exclude,
             cache_projection=self.cache_projection,
+            trained=self._trained,
+            generation=self._generation,
         )
 
 

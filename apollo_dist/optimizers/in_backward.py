@@ -24,6 +24,7 @@ from ..step.failing import Steps
 from ..step.plan import StepPlan
 from ..step.shard_group import AdamTensor, ShardGroupStep
 from .base import APOLLO, APOLLOMini
+from .model_changes import any_trains
 from .model_ref import PresentModel
 
 
@@ -82,7 +83,7 @@ class LayerwiseAPOLLO(APOLLO):
 
     def __init__(self, model: nn.Module, params: Any = None, **options: Any) -> None:
         group = options.get("process_group")
-        self._module, self._hooked = model, list[Tensor]()
+        self._module, self._hooked, self._unhooked = model, list[Tensor](), list[Tensor]()
         self._handles: list[Any] = []
         self._fired: set[int] = set()
         self._waiting: _Part | None = None
@@ -113,15 +114,26 @@ class LayerwiseAPOLLO(APOLLO):
                 raise ValueError(
                     f"{self._members[id(p)].name} is not a parameter of the model; attach to the whole model"
                 )
-            _check_parameter(self._members[id(p)].name, p, id(p) in numbers, world)
         # What FSDP2 does not reduce together with others is a part of its own.
         own = {id(p): i for i, p in enumerate(held, start=1 + max(numbers.values(), default=-1))}
         self._members = {key: replace(m, part=numbers.get(key, own[key])) for key, m in self._members.items()}
-        hook = _Hook(self._ready)
-        self._hooked = [p for p in held if p.requires_grad]
-        for p in self._hooked:
-            self._handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+        self._world, self._sharded = world, numbers.keys()
+        self._unhooked = held
+        self._hook()
         self._handles.append(self._module.register_forward_pre_hook(self._before_forward))
+
+    def _hook(self) -> None:
+        """Hook the parameters that require a gradient; a frozen one can have a hook only once it does."""
+        hook = _Hook(self._ready)
+        frozen = []
+        for p in self._unhooked:
+            if not p.requires_grad:
+                frozen.append(p)
+                continue
+            _check_parameter(self._members[id(p)].name, p, id(p) in self._sharded, self._world)
+            self._handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
+            self._hooked.append(p)
+        self._unhooked, self._divided = frozen, None
 
     def detach(self) -> None:
         """Remove the hooks: ``backward()`` updates nothing any more, and this optimizer is done with."""
@@ -133,6 +145,8 @@ class LayerwiseAPOLLO(APOLLO):
         """Refuse a forward pass whose gradients would not be those of a step, before it is made."""
         if not torch.is_grad_enabled():
             return
+        if any_trains(self._unhooked):
+            self._hook()
         if not fsdp2.reduces_gradients(self._module):
             raise ValueError(
                 "set_requires_gradient_sync(False) keeps the gradients of the whole model, and updates inside backward "
@@ -234,7 +248,7 @@ class LayerwiseAPOLLO(APOLLO):
         elif left:
             reason = (
                 f"{left[0]} and {len(left) - 1} others have gradients that came past the hooks: set by hand, or "
-                "requires_grad was switched on later"
+                "requires_grad was switched on after the forward pass"
             )
         else:
             reason = (

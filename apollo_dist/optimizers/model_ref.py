@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 from torch import Tensor, nn
@@ -64,6 +64,29 @@ class PresentModel:
     def module(self) -> nn.Module | None:
         """The model; None where there is none, or none any more."""
         return None if self._model is None else self._model()
+
+    def changes(
+        self, held: Sequence[Tensor], members: Mapping[int, Member], before: Set[int]
+    ) -> tuple[list[str], list[str], list[str]]:
+        """What became of an optimizer's parameters in the model.
+
+        Args:
+            held: the optimizer's parameters.
+            members: by ``id``.
+            before: ids of all parameters that the model had before.
+
+        Returns:
+            Names of held parameters that the model does not have any more under any name; of those for which it has
+            another now; and of trainable ones that are new in the model, and not held.
+        """
+        assert self.module is not None
+        now = {canonical_name(name): p for name, p in self.module.named_parameters(remove_duplicate=False)}
+        present, ours = set(map(id, now.values())), set(map(id, held))
+        gone = [members[id(p)].name for p in held if id(p) not in present]
+        # A name that now leads to another parameter of the optimizer is tied to it.
+        moved = [name for name in gone if name in now and id(now[name]) not in ours]
+        new = [n for n, p in now.items() if p.requires_grad and id(p) not in ours | before and n not in moved]
+        return [name for name in gone if name not in now], moved, new
 
     def follow(
         self, groups: Sequence[dict[str, Any]], members: Mapping[int, Member], *, strict: bool
@@ -138,6 +161,25 @@ def check_not_replaced(parameters: Sequence[Tensor]) -> None:
             "fully_shard replaced its parameters after the optimizer was built. Build APOLLO after fully_shard, or as "
             "APOLLO(model), which follows"
         )
+
+
+def find_model(parameters: Sequence[Tensor]) -> nn.Module | None:
+    """The outermost module of this process that has all of some parameters; None if there is none.
+
+    Looks at every object of the process, which takes some tenths of a second in a large one: once, at the first step.
+    """
+    modules = [thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module) and "_modules" in vars(thing)]
+    parents = {id(child): m for m in modules for child in m._modules.values() if child is not None}
+    wanted = id(parameters[0]) if parameters else 0
+    model = next((m for m in modules if any(id(p) == wanted for p in m._parameters.values())), None)
+    seen: set[int] = set()
+    while model is not None and id(model) in parents and id(model) not in seen:
+        seen.add(id(model))
+        model = parents[id(model)]
+    if model is None:
+        return None
+    present = {id(p) for p in model.parameters()}
+    return model if all(id(p) in present for p in parameters) else None
 
 
 def _in_a_module(parameters: Sequence[Tensor]) -> bool:

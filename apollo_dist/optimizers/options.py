@@ -81,9 +81,20 @@ def make_plain(options: dict[str, Any]) -> None:
             continue
         if kind is tuple and all(type(item) in _PLAIN for item in value):
             continue
-        if isinstance(value, torch.Tensor) and (key == "lr" or key not in OPTIONS):
+        if isinstance(value, torch.Tensor) and key == "lr":
+            continue
+        if key not in OPTIONS and not _is_number(value):
             continue
         options[key] = tuple(map(plain, value)) if key == "betas" and kind is list else plain(value)
+
+
+def _is_number(value: Any) -> bool:
+    """Whether another tool's value is a number of some library, or some of them; its tensors are its own."""
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_number, value))
+    return isinstance(value, numbers.Real) or (
+        getattr(value, "shape", None) == () and not isinstance(value, torch.Tensor)
+    )
 
 
 _PLAIN = frozenset((int, float, bool, str, type(None)))

@@ -162,7 +162,8 @@ def param_groups(
     """Two parameter groups for ``APOLLO``: attention and MLP matrices low-rank, everything else AdamW, with names.
 
     Args:
-        model: the model, wrapped or not. Frozen parameters are left out.
+        model: the model, wrapped or not. Parameters that are frozen at present are in the groups as well: they have no
+            state, and train once they require a gradient.
         rank: r of the low-rank group.
         exclude: a regular expression; matching names go to AdamW.
         options: further options of both groups (lr, betas, eps, weight_decay, maximize) or of the low-rank group
@@ -179,7 +180,8 @@ def param_groups(
     low: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        # One that is frozen has no state until it trains; of integers (quantized) it never does.
+        if parameter.requires_grad or parameter.is_floating_point():
             (low if canonical_name(name) in chosen else rest).append((canonical_name(name), parameter))
     if not low:
         raise ValueError(no_matrix_message(f"{type(model).__name__} with {len(rest)} trainable parameters"))

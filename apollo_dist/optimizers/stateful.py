@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import re
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
@@ -11,22 +14,25 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed import run_together
+from ..distributed import rank_of, run_together
 from ..sharding import fsdp1
 from ..state import parameter_state
 from ..state.slots import Slot, copied
 from ..step.failing import Failures
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import StepPlan
+from .model_changes import Planned, Watch
 from .model_ref import PresentModel
 from .option_changes import OptionChanges
 from .options import make_plain, validate_options
 from .param_groups import Member
 
+logger = logging.getLogger("apollo_dist")
+
 # What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
 _KEPT = (
     "defaults", "param_groups", "seed", "exclude", "cache_projection", "_guard", "_choose", "_given", "_restored",
-    "_trained",
+    "_trained", "_generation",
 )  # fmt: skip
 
 
@@ -54,20 +60,45 @@ class StatefulOptimizer(Optimizer):
     # Names of the parameters that a load had to bring state for; None where nothing was loaded.
     _restored: frozenset[str] | None
     _builds: dict[tuple[Any, ...], StepPlan]
-    # Names of the parameters that have state, on whichever rank.
-    _trained: set[str]
+    # Names of the parameters that have state, on whichever rank, each with the plan in which it began.
+    _trained: dict[str, int]
+    _generation: int
     _option_changes: OptionChanges
+    # Parameters that are frozen and have no state; and those that DeepSpeed does not update, with names.
+    _idle: list[Tensor]
+    _outside: list[tuple[str, Tensor]]
+    # The model's parameters that DeepSpeed updates; and without it those that train.
+    _updated: list[tuple[str, Tensor]]
+    _planned: list[Planned]
+    # Frozen parameters of the model that are in no group.
+    _unheld: list[tuple[str, Tensor]]
+    # By their names in the model that was found for them, parameters that came without one; None before a look.
+    _bare: dict[str, Tensor] | None
+    _watch: Watch | None
+    # Names of parameters that were frozen once, while ranks have not compared their gradients.
+    _frozen_once: set[str]
+    _unreduced: set[str]
     _by_parameter: bool
     _engine: Any
+    _driver: weakref.ref[Any] | None
     _constructed: bool
+    # Whether it was said that DeepSpeed's checkpoints cannot be converted.
+    _told: bool = False
     # Stacks of experts in ``state``, with the slot that counts their steps.
     _stacks: list[tuple[dict[str, Any], Slot]]
 
     def _init_state(self) -> None:
         """Set the attributes of an optimizer without state."""
         self._slots, self._pending, self._builds = {}, {}, {}
-        self._trained, self._option_changes = set(), OptionChanges()
+        self._trained, self._generation, self._option_changes = {}, 0, OptionChanges()
+        self._idle, self._outside, self._watch, self._unreduced = [], [], None, set()
+        self._updated, self._planned, self._unheld, self._bare = [], [], [], None
         self._restored, self._by_parameter, self._stacks = None, False, []
+
+    def _begin(self, names: Iterable[str]) -> None:
+        """Note that parameters have state."""
+        for name in names:
+            self._trained.setdefault(name, self._generation)
 
     def named_state(self) -> dict[str, dict[str, Any]]:
         """The state that this rank holds, by matrix or parameter name; live, in the layout of this rank."""
@@ -117,11 +148,23 @@ class StatefulOptimizer(Optimizer):
             assert len(state) == len(found), "a state without a parameter"
         else:
             state.update(self.named_state())
+            self._tell_of_conversion()
         result: dict[str, Any] = {"state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
             result = result if changed is None else changed
         return result
+
+    def _tell_of_conversion(self) -> None:
+        """Once: DeepSpeed is about to save what its converter cannot read."""
+        divided = any(h.layout == "zero" for build in self._builds.values() for h, _ in build.holdings)
+        if divided and not self._told and rank_of(self._process_group) == 0:
+            logger.warning(
+                "what DeepSpeed saves of this optimizer loads at the same number of ranks and stage only; "
+                "ds_to_universal cannot convert it, since its moments do not have the shapes of parameters. To "
+                "continue elsewhere save with apollo_dist.checkpoint.save(folder, engine) as well"
+            )
+        self._told = self._told or divided
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Continue from what ``state_dict`` gave, exactly. Every rank must call it.
@@ -143,7 +186,12 @@ class StatefulOptimizer(Optimizer):
         self._pending, self._slots, self.param_groups = pending, slots, groups
         self._option_changes.remember(groups)
         if pending or slots:
-            self._restored = frozenset(m.name for m in self._members.values())
+            self._begin([*pending, *(re.sub(r"\[\d+\]$", "", name) for name in slots)])
+            # What was frozen, and has no state, starts when it trains.
+            frozen = {id(p) for p in self._given if not p.requires_grad}
+            self._restored = frozenset(
+                m.name for key, m in self._members.items() if key not in frozen or m.name in self._trained
+            )
         self._show()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
@@ -261,7 +309,8 @@ class StatefulOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
         slots, members, pending = (state.pop(key) for key in ("slots", "members", "pending"))
-        self._process_group, self._engine, self._constructed = None, None, True
+        self._process_group, self._engine, self._driver, self._constructed = None, None, None, True
+        self._frozen_once = set()
         self._failures = Failures(None)
         self._model = PresentModel(None)
         self._init_state()

@@ -202,7 +202,7 @@ def _local(parameter: DTensor) -> Tensor:
 
 def _local_grad(name: str, parameter: DTensor) -> Tensor | None:
     grad = parameter.grad
-    if grad is None:
+    if grad is None or not parameter.requires_grad:
         return None
     if isinstance(grad, DTensor) and grad.placements != parameter.placements and _can_cut(grad, parameter):
         # Autograd under tensor parallelism may leave a gradient whole: this rank's part is cut out of it, once.

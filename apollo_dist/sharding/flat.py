@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
 from .local_shard import Holding, ShardGroup, whole_cover
 from .regions import FlatCover, Range
 
+logger = logging.getLogger("apollo_dist")
+
 
 def flat_holding(
-    name: str, shape: tuple[int, ...], flat: Tensor, at: int, group: ShardGroup, ranges: tuple[Range, ...]
+    name: str,
+    shape: tuple[int, ...],
+    parameter: Tensor,
+    flat: Tensor,
+    at: int,
+    group: ShardGroup,
+    ranges: tuple[Range, ...],
 ) -> Holding:
     """A parameter of which this rank's range lies in ``flat`` from position ``at`` on.
 
@@ -18,6 +29,7 @@ def flat_holding(
 
     Args:
         name, shape: of the parameter.
+        parameter: the model's, which says whether it is frozen: in ``flat`` a missing gradient is zero.
         flat: fp32 weights of this rank, 1-D; its ``.grad`` has the same order.
         at: where the range starts in ``flat``.
         group: the ranks that divide the parameter.
@@ -27,7 +39,7 @@ def flat_holding(
     end = at + stop - start
 
     def grad() -> Tensor | None:
-        return None if flat.grad is None else flat.grad.view(-1)[at:end]
+        return None if flat.grad is None or not parameter.requires_grad else flat.grad.view(-1)[at:end]
 
     return Holding(
         name=name,
@@ -42,19 +54,23 @@ def flat_holding(
     )
 
 
-def check_first_use(holding: Holding, model: Tensor) -> None:
-    """The flat must hold what the model does, or the offsets are wrong.
+def tell_other_weights(pairs: Iterable[tuple[Holding, Tensor]]) -> None:
+    """Log which fp32 weights are not those of the model, once they are read for the first time.
+
+    DeepSpeed trains the fp32 weights and gives them to the model after a step. They differ before the first one where
+    somebody set them (``safe_set_full_fp32_param``, a checkpoint with more precision than the model), but also where
+    somebody loaded weights into the model after ``deepspeed.initialize``, which are then lost.
 
     Args:
-        holding: made by ``flat_holding``.
-        model: the same elements as the model holds them, 1-D, in its precision.
-
-    Raises:
-        ValueError: if they differ.
+        pairs: holdings made by ``flat_holding``, each with the same elements as the model holds them, 1-D, in its
+            precision.
     """
-    ours = holding.weight().to(model.dtype)
-    if not torch.equal(ours, model.detach().to(ours.device)):
-        raise ValueError(
-            f"{holding.name}: DeepSpeed's flat buffer does not hold the parameter's values at the expected place; "
-            "this layout cannot be read (was the model changed outside of the engine?)"
+    other = [h.name for h, model in pairs if not torch.equal(h.weight().to(model), model.detach())]
+    if other:
+        logger.warning(
+            "the fp32 weights of %d parameters, such as %s, are not those of the model rounded: DeepSpeed trains the "
+            "fp32 weights. Right after safe_set_full_fp32_param; weights that were loaded into the model after "
+            "deepspeed.initialize are lost",
+            len(other),
+            other[0],
         )

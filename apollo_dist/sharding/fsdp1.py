@@ -132,7 +132,7 @@ def read(name: str, parameter: Tensor) -> Holding:
         group=group,
         cover=cover,
         weight=parameter.detach,
-        grad=lambda: parameter.grad if parameter.numel() else None,
+        grad=lambda: parameter.grad if parameter.numel() and parameter.requires_grad else None,
     )
 
 

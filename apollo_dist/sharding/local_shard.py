@@ -76,7 +76,8 @@ class Holding:
         group: the ranks that divide the parameter.
         cover: who of them holds what.
         weight: returns the local weights; any shape, row-major order is that of ``cover``'s offsets.
-        grad: returns the local gradient in the same order, or None where there is none.
+        grad: returns the local gradient in the same order, or None where there is none, or where the parameter is
+            frozen at present.
     """
 
     name: str

@@ -7,8 +7,9 @@ from torch import Tensor
 from .local_shard import WHOLE, Holding, whole_cover
 
 
-def read(name: str, parameter: Tensor) -> Holding:
-    """The holding of a plain parameter."""
+def read(name: str, parameter: Tensor, of: Tensor | None = None) -> Holding:
+    """The holding of a plain parameter, or of a clone ``of`` one, which then says whether it is frozen."""
+    model = parameter if of is None else of
     return Holding(
         name=name,
         shape=tuple(parameter.shape),
@@ -18,5 +19,5 @@ def read(name: str, parameter: Tensor) -> Holding:
         group=WHOLE,
         cover=whole_cover(parameter.numel()),
         weight=parameter.detach,
-        grad=lambda: parameter.grad,
+        grad=lambda: parameter.grad if model.requires_grad else None,
     )

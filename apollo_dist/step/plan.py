@@ -38,6 +38,8 @@ class StepPlan:
         facts: what all ranks must agree on before the first exchange.
         chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
         groups: ``param_groups``, kept like the tensors.
+        idle: parameters that are frozen and never trained: name, tensor, group. They have no state and no part in the
+            exchange.
         steps: what takes the steps; made at the first one.
     """
 
@@ -49,6 +51,7 @@ class StepPlan:
     facts: dict[str, object] = field(default_factory=dict)
     chosen: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
+    idle: list[tuple[str, Tensor, dict[str, Any]]] = field(default_factory=list)
     steps: Steps | None = None
 
     def names(self) -> set[str]:
@@ -83,8 +86,14 @@ class StepPlan:
             f"{len(matrices)} matrices with {elements:,} elements are low-rank "
             f"(rank {', '.join(map(str, ranks)) or '-'}), "
             f"{len(self.adam_shapes)} tensors with {rest:,} elements take AdamW; layout {', '.join(layouts)}; "
-            f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step{self.chosen}"
+            f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step{self.chosen}{self._idle()}"
         )
+
+    def _idle(self) -> str:
+        if not self.idle:
+            return ""
+        names = abbreviate(name for name, _, _ in self.idle)
+        return f"; frozen, without state until they require a gradient: {names}"
 
 
 def fingerprint(
@@ -111,6 +120,8 @@ def plan_step(
     seed: int,
     exclude: str | None,
     cache_projection: bool | str,
+    trained: Mapping[str, int] | None = None,
+    generation: int = 0,
 ) -> StepPlan:
     """Read the layouts of all parameters in ``groups`` and prepare what a step needs.
 
@@ -121,29 +132,40 @@ def plan_step(
         slots: returns the state of a matrix or tensor by name: empty, or filled by an earlier build or a load.
         seed: of the projections.
         exclude, cache_projection: as in ``APOLLO``.
+        trained: parameters that have state, by name, each with the generation in which it began. Others that are
+            frozen at present are ``idle``.
+        generation: of the parameters that begin now. Who owns a channel depends on what is planned together, so a
+            generation has a plan of its own, and the states of older ones stay where they are.
 
     Raises:
         ValueError: if a layout cannot be read or is not supported, or a loaded state does not fit.
     """
     if engine.driver is not None:
         refuse(engine.driver)
+    trained = {} if trained is None else trained
     names = _names(members, engine)
     by_name = any(group.get(CHOOSE) for group in groups)
     chosen = _choice(members, names, engine, exclude) if by_name else None
-    result = StepPlan([tensor for group in groups for tensor in group["params"]])
+    result = StepPlan([])
     if chosen is not None:
         result.chosen = f"; chosen: {abbreviate(name for name in names.values() if name in chosen)}"
     parts = {names[key]: m.part for key, m in members.items()}
     entries: dict[tuple[Any, ...], list[Entry]] = {}
     seen: list[list[Member]] = []
+    known = {None, *trained}  # what has no name here is DeepSpeed's
     for group in groups:
         seen.append([])
-        for holding in detect.read(group["params"], partial(_name_of, names), engine):
+        working = [t for t in group["params"] if t.requires_grad or names.get(id(t)) in known]
+        result.tensors += working
+        kept = set(map(id, working))
+        result.idle += [(names[id(t)], t, group) for t in group["params"] if id(t) not in kept]
+        for holding in detect.read(working, partial(_name_of, names), engine):
             seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
             result.holdings.append((holding, group))
             if is_low_rank(group, holding.name, chosen):
                 check_matrix(holding.name, holding.shape, group["rank"])
-                key = (parts.get(holding.name, 0), id(holding.group.process_group), holding.device)
+                began = trained.get(holding.name, generation)
+                key = (parts.get(holding.name, 0), began, id(holding.group.process_group), holding.device)
                 entries.setdefault(key, []).extend((holding, spec, group) for spec in specs_of(holding, group))
                 continue
             result.adam_shapes.append(tuple(holding.shape))

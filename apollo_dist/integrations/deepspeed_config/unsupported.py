@@ -33,6 +33,7 @@ def unsupported(config: Config, version: str | None = None) -> list[str]:
         *_offload(config, zero),
         *_precision(config),
         *_parallel(config),
+        *_universal(config),
         *known_faults(config, version or installed()),
     ]
 
@@ -97,6 +98,15 @@ def _precision(config: Config) -> Iterator[str]:
                 f"{name}.bf16_master_weights_and_grads: DeepSpeed does this with DeepSpeedCPUAdam only, unless "
                 "bf16_optimizer_states is true as well; remove it"
             )
+
+
+def _universal(config: Config) -> Iterator[str]:
+    if _on(_section(config, "checkpoint").get("load_universal")):
+        yield (
+            "checkpoint.load_universal: universal checkpoints hold two moments in the shape of each parameter, and "
+            "APOLLO's have other shapes, so that ds_to_universal cannot convert its checkpoints, nor can it continue "
+            "from others'; remove it, and use apollo_dist.checkpoint, which any stage and number of ranks can load"
+        )
 
 
 def _parallel(config: Config) -> Iterator[str]:

@@ -20,7 +20,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import whole
-from ..flat import check_first_use, flat_holding
+from ..flat import flat_holding, tell_other_weights
 from ..internals import UnknownInternals, require, version_of
 from ..local_shard import Holding, ShardGroup
 from ..regions import cut_ranges
@@ -28,10 +28,11 @@ from . import zero3
 
 Name = Callable[[Tensor], str]
 
-# Where the two kinds of flat wrappers keep: the model's parameters, their flat buffer, this rank's fp32 partition.
+# Where the two kinds of flat wrappers keep: the model's parameters, their flat buffer, this rank's fp32 partition, and
+# the views of the flat buffer, by rank, that a step copies the partitions to.
 _FLAT_ATTRIBUTES = (
-    ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups"),
-    ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition"),
+    ("bit16_groups", "bit16_groups_flat", "single_partition_of_fp32_groups", "parallel_partitioned_bit16_groups"),
+    ("bf16_groups", "bf16_groups_flat", "fp32_groups_flat_partition", "bf16_partitioned_groups"),
 )
 
 
@@ -73,8 +74,10 @@ def from_engine(engine: Any, optimizer: object) -> Engine:
 def find(optimizer: object) -> Engine:
     """Find DeepSpeed's wrapper and engine in the calls that led to ``optimizer.step()``.
 
-    There is no pointer back from a client optimizer to its wrapper, but the wrapper is always among the callers. Costs
-    some 20 us; the caller keeps the answer.
+    For versions of DeepSpeed whose engine has no ``_do_optimizer_sanity_check``, where ``deepspeed.initialize`` tells
+    the optimizer its engine (``GroupedOptimizer.driven_by``), and for wrappers without an engine. There is no pointer
+    back from a client optimizer to its wrapper, but the wrapper is always among the callers. Costs some 20 us; the
+    caller keeps the answer.
     """
     base = sys.modules.get("deepspeed.runtime.base_optimizer")
     runtime = sys.modules.get("deepspeed.runtime.engine")
@@ -137,6 +140,14 @@ def names(wrapper: Any) -> dict[int, str]:
     return {id(parameter): name for parameter, name in known.items()}
 
 
+def updated(wrapper: Any) -> set[int]:
+    """The ids of the model's parameters that a wrapper updates: those that were trainable when it was made."""
+    for attribute in ("bit16_groups", "bf16_groups", "fp16_groups"):
+        if hasattr(wrapper, attribute):
+            return {id(parameter) for group in getattr(wrapper, attribute) for parameter in group}
+    return set()
+
+
 def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
     """The holdings inside one tensor of ``param_groups``, or None if the wrapper does not manage it.
 
@@ -155,12 +166,12 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
     for attributes in _FLAT_ATTRIBUTES:
         if hasattr(wrapper, attributes[2]):
             require(wrapper, *attributes, "real_dp_process_group")
-            parameters, flats, partitions = (getattr(wrapper, attribute) for attribute in attributes)
+            parameters, flats, partitions, views = (getattr(wrapper, attribute) for attribute in attributes)
             found = [i for i, partition in enumerate(partitions) if partition is tensor]
             # An error in a later group has to come before the first one steps.
             later = range(1, len(partitions)) if found == [0] else ()
             holdings = [
-                _read_flat(parameters[i], flats[i], partitions[i], wrapper.real_dp_process_group[i], name_of)
+                _read_flat(parameters[i], flats[i], partitions[i], views[i], wrapper.real_dp_process_group[i], name_of)
                 for i in (*found, *later)
             ]
             return holdings[0] if found else None
@@ -168,7 +179,7 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
         for model_params, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, clone in zip(model_params, clones, strict=True):
                 if clone is tensor:
-                    return [whole.read(name_of(parameter), clone)]
+                    return [whole.read(name_of(parameter), clone, parameter)]
         return None
     raise UnknownInternals(
         f"cannot read the layout of DeepSpeed {version_of('deepspeed')}'s {kind}; install a version of the table in "
@@ -177,14 +188,28 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
 
 
 def _read_flat(
-    parameters: Sequence[Tensor], flat: Tensor, partition: Tensor, process_group: Any, name_of: Name
+    parameters: Sequence[Tensor],
+    flat: Tensor,
+    partition: Tensor,
+    views: Sequence[Tensor],
+    process_group: Any,
+    name_of: Name,
 ) -> list[Holding]:
-    """Intersect every parameter's place in the flat buffer with every rank's partition of it."""
+    """Intersect every parameter's place in the flat buffer with every rank's partition of it.
+
+    Places are addresses: values may differ before the first step, see ``tell_other_weights``.
+    """
     group = ShardGroup.of(process_group)
     n = partition.numel()
     if n * group.size != flat.numel():
         raise ValueError(f"{group.size} partitions of {n} elements do not make the flat buffer of {flat.numel()}")
-    holdings = []
+    mine = views[group.rank]
+    if mine.numel() != n or mine.data_ptr() != flat.data_ptr() + group.rank * n * flat.element_size():
+        raise ValueError(
+            f"the partition of rank {group.rank} is not elements {group.rank * n}..{group.rank * n + n} of its ZeRO "
+            "flat buffer; this layout cannot be read"
+        )
+    holdings, pairs = [], []
     for parameter in parameters:
         name = name_of(parameter)
         start, remainder = divmod(parameter.data_ptr() - flat.data_ptr(), flat.element_size())
@@ -193,7 +218,8 @@ def _read_flat(
         ranges = cut_ranges(start, parameter.numel(), n, group.size)
         low, high = ranges[group.rank]
         at = low + start - group.rank * n if high > low else 0
-        holding = flat_holding(name, tuple(parameter.shape), partition, at, group, ranges)
-        check_first_use(holding, parameter.reshape(-1)[low:high])
+        holding = flat_holding(name, tuple(parameter.shape), parameter, partition, at, group, ranges)
+        pairs.append((holding, parameter.reshape(-1)[low:high]))
         holdings.append(holding)
+    tell_other_weights(pairs)
     return holdings

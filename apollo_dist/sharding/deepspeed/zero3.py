@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..flat import check_first_use, flat_holding
+from ..flat import flat_holding, tell_other_weights
 from ..internals import require
 from ..local_shard import Holding, ShardGroup
 from ..regions import even_ranges
@@ -44,7 +44,9 @@ def read(wrapper: Any, flat: Tensor, name_of: Name) -> list[Holding] | None:
     Raises:
         ValueError: if the flat is not laid out as expected.
     """
-    require(wrapper, "fp32_partitioned_groups_flat", "fp16_groups", "dp_process_group", "swap_optimizer")
+    require(
+        wrapper, "fp32_partitioned_groups_flat", "fp16_groups", "dp_process_group", "swap_optimizer", "grad_position"
+    )
     flats = wrapper.fp32_partitioned_groups_flat
     for i, candidate in enumerate(flats):
         if candidate is flat:
@@ -67,9 +69,17 @@ def _read_sub_group(
             f"a ZeRO-3 sub-group of {len(sizes)} partitions with {sum(sizes)} elements has a flat buffer of "
             f"{flat.numel()}; this layout cannot be read"
         )
-    holdings = []
+    holdings, pairs = [], []
     for parameter, size, at in zip(parameters, sizes, accumulate(sizes, initial=0), strict=False):
         name = name_of(parameter)
+        # DeepSpeed's own map, by which it puts gradients into the flat. Values say nothing: they may differ before the
+        # first step, see ``tell_other_weights``.
+        _, said, numel = wrapper.grad_position[wrapper.get_param_id(parameter)]
+        if (said, numel) != (at, size):
+            raise ValueError(
+                f"{name}: DeepSpeed puts its {numel} gradients at {said} of its ZeRO-3 sub-group, expected {size} at "
+                f"{at}; this layout cannot be read"
+            )
         group = ShardGroup.of(getattr(parameter, "ds_process_group", wrapper.dp_process_group))
         ranges = even_ranges(parameter.ds_numel, group.size)
         if size != -(-parameter.ds_numel // group.size):
@@ -77,10 +87,11 @@ def _read_sub_group(
                 f"{name}: its ZeRO-3 partition has {size} elements, expected {-(-parameter.ds_numel // group.size)} "
                 f"for {parameter.ds_numel} elements on {group.size} ranks"
             )
-        holding = flat_holding(name, tuple(parameter.ds_shape), flat, at, group, ranges)
+        holding = flat_holding(name, tuple(parameter.ds_shape), parameter, flat, at, group, ranges)
         if not swapped_out and parameter.ds_tensor.status.name == "AVAILABLE":  # else it is on NVMe, too
-            check_first_use(holding, parameter.ds_tensor.view(-1)[: holding.numel])
+            pairs.append((holding, parameter.ds_tensor.view(-1)[: holding.numel]))
         holdings.append(holding)
+    tell_other_weights(pairs)
     return holdings
 
 

@@ -103,6 +103,16 @@ def update_model(wrapper: Any) -> None:
         )
 
 
+def check_free(module: torch.nn.Module) -> None:
+    """Raise ValueError if a DeepSpeed optimizer holds other weights of a model, which would overwrite loaded ones."""
+    for name, parameter in module.named_parameters():
+        if getattr(parameter, "_hp_mapping", None) is not None or hasattr(parameter, "_z3_optimizer"):
+            raise ValueError(
+                f"{name} belongs to a DeepSpeed engine, which keeps weights of its own and would overwrite it at the "
+                "next step: pass the engine, not its module"
+            )
+
+
 def read_frozen(name: str, parameter: Any) -> Holding | None:
     """This rank's part of a ZeRO-3 parameter that no optimizer updates; None for any other parameter."""
     partition = getattr(parameter, "ds_tensor", None)
