@@ -122,6 +122,46 @@ def ddp_built_while_frozen(rank: int, world: int) -> str:
     return "no error"
 
 
+def options_between_steps(rank: int, world: int, engine: str) -> dict[str, float]:
+    """Options of a group change, also those that the exchange depends on; states stay with their owners."""
+    model, ranks = Bag().double(), low_rank(Bag(), 3)
+    reference = Reference(dict(model.named_parameters()), ranks, update_proj_gap=GAP)
+    wrapped = wrap(model, engine, world)
+    optimizer = APOLLO(groups_of(wrapped, ranks), model=wrapped, update_proj_gap=GAP)
+    shapes = shapes_of(Bag())
+    changes: dict[int, tuple[str, Any]] = {
+        2: ("scale_type", "tensor"), 4: ("disable_nl", True), 5: ("update_proj_gap", 1), 7: ("scale_type", "channel"),
+    }  # fmt: skip
+    for step in range(9):
+        if step in changes:
+            key, value = changes[step]
+            for group in optimizer.param_groups:
+                group[key] = value
+            setattr(reference, {"update_proj_gap": "gap"}.get(key, key), value)
+        optimizer.zero_grad()
+        wrapped(gradients(shapes, step, rank)).backward()
+        optimizer.step()
+        reference.step(mean_gradients(shapes, step, world))
+    return {n: relative_error(w, reference.weights[n]) for n, w in whole(wrapped).items()}
+
+
+def replaced(rank: int, world: int) -> dict[str, float]:
+    """``load_state_dict(assign=True)`` of a model under FSDP2 between steps: followed on every rank."""
+    model, ranks = Bag().double(), low_rank(Bag(), 3)
+    reference = Reference(dict(model.named_parameters()), ranks, update_proj_gap=GAP)
+    wrapped = wrap(model, "fsdp2", world)
+    optimizer = APOLLO(groups_of(wrapped, ranks), model=wrapped, update_proj_gap=GAP)
+    shapes = shapes_of(Bag())
+    for step in range(5):
+        if step == 2:
+            model.load_state_dict({n: v.clone() for n, v in model.state_dict().items()}, assign=True)
+        optimizer.zero_grad()
+        wrapped(gradients(shapes, step, rank)).backward()
+        optimizer.step()
+        reference.step(mean_gradients(shapes, step, world))
+    return {n: relative_error(w, reference.weights[n]) for n, w in whole(wrapped).items()}
+
+
 def bytes_of_frozen(rank: int, world: int, engine: str) -> tuple[int, int]:
     """Bytes of state, and bytes sent a step, with a layer that was left out, and with one that is frozen."""
     found = []
@@ -143,5 +183,7 @@ def cases(rank: int, world: int, engines: tuple[str, ...], folder: str) -> dict[
     found |= {f"{e}, zeros": train(rank, world, e, None, False) for e in engines if e in ("plain", "fsdp2")}
     if world > 1:
         found["ddp frozen"] = ddp_built_while_frozen(rank, world)
+        found["options, fsdp2"] = options_between_steps(rank, world, "fsdp2")
+        found["replaced, fsdp2"] = replaced(rank, world)
         found["bytes"] = bytes_of_frozen(rank, world, "fsdp2")
     return found

@@ -181,10 +181,15 @@ def param_groups(
     rest: list[tuple[str, nn.Parameter]] = []
     for name, parameter in model.named_parameters():
         # One that is frozen has no state until it trains; of integers (quantized) it never does.
-        if parameter.requires_grad or parameter.is_floating_point():
-            (low if canonical_name(name) in chosen else rest).append((canonical_name(name), parameter))
+        if not (parameter.requires_grad or parameter.is_floating_point()):
+            continue
+        name, small = canonical_name(name), False
+        if name in chosen and not parameter.requires_grad:  # the base of LoRA, which need not have this rank
+            small = rank > min(matrices(detect.logical_shape(parameter))[1:])
+        (low if name in chosen and not small else rest).append((name, parameter))
     if not low:
-        raise ValueError(no_matrix_message(f"{type(model).__name__} with {len(rest)} trainable parameters"))
+        trainable = sum(parameter.requires_grad for _, parameter in rest)
+        raise ValueError(no_matrix_message(f"{type(model).__name__} with {trainable} trainable parameters"))
     groups: list[dict[str, Any]] = [{"params": low, "rank": rank, **options}]
     if rest:
         groups.append({"params": rest, **{key: value for key, value in options.items() if key in COMMON}})
