@@ -183,6 +183,14 @@ class GroupedOptimizer(StatefulOptimizer):
     def driven_by(self, engine: Any) -> None:
         """Note the DeepSpeed engine that is being built around this optimizer; ``deepspeed.initialize`` calls it."""
         self._driver = weakref.ref(engine)
+        groups = [group for group in self.param_groups if any_trains(group["params"])]
+        if engine.zero_optimization() and 0 < len(groups) < len(self.param_groups):
+            # ZeRO holds nothing of what is frozen now, and cannot take a group of which nothing is left.
+            if rank_of() == 0:
+                dropped = len(self.param_groups) - len(groups)
+                logger.info("%d parameter groups hold frozen parameters only: DeepSpeed gets the others", dropped)
+            self.param_groups[:] = groups
+            self._option_changes.remember(groups)
 
     def _find_engine(self) -> zero.Engine:
         """DeepSpeed's part in this step."""
