@@ -17,7 +17,7 @@ def version() -> str:
     return found.group(1)
 
 
-# All lower bounds are the oldest line of the table in docs/versions.md, which launch/test_versions.sh writes. Some
+# All lower bounds are the oldest line of the table in docs/versions.md; launch/test_versions.sh tries others. Some
 # versions in between have faults of their own, which apollo_dist refuses (integrations/deepspeed_config/faults.py).
 DEEPSPEED = ["deepspeed>=0.16.9"]
 
@@ -80,7 +80,6 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
