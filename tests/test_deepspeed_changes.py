@@ -148,6 +148,10 @@ def all_cases(rank: int, world: int, stages: tuple[int, ...]) -> dict[str, Any]:
         zero.find = find
 
 
+def limit(case: str) -> float:
+    return TRAINED_LATER if case.startswith("trained later") else TOLERANCE
+
+
 @pytest.mark.slow
 def test_on_two_ranks():
     for found in run_ranks(all_cases, 2, STAGES, timeout=500):
