@@ -21,8 +21,8 @@ from .reference import Reference
 GAP, DECAY, STAGES = 3, 0.1, (0, 1, 2, 3)
 # fp32 flats: a few steps of rounding, as in test_exact_zero.py; the weights' own sums are taken in fp32.
 TOLERANCE = 1e-5
-# A matrix of rank 1 takes its first step at gradients of size 100, where R of one channel is nearly zero: one process in
-# fp32, without DeepSpeed, is off by the same 3.514e-5 (in float64 by 8e-14).
+# A matrix of rank 1 takes its first step at gradients of size 100, where R of one channel is nearly zero: one process
+# in fp32, without DeepSpeed, is off by the same 3.514e-5 (in float64 by 8e-14).
 TRAINED_LATER = 5e-5
 BF16 = {"bf16": {"enabled": True}, "communication_data_type": "fp32", "data_types": {"grad_accum_dtype": "fp32"}}
 
