@@ -28,9 +28,10 @@ import torch
 
 from apollo_dist.exchange.collectives import Exchange
 from apollo_dist.exchange.plan import MatrixSpec, Plan, make_plan
+from apollo_dist.rules.apollo import APOLLO
 from apollo_dist.sharding.local_shard import ShardGroup
 from apollo_dist.sharding.regions import FlatCover, Range, cover_tiles, cut_ranges, even_ranges, row_ranges
-from apollo_dist.step.matrix import spec_of
+from apollo_dist.step.matrix import exchanged
 
 Shape = tuple[int, int]
 Shapes = dict[str, tuple[int, ...]]
@@ -43,6 +44,7 @@ OPTIMIZERS = {
     "APOLLO": {"rank": 256, "scale_type": "channel", "disable_nl": False},
     "Mini": {"rank": 1, "scale_type": "tensor", "disable_nl": False},
 }
+RULE = APOLLO()
 WORLDS = (8, 64, 256, 1024, 4096)
 NUMBER = 4  # bytes: exchanges and states are fp32
 GRADIENT = 2  # bytes: of an element in the gradients' reduce-scatter, bf16
@@ -106,7 +108,7 @@ def _flat(shapes: Shapes, partition: int, world: int) -> dict[str, tuple[Range, 
 def specs(model: str, layout: str, optimizer: str, world: int) -> list[MatrixSpec]:
     """The matrices as the planner sees them."""
     return [
-        spec_of(name, m, n, OPTIMIZERS[optimizer], cover.tiles(0, m, n))
+        exchanged(name, m, n, RULE.spec(m, n, OPTIMIZERS[optimizer]), cover.tiles(0, m, n))
         for name, ((m, n), cover) in covers(model, layout, world).items()
     ]
 
@@ -218,7 +220,7 @@ def same_plan(model: str, world: int) -> bool:
     from apollo_dist.optimizers.param_groups import low_rank_names
     from apollo_dist.sharding.deepspeed.zero import Engine
     from apollo_dist.sharding.detect import read
-    from apollo_dist.step.shard_group import specs_of
+    from apollo_dist.step.matrix import specs_of
 
     hidden, ffn, layers, narrow = MODELS[model]
     config = LlamaConfig(
@@ -244,7 +246,7 @@ def same_plan(model: str, world: int) -> bool:
         found = []
         for holding in read(list(llama.parameters()), lambda p: names[id(p)], Engine()):
             if holding.name in chosen:
-                found += specs_of(holding, OPTIMIZERS["APOLLO"])
+                found += [spec for spec, _ in specs_of(holding, RULE, OPTIMIZERS["APOLLO"])]
         real = make_plan(found, world)
         print(
             f"{model} on {world} ranks: {len(found)} matrices read and planned in {time.perf_counter() - start:.2f} s"

@@ -20,11 +20,11 @@ from apollo_dist.checkpoint import contents, folder, loading, saving, shards
 from apollo_dist.distributed import gather
 from apollo_dist.exchange import collectives
 from apollo_dist.optimizers import base, grouped, in_backward, stateful
-from apollo_dist.rules import apollo as rule
+from apollo_dist.rules import adamw
 from apollo_dist.sharding import detect, dtensor
 from apollo_dist.state import parameter_state, slots
-from apollo_dist.step import nonfinite, plan, shard_group
-from apollo_dist.step.batch import Batch
+from apollo_dist.step import apply as applying
+from apollo_dist.step import nonfinite, plan, run, shard_group
 from apollo_dist.step.matrix import Matrix
 
 from .engines import full_weights, initialize, prepare, zero_config
@@ -68,17 +68,17 @@ BUILDING: dict[str, Place] = {
 STEPPING: dict[str, Place] = {
     "looking for NaN": (nonfinite, "not_finite", 1),
     "counting the step": (Matrix, "begin_step", 2),
-    "projecting": (Matrix, "partial", 2),
+    "projecting": (run, "partial", 2),
     "packing exchange 1": (collectives.Exchange, "_pack", 2),
     "unpacking exchange 1": (collectives.Exchange, "_summed", 1),
-    "the owners' step": (Batch, "owner_step", 1),
+    "the owners' step": (run, "own", 1),
     "packing exchange 2": (collectives, "_part", 2),
 }
 # Where weights change: the optimizer refuses to go on.
 CHANGING: dict[str, Place] = {
-    "updating weights": (Batch, "finish", 1),
-    "updating a later matrix": (Matrix, "apply", 2),
-    "AdamW": (rule, "adamw", 1),
+    "updating weights": (run, "apply", 1),
+    "updating a later matrix": (applying, "update", 2),
+    "AdamW": (adamw, "adam_step", 1),
 }
 NOT_REACHED = "not reached"
 KINDS = (torch.OutOfMemoryError, KeyboardInterrupt, TypeError, ValueError)

@@ -8,9 +8,9 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_dist import APOLLO
+from apollo_dist.kernels.reduce import as_gemm_operand
 from apollo_dist.projections.cache import Phase, ProjectionCache, ProjectionSlice
 from apollo_dist.projections.gaussian import draw, drawn_together, gaussian, philox_keys
-from apollo_dist.rules import apollo as rule
 
 CPU = torch.device("cpu")
 
@@ -53,7 +53,7 @@ def projections(keep, needed=(True, True)):
 def check(projection, slab, seed, refresh):
     first, last = slab.columns
     want = gaussian(seed, slab.name, refresh, slab.rank, 60, first, last, dtype=slab.dtype)
-    assert torch.equal(projection.slab, rule.as_gemm_operand(want))
+    assert torch.equal(projection.slab, as_gemm_operand(want))
     assert projection.first == first
     for tile, (a, b) in zip(projection.tiles, slab.edges, strict=True):
         assert torch.equal(tile, projection.slab[a - first : b - first])

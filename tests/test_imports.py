@@ -12,9 +12,11 @@ import apollo_dist
 PACKAGE = Path(apollo_dist.__file__).parent
 # Module prefix -> what of apollo_dist it may import (itself is always allowed).
 ALLOWED = {
-    "rules": (),
+    "kernels": (),
+    "rules.base": (),
+    "rules": ("kernels",),
     "projections.gaussian": (),
-    "projections": ("rules", "sharding.regions"),
+    "projections": ("kernels", "sharding.regions"),
     "distributed": (),
     "sharding.regions": (),
     "sharding": ("distributed",),
@@ -26,15 +28,23 @@ ALLOWED = {
     "optimizers.param_groups": ("optimizers.options", "sharding"),
     "state.slots": (),
     "state.callers": (),
-    "state.reshard": ("distributed", "exchange", "sharding", "step.matrix", "step.shard_group"),
-    "state": ("distributed", "exchange", "sharding", "step.matrix", "step.plan", "step.shard_group"),
+    "state.reshard": ("distributed", "exchange", "sharding", "step.elementwise", "step.matrix", "step.shard_group"),
+    "state": (
+        "distributed",
+        "exchange",
+        "sharding",
+        "step.elementwise",
+        "step.matrix",
+        "step.plan",
+        "step.shard_group",
+    ),
     "integrations.import_hooks": (),
     "integrations.deepspeed": ("integrations", "sharding"),
     "integrations.deepspeed_config.faults": (),
     "integrations.deepspeed_config.unsupported": ("integrations.deepspeed_config.faults",),
     "integrations.extras": (),
     "integrations.hugging_face": ("integrations.import_hooks", "integrations.trainer_optim", "sharding"),
-    "planning": ("exchange", "optimizers", "pretrain", "sharding", "step"),
+    "planning": ("exchange", "optimizers", "pretrain", "rules", "sharding", "step"),
     "preflight": ("pretrain",),
 }
 PUBLIC = {
@@ -48,12 +58,19 @@ PUBLIC = {
     "apollo_dist.projection",
 }
 NO_DISTRIBUTED = (
+    "kernels",
     "rules",
     "projections",
     "sharding.regions",
     "exchange.plan",
     "exchange.routes",
+    "step.apply",
+    "step.batch",
+    "step.elementwise",
     "step.matrix",
+    "step.own",
+    "step.reduce",
+    "step.run",
     "step.shard_group",
 )
 

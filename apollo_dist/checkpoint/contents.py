@@ -4,9 +4,9 @@ Keys of the tensors::
 
     model.NAME                    a weight in the dtype that the optimizer updates (the fp32 master, where there is
                                   one), a frozen parameter, or a buffer; logical shape
-    optimizer.MATRIX.exp_avg      a low-rank moment, (channels, r); MATRIX is NAME, or NAME[e] of a stack of experts
-    optimizer.NAME.exp_avg        AdamW's, in the parameter's shape; likewise .exp_avg_sq
-    optimizer.MATRIX.last_norm    the limiter's, (1,)
+    optimizer.MATRIX.STATE        of a matrix that a rule updates: by channel (channels, width), or one number (1,), as
+                                  the rule declares; MATRIX is NAME, or NAME[e] of a stack of experts
+    optimizer.NAME.STATE          of another parameter, in the parameter's shape
     optimizer.MATRIX.step         steps taken, (1,) int64
 """
 
@@ -26,9 +26,9 @@ from ..optimizers.base import APOLLO
 from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import Holding, canonical_name
+from ..step.elementwise import ElementwiseTensor
 from ..step.matrix import Matrix
 from ..step.plan import StepPlan
-from ..step.shard_group import AdamTensor
 from . import elementwise
 from .options import options_of, restore_options
 from .shards import Piece, Shards
@@ -172,12 +172,12 @@ def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[StepPlan]) -> l
     parameters = found.description.setdefault("parameters", {})
     holdings = [holding for build in builds for holding, _ in build.holdings]
     for holding in holdings:
-        parameters[holding.name] = {"kind": "AdamW"}
+        parameters[holding.name] = {"kind": optimizer.rules.element.name}
     for build in builds:
         for matrix in (m for group_step in build.shard_groups for m in group_step.matrices):
             parameters[matrix.holding.name] = {"kind": "low-rank", "rank": matrix.spec.rank}
             _add_matrix(found, matrix)
-        for tensor in build.adam:
+        for tensor in build.elementwise:
             _add_adam(found, tensor)
     # With those that have no state yet, whose options change meanwhile.
     found.groups = [
@@ -189,7 +189,7 @@ def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[StepPlan]) -> l
         for group in optimizer.param_groups
     ]
     found.description["optimizer"] = {
-        "name": "APOLLO",
+        "name": optimizer.rules.matrix.name,
         "seed": optimizer.seed,
         "groups": [{"options": options_of(group), "parameters": names} for group, names in found.groups],
     }
@@ -197,25 +197,25 @@ def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[StepPlan]) -> l
 
 
 def _add_matrix(found: Contents, m: Matrix) -> None:
-    channels = m.spec.m if m.spec.tall else m.spec.n
     key = f"optimizer.{m.spec.name}"
-    for moment in ("exp_avg", "exp_avg_sq"):
+    for name, width in m.declared.state.channel.items():
         pieces, row = [], 0
         for start, stop in m.channels.owned.ranges:
-            pieces.append(Piece((start, 0), m.state[moment][row : row + stop - start]))
+            pieces.append(Piece((start, 0), m.state[name][row : row + stop - start]))
             row += stop - start
-        found.tensors[f"{key}.{moment}"] = Shards((channels, m.spec.rank), pieces)
-    # A rank without a tile takes no part in the matrix's norm: what it has is not the matrix's.
+        found.tensors[f"{key}.{name}"] = Shards((m.spec.channels, width), pieces)
+    # A rank without a tile takes no part in the matrix's sums: its numbers are not the matrix's.
     writes = bool(m.tiles)
-    found.tensors[f"{key}.last_norm"] = Shards.whole(m.state["last_norm"].view(1), writes)
+    for name in m.declared.state.matrix:
+        found.tensors[f"{key}.{name}"] = Shards.whole(m.state[name].view(1), writes)
     _add_step(found, key, m.state, writes)
 
 
-def _add_adam(found: Contents, tensor: AdamTensor) -> None:
+def _add_adam(found: Contents, tensor: ElementwiseTensor) -> None:
     holding, key = tensor.holding, f"optimizer.{tensor.holding.name}"
     boxes = holding.cover.boxes(holding.group.rank, holding.shape)
-    for moment in ("exp_avg", "exp_avg_sq"):
-        found.tensors[f"{key}.{moment}"] = Shards.of(holding.shape, boxes, tensor.state[moment], key)
+    for name in tensor.rule.state:
+        found.tensors[f"{key}.{name}"] = Shards.of(holding.shape, boxes, tensor.state[name], key)
     _add_step(found, key, tensor.state, True)
 
 

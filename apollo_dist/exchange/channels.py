@@ -84,6 +84,7 @@ class ChannelPartition:
 
     Args:
         m, n: shape.
+        by_rows: whether rows are the channels, and not columns.
         tiles: for each rank its tiles; they cover the matrix exactly once.
 
     Attributes:
@@ -95,10 +96,10 @@ class ChannelPartition:
         shared: the other runs, in channel order.
     """
 
-    def __init__(self, m: int, n: int, tiles: Sequence[Sequence[Tile]]) -> None:
-        self.m, self.n, self.tall = m, n, m >= n
+    def __init__(self, m: int, n: int, by_rows: bool, tiles: Sequence[Sequence[Tile]]) -> None:
+        self.m, self.n, self.by_rows = m, n, by_rows
         rows = [
-            (rank, k, *tile.channels(self.tall), *tile.inner(self.tall))
+            (rank, k, *tile.channels(self.by_rows), *tile.inner(self.by_rows))
             for rank, held in enumerate(tiles)
             if held
             for k, tile in enumerate(held)
@@ -106,7 +107,7 @@ class ChannelPartition:
         ]
         table = np.array(rows, dtype=np.int64).reshape(-1, 6)
         self.rank, self.number, self.start, self.stop, self.inner_start, self.inner_stop = table.T.copy()
-        self.digest = hashlib.sha256(repr((m, n)).encode() + table.tobytes()).digest()
+        self.digest = hashlib.sha256(repr((m, n, by_rows)).encode() + table.tobytes()).digest()
         self.shared: list[Run] = []
         alone: list[tuple[int, int, int]] = []
         for start, stop, holders in self._runs():

@@ -27,8 +27,6 @@ from .plan import Plan
 from .routes import Elements, Projected, ReduceRoutes, ReplyAllReduce, ReplyRoutes, Scales
 from .waiting import wait
 
-TERMS = 3
-
 
 class Partial(NamedTuple):
     """What a rank has for exchange 1 of one matrix.
@@ -89,10 +87,10 @@ class Exchange:
         """Prepare exchange 2; returns how many numbers leave this rank."""
         plan, rank = self.plan, self.group.rank
         if plan.reduces:
-            self._second: ReplyRoutes | ReplyAllReduce = ReplyAllReduce(plan, rank, TERMS)
+            self._second: ReplyRoutes | ReplyAllReduce = ReplyAllReduce(plan, rank)
             self._places = [torch.tensor(self._second.terms, dtype=torch.int64, device=self.device)]
             return plan.ring_numbers
-        self._second = ReplyRoutes(plan, rank, TERMS)
+        self._second = ReplyRoutes(plan, rank)
         lists = {id(places): places for places in self._second.terms}
         tensors = {key: torch.tensor(places, dtype=torch.int64, device=self.device) for key, places in lists.items()}
         self._places = [tensors[id(places)] for places in self._second.terms]
@@ -136,12 +134,12 @@ class Exchange:
                 return
             tile = partial.tiles[piece.tile]
             chosen = slice(piece.first, piece.last)
-            part = tile[chosen] if self.plan.matrices[piece.matrix].spec.tall else tile[:, chosen]
+            part = tile[chosen] if self.plan.matrices[piece.matrix].spec.by_rows else tile[:, chosen]
             target.view(part.shape).copy_(part)
             return
         rows = slice(piece.position, piece.position + piece.channels)
         split = piece.channels * partial.low_rank.shape[1]
-        target[:split].view(piece.channels, -1).copy_(partial.low_rank[rows])
+        target[:split].view(partial.low_rank[rows].shape).copy_(partial.low_rank[rows])
         if partial.norms is not None:
             target[split:].copy_(partial.norms[rows])
 
@@ -161,15 +159,15 @@ class Exchange:
     def _elements(self, received: Tensor, base: list[int], i: int) -> list[tuple[slice, list[Range], Tensor]]:
         """Matrix i's elements that arrived, parts of the same channels side by side."""
         found = []
-        tall = self.plan.matrices[i].spec.tall
+        by_rows = self.plan.matrices[i].spec.by_rows
         for block in self._first.blocks[i]:
             parts = []
             channels = block.last - block.first
             for (peer, offset), (low, high) in zip(block.places, block.inner, strict=True):
-                start, shape = base[peer] + offset, (channels, high - low) if tall else (high - low, channels)
+                start, shape = base[peer] + offset, (channels, high - low) if by_rows else (high - low, channels)
                 parts.append(received[start : start + channels * (high - low)].view(shape))
-            whole = torch.cat(parts, dim=1 if tall else 0)
-            found.append((slice(block.first, block.last), block.inner, whole if tall else whole.t()))
+            whole = torch.cat(parts, dim=1 if by_rows else 0)
+            found.append((slice(block.first, block.last), block.inner, whole if by_rows else whole.t()))
         return found
 
     def reply_to_holders(self, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[list[Tensor | None], Tensor]:
@@ -177,7 +175,7 @@ class Exchange:
 
         Args:
             scales: for each matrix with channel scaling the factors of its ``owned_shared`` channels, (channels,).
-            terms: (matrices, TERMS), this rank's norm terms.
+            terms: (matrices, ``Plan.term_columns``), this rank's terms.
 
         Returns:
             The factors over ``shared`` for each matrix with channel scaling, and the terms summed over ranks.

@@ -23,7 +23,7 @@ _ROUNDS = 2
 
 @dataclass(frozen=True, eq=False)
 class MatrixClass:
-    """``count`` matrices with the same partition and rank ``weight``: numbers of state for each channel."""
+    """``count`` matrices with the same partition and ``MatrixSpec.weight``."""
 
     partition: ChannelPartition
     weight: int

@@ -1,6 +1,6 @@
 """Who owns which channels of which matrix, and what travels where. Integers only, frozen, hashed.
 
-A *channel* is an index along a matrix's larger dimension (rows if m >= n). Its *holders* are the ranks of the shard
+A *channel* is a row or a column of a matrix, as its rule asks. Its *holders* are the ranks of the shard
 group that hold at least one of its elements; its *owner* is the one holder that keeps its low-rank state. A *segment*
 is a run of consecutive channels with the same holders and the same owner. Every rank computes the same plan alone,
 from the tiles of all ranks; the plan's hash is compared before the first exchange.
@@ -32,26 +32,37 @@ class MatrixSpec:
     Attributes:
         name: canonical name.
         m, n: shape.
-        rank: r of the projection.
-        channel_norms: whether the squared norm of each channel's gradient travels with its low-rank gradient.
+        by_rows: whether rows are the channels, and not columns.
+        rank: r of the projection; 0 without one.
+        channel_norms: whether the squared norm of each channel travels to its owner.
         channel_scales: whether each channel has a scaling factor of its own, which travels back.
-        terms: which columns of the matrix's norm terms must be summed over its ranks (see ``rule.norms``).
+        terms: how many numbers of the whole matrix are summed over its ranks.
+        state: for each kind of state that owners keep, how many numbers of it a channel has.
+        matrix_state: how many numbers every rank keeps for the whole matrix.
         tiles: for each rank of the shard group its tiles.
     """
 
     name: str
     m: int
     n: int
+    by_rows: bool
     rank: int
     channel_norms: bool
     channel_scales: bool
-    terms: tuple[int, ...]
+    terms: int
+    state: tuple[int, ...]
+    matrix_state: int
     tiles: tuple[tuple[Tile, ...], ...]
 
     @property
-    def tall(self) -> bool:
-        """Whether rows are the channels."""
-        return self.m >= self.n
+    def channels(self) -> int:
+        """How many channels."""
+        return self.m if self.by_rows else self.n
+
+    @property
+    def weight(self) -> int:
+        """What a channel counts when owners are chosen: the numbers of its largest state, at least 1."""
+        return max(self.state, default=1)
 
     @property
     def numbers_per_channel(self) -> int:
@@ -137,7 +148,17 @@ class Plan:
     @cached_property
     def term_places(self) -> list[tuple[int, int]]:
         """(matrix, column) of the norm terms that have to be summed over ranks."""
-        return [(i, column) for i, m in enumerate(self.matrices) if len(m.participants) > 1 for column in m.spec.terms]
+        return [
+            (i, column)
+            for i, m in enumerate(self.matrices)
+            if len(m.participants) > 1
+            for column in range(m.spec.terms)
+        ]
+
+    @property
+    def term_columns(self) -> int:
+        """The most terms that a matrix has."""
+        return max((m.spec.terms for m in self.matrices), default=0)
 
     @cached_property
     def reduced_numbers(self) -> int:
@@ -162,7 +183,7 @@ class Plan:
             if m.spec.channel_scales and m.shared:
                 others = np.array([len(run.holders) - 1 for run in m.partition.shared], dtype=np.int64)
                 np.add.at(sent, m.shares.owners, m.shares.counts * others[m.shares.runs])
-            sent[m.participants] += len(m.spec.terms) * (len(m.participants) - 1)
+            sent[m.participants] += m.spec.terms * (len(m.participants) - 1)
         return sent
 
     @cached_property
@@ -171,7 +192,11 @@ class Plan:
         text = hashlib.sha256(repr(self.world_size).encode())
         for m in self.matrices:
             s = m.spec
-            text.update(repr((s.name, s.m, s.n, s.rank, s.channel_norms, s.channel_scales, s.terms)).encode())
+            text.update(
+                repr(
+                    (s.name, s.m, s.n, s.by_rows, s.rank, s.channel_norms, s.channel_scales, s.terms, s.state)
+                ).encode()
+            )
             text.update(m.partition.digest)
             for values in (m.shares.starts, m.shares.stops, m.shares.owners):
                 text.update(values.tobytes())
@@ -183,15 +208,16 @@ class Plan:
         return sum(int(m.shares.counts.sum()) for m in self.matrices)
 
     def owned_numbers(self, rank: int) -> int:
-        """How many low-rank numbers of one moment ``rank`` stores."""
+        """How many numbers of channels' state ``rank`` keeps."""
         return int(self._owned[rank])
 
     @cached_property
     def _owned(self) -> Integers:
         owned = np.zeros(self.world_size, dtype=np.int64)
         for m in self.matrices:
-            np.add.at(owned, m.partition.alone_owner, (m.partition.alone_stop - m.partition.alone_start) * m.spec.rank)
-            np.add.at(owned, m.shares.owners, m.shares.counts * m.spec.rank)
+            numbers = sum(m.spec.state)
+            np.add.at(owned, m.partition.alone_owner, (m.partition.alone_stop - m.partition.alone_start) * numbers)
+            np.add.at(owned, m.shares.owners, m.shares.counts * numbers)
         return owned
 
     def numbers_sent(self, rank: int) -> tuple[int, int]:
@@ -264,8 +290,8 @@ def make_plan(specs: Sequence[MatrixSpec], world_size: int) -> Plan:
     families: dict[tuple[ChannelPartition, int], list[int]] = {}
     for i, spec in enumerate(specs):
         assert len(spec.tiles) == world_size
-        families.setdefault((partitions.of(spec), spec.rank), []).append(i)
-    listed = [MatrixClass(partition, rank, len(members)) for (partition, rank), members in families.items()]
+        families.setdefault((partitions.of(spec), spec.weight), []).append(i)
+    listed = [MatrixClass(partition, weight, len(members)) for (partition, weight), members in families.items()]
     shares: dict[int, tuple[ChannelPartition, OwnedRanges]] = {}
     for family, members, dealt in zip(listed, families.values(), assign_owners(listed, world_size), strict=True):
         shares.update((i, (family.partition, share)) for i, share in zip(members, dealt, strict=True))
@@ -273,18 +299,18 @@ def make_plan(specs: Sequence[MatrixSpec], world_size: int) -> Plan:
 
 
 class _Partitions:
-    """The partitions of a plan, one for all matrices with equal shape and tiles."""
+    """The partitions of a plan, one for all matrices with equal shape, channels and tiles."""
 
     def __init__(self) -> None:
         # By identity first, which is quick; tiles stay alive through the specs.
-        self._by_id: dict[tuple[int, int, int], ChannelPartition] = {}
+        self._by_id: dict[tuple[int, int, bool, int], ChannelPartition] = {}
         self._by_content: dict[bytes, ChannelPartition] = {}
 
     def of(self, spec: MatrixSpec) -> ChannelPartition:
         """The partition of a matrix, whose cover is checked if it is new."""
-        key = (spec.m, spec.n, id(spec.tiles))
+        key = (spec.m, spec.n, spec.by_rows, id(spec.tiles))
         if key not in self._by_id:
             check_cover(spec.name, spec.m, spec.n, spec.tiles)
-            partition = ChannelPartition(spec.m, spec.n, spec.tiles)
+            partition = ChannelPartition(spec.m, spec.n, spec.by_rows, spec.tiles)
             self._by_id[key] = self._by_content.setdefault(partition.digest, partition)
         return self._by_id[key]

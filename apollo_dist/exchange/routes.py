@@ -245,10 +245,10 @@ class ReplyRoutes:
         scales: for each matrix (offset in what arrives, count) of each held share.
     """
 
-    def __init__(self, plan: Plan, rank: int, columns: int) -> None:
+    def __init__(self, plan: Plan, rank: int) -> None:
         world = plan.world_size
         self.send: list[list[Scales]] = [[] for _ in range(world)]
-        self.terms = _common_terms(plan, rank, columns)
+        self.terms = _common_terms(plan, rank)
         self.send_numbers = [len(places) for places in self.terms]
         self.receive_numbers = list(self.send_numbers)
         incoming: list[list[tuple[int, int, int]]] = [[] for _ in plan.matrices]
@@ -277,10 +277,10 @@ class ReplyAllReduce:
         terms: the places in the terms that are summed.
     """
 
-    def __init__(self, plan: Plan, rank: int, columns: int) -> None:
+    def __init__(self, plan: Plan, rank: int) -> None:
         self.owned: list[tuple[Scales, int]] = []
         self.scales: list[list[tuple[int, int]]] = [[] for _ in plan.matrices]
-        self.terms = [i * columns + column for i, column in plan.term_places]
+        self.terms = [i * plan.term_columns + column for i, column in plan.term_places]
         base = 0
         for i, matrix in _with_scales(plan):
             counts = matrix.shares.counts
@@ -299,7 +299,7 @@ def _with_scales(plan: Plan) -> Iterator[tuple[int, MatrixPlan]]:
             yield i, matrix
 
 
-def _common_terms(plan: Plan, rank: int, columns: int) -> list[list[int]]:
+def _common_terms(plan: Plan, rank: int) -> list[list[int]]:
     """For each rank the places in the terms of matrices that it and ``rank`` hold."""
     common = np.zeros((len(plan.matrices), plan.world_size), dtype=bool)
     for i, matrix in enumerate(plan.matrices):
@@ -310,6 +310,8 @@ def _common_terms(plan: Plan, rank: int, columns: int) -> list[list[int]]:
     for key, held in zip(map(bytes, np.packbits(common, axis=0).T), common.T, strict=True):
         if key not in known:
             chosen = np.nonzero(held)[0].tolist()
-            known[key] = [i * columns + column for i in chosen for column in plan.matrices[i].spec.terms]
+            known[key] = [
+                i * plan.term_columns + column for i in chosen for column in range(plan.matrices[i].spec.terms)
+            ]
         found.append(known[key])
     return found

@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import agree, run_together, together
+from ..rules import adamw, apollo
+from ..rules.base import Rules
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..state.callers import called_to_make_state
@@ -68,6 +70,8 @@ class APOLLO(GroupedOptimizer):
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
     """
+
+    rules = Rules(apollo.APOLLO(), adamw.AdamW())
 
     def __init__(
         self,
@@ -181,7 +185,7 @@ class APOLLO(GroupedOptimizer):
 
     def _steps_of(self, current: StepPlan) -> Steps:
         if current.steps is None:
-            current.steps = Steps(current.shard_groups, current.adam, self._failures)
+            current.steps = Steps(current.shard_groups, current.elementwise, self._failures)
         return current.steps
 
     def _must_skip(self, current: StepPlan) -> bool:
@@ -267,6 +271,7 @@ class APOLLO(GroupedOptimizer):
             self._members,
             engine,
             self._slot,
+            self.rules,
             seed=self.seed,
             exclude=self.exclude,
             cache_projection=self.cache_projection,

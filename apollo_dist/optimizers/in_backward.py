@@ -20,9 +20,10 @@ from ..integrations.deepspeed import NOT_IN_BACKWARD
 from ..sharding import dtensor, fsdp1, fsdp2
 from ..sharding.deepspeed import zero_engine
 from ..state.callers import called_to_make_state
+from ..step.elementwise import ElementwiseTensor
 from ..step.failing import Steps
 from ..step.plan import StepPlan
-from ..step.shard_group import AdamTensor, ShardGroupStep
+from ..step.shard_group import ShardGroupStep
 from .base import APOLLO, APOLLOMini
 from .model_changes import any_trains
 from .model_ref import PresentModel
@@ -60,7 +61,7 @@ class _Part:
 
     tensors: list[Tensor] = field(default_factory=list)
     shard_groups: list[ShardGroupStep] = field(default_factory=list)
-    adam: list[AdamTensor] = field(default_factory=list)
+    elementwise: list[ElementwiseTensor] = field(default_factory=list)
     steps: Steps | None = None
 
 
@@ -189,8 +190,8 @@ class LayerwiseAPOLLO(APOLLO):
         parts: dict[int, _Part] = {number: _Part() for number in numbers.values()}
         for group_step in built.shard_groups:
             parts[numbers[group_step.matrices[0].holding.name]].shard_groups.append(group_step)
-        for tensor in built.adam:
-            parts[numbers[tensor.holding.name]].adam.append(tensor)
+        for tensor in built.elementwise:
+            parts[numbers[tensor.holding.name]].elementwise.append(tensor)
         found = {}
         for p in self._hooked:
             part = parts[self._members[id(p)].part]
@@ -200,7 +201,7 @@ class LayerwiseAPOLLO(APOLLO):
 
     def _update(self, part: _Part) -> None:
         if part.steps is None:
-            part.steps = Steps(part.shard_groups, part.adam, self._failures)
+            part.steps = Steps(part.shard_groups, part.elementwise, self._failures)
         part.steps.take(self.seed)
         for p in part.tensors:
             p.grad = None

@@ -9,9 +9,12 @@ from itertools import accumulate
 
 from ..exchange.plan import MatrixSpec, Plan, make_plan
 from ..optimizers.param_groups import check_matrix, is_low_rank_name
+from ..rules.adamw import AdamW
+from ..rules.apollo import APOLLO
+from ..rules.base import ElementRule, MatrixRule, Rules
 from ..sharding.local_shard import Cover, matrices, matrix_name
 from ..sharding.regions import FlatCover, Range, Tile, cut_ranges, even_ranges, row_ranges
-from ..step.matrix import spec_of
+from ..step.matrix import exchanged
 
 LAYOUTS = ("whole", "fsdp1", "fsdp2", "zero", "zero3")
 NUMBER = 4  # bytes: states and exchanges are fp32
@@ -19,6 +22,7 @@ NUMBER = 4  # bytes: states and exchanges are fp32
 _FSDP1_ALIGNMENT = 16
 
 Shapes = Mapping[str, Sequence[int]]
+RULES = Rules(APOLLO(), AdamW())
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,7 @@ def estimate(
     disable_nl: bool = False,
     sub_group_size: int = 1_000_000_000,
     compute_bytes: int = 4,
+    rules: Rules = RULES,
 ) -> Estimate:
     """Predict memory and traffic for a model's trainable parameters.
 
@@ -63,6 +68,7 @@ def estimate(
         low_rank: names of the low-rank parameters; by default chosen by name and shape.
         sub_group_size: DeepSpeed's option of that name, for "zero3".
         compute_bytes: size of an element that FSDP1 computes in, by which it aligns parameters.
+        rules: of the optimizer; by default APOLLO's.
 
     Raises:
         ValueError: for an unknown layout, or a parameter that cannot be low-rank.
@@ -80,8 +86,9 @@ def estimate(
     for name, shape in low.items():
         check_matrix(name, shape, rank)
     calls = _sub_groups(low, sub_group_size, ranks) if layout == "zero3" else [low]
-    plans = [make_plan(_specs(part, covers, options), ranks) for part in calls]
-    result = weigh(plans, [cover for name, cover in covers.items() if name not in chosen], ranks)
+    plans = [make_plan(_specs(part, covers, rules.matrix, options), ranks) for part in calls]
+    rest = [cover for name, cover in covers.items() if name not in chosen]
+    result = estimate_plans(plans, rest, ranks, rules.element)
     replicas = world // ranks
     return Estimate(
         result.state_bytes * replicas,
@@ -96,24 +103,26 @@ def state_bytes(shapes: Shapes, rank: int, scale_type: str, world: int, layout: 
     return estimate(shapes, rank, scale_type=scale_type, world=world, layout=layout).state_bytes
 
 
-def weigh(plans: Iterable[Plan], rest: Iterable[Cover], ranks: int) -> Estimate:
-    """What the matrices of some plans, and the parameters that AdamW takes, cost each rank of a shard group.
+def estimate_plans(
+    plans: Iterable[Plan], rest: Iterable[Cover], ranks: int, element: ElementRule = RULES.element
+) -> Estimate:
+    """What the matrices of some plans, and the other parameters, cost each rank of a shard group.
 
     Args:
         plans: of the low-rank matrices, one for each call of ``step()``.
         rest: covers of the other parameters.
         ranks: of the shard group.
+        element: the rule of the other parameters.
     """
     state, sent, buffers, collectives = [0] * ranks, [0] * ranks, [0] * ranks, 0
     for cover in rest:
         for k in range(ranks):
-            state[k] += 2 * NUMBER * cover.numel(k)
+            state[k] += NUMBER * len(element.state) * cover.numel(k)
     for plan in plans:
         collectives += plan.needs_exchange1 + plan.needs_exchange2
         for k in range(ranks):
             first, second = plan.numbers_sent(k)
-            # Two moments for each owned number, and the limiter's last norm for each matrix.
-            state[k] += NUMBER * (2 * plan.owned_numbers(k) + len(plan.matrices))
+            state[k] += NUMBER * (plan.owned_numbers(k) + sum(m.spec.matrix_state for m in plan.matrices))
             sent[k] += NUMBER * (first + second)
             buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second))
     return Estimate(tuple(state), tuple(sent), collectives, tuple(buffers))
@@ -202,7 +211,10 @@ def _flat_partition(numel: int, world: int) -> int:
 
 
 def _specs(
-    low: Mapping[str, tuple[int, ...]], covers: Mapping[str, FlatCover], options: Mapping[str, object]
+    low: Mapping[str, tuple[int, ...]],
+    covers: Mapping[str, FlatCover],
+    rule: MatrixRule,
+    options: Mapping[str, object],
 ) -> list[MatrixSpec]:
     specs = []
     known: dict[tuple[int, tuple[int, ...]], list[tuple[tuple[Tile, ...], ...]]] = {}
@@ -212,7 +224,8 @@ def _specs(
         key = (id(cover.ranges), shape)
         if key not in known:
             known[key] = [cover.tiles(i, m, n) for i in range(count)]
-        specs += [spec_of(matrix_name(name, i, count), m, n, options, held) for i, held in enumerate(known[key])]
+        declared = rule.spec(m, n, options)
+        specs += [exchanged(matrix_name(name, i, count), m, n, declared, held) for i, held in enumerate(known[key])]
     return specs
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from ..optimizers.param_groups import is_low_rank_name
 from ..pretrain.config import ModelConfig
 from .activations import Activations, activations
-from .estimate import Estimate, divide, estimate, shard_numel, units, weigh
+from .estimate import Estimate, divide, estimate, estimate_plans, shard_numel, units
 from .fake import meta_model, read_fsdp2
 from .options import Options
 
@@ -159,11 +159,11 @@ def _estimates(module: Any, shapes: Shapes, low: set[str], options: Options) -> 
     if options.layout == "fsdp2" and shards > 1:
         readings = read_fsdp2(module, options.world, shards, list(kinds.values()))
         found = {
-            kind: weigh(reading.plans, reading.rest.values(), shards)
+            kind: estimate_plans(reading.plans, reading.rest.values(), shards)
             for kind, reading in zip(kinds, readings, strict=True)
         }
         covers = [*readings[0].low_rank.values(), *readings[0].rest.values()]
-        return found | {"adamw": weigh([], covers, shards)}
+        return found | {"adamw": estimate_plans([], covers, shards)}
     found = {
         kind: estimate(
             shapes,
@@ -181,7 +181,7 @@ def _estimates(module: Any, shapes: Shapes, low: set[str], options: Options) -> 
         state = 8 * shard_numel(shapes, (), options.layout, shards)
         return found | {"adamw": Estimate((state,) * shards, (0,) * shards, 0, (0,) * shards)}
     return found | {
-        "adamw": weigh([], divide(shapes, (), options.layout, shards, options.compute_bytes).values(), shards)
+        "adamw": estimate_plans([], divide(shapes, (), options.layout, shards, options.compute_bytes).values(), shards)
     }
 
 

@@ -13,7 +13,7 @@ from enum import IntEnum
 import torch
 from torch import Tensor
 
-from ..rules import apollo as rule
+from ..kernels.reduce import as_gemm_operand
 from ..sharding.regions import Range
 from . import gaussian as projection
 
@@ -56,7 +56,7 @@ class Projection:
     """A slab that was drawn.
 
     Attributes:
-        slab: P^T over the columns, as ``rule.as_gemm_operand`` returns it.
+        slab: P^T over the columns, as ``as_gemm_operand`` returns it.
         first: the column of P that is the slab's first row.
         tiles: the part of each local tile.
     """
@@ -133,6 +133,6 @@ class ProjectionCache:
             self._identities[run] = (key, projection.philox_keys(self._seed, names, self._device))
         drawn = projection.draw(self._identities[run][1], slab.rank, slab.length, slab.dtype)
         for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
-            columns, first = rule.as_gemm_operand(values), self._slabs[k].columns[0]
+            columns, first = as_gemm_operand(values), self._slabs[k].columns[0]
             tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]
             self._drawn[k] = (refresh, Projection(columns, first, tiles))

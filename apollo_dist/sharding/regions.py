@@ -50,13 +50,13 @@ class Tile:
         """How many elements the tile has."""
         return self.height * self.width
 
-    def channels(self, tall: bool) -> Range:
-        """The tile's half-open range along the channel dimension (rows of a tall matrix, columns of a wide one)."""
-        return (self.row, self.row + self.height) if tall else (self.column, self.column + self.width)
+    def channels(self, by_rows: bool) -> Range:
+        """The tile's half-open range along the channel dimension (rows where rows are the channels, else columns)."""
+        return (self.row, self.row + self.height) if by_rows else (self.column, self.column + self.width)
 
-    def inner(self, tall: bool) -> Range:
+    def inner(self, by_rows: bool) -> Range:
         """The tile's half-open range along the projected dimension."""
-        return (self.column, self.column + self.width) if tall else (self.row, self.row + self.height)
+        return (self.column, self.column + self.width) if by_rows else (self.row, self.row + self.height)
 
 
 def flat_tiles(n: int, start: int, stop: int, offset: int = 0) -> tuple[Tile, ...]:

@@ -27,8 +27,9 @@ from torch.distributed.tensor.placement_types import Placement
 from ..distributed import meet, run_together
 from ..exchange.collectives import device_for
 from ..sharding.local_shard import Holding, view_of
+from ..step.elementwise import ElementwiseTensor
 from ..step.plan import StepPlan
-from ..step.shard_group import AdamTensor, ShardGroupStep
+from ..step.shard_group import ShardGroupStep
 from .reshard import EvenReshard, LowRank
 from .slots import MOMENTS
 
@@ -139,7 +140,7 @@ def restore(
 
 def _parameters(
     build: StepPlan,
-) -> tuple[list[tuple[ShardGroupStep, list[LowRank]]], list[tuple[Tensor, Holding, AdamTensor | None]]]:
+) -> tuple[list[tuple[ShardGroupStep, list[LowRank]]], list[tuple[Tensor, Holding, ElementwiseTensor | None]]]:
     """The low-rank parameters of each shard group, and the others with what this rank holds of them, all in order."""
     tensors = {id(h): t for t, (h, _) in zip(build.tensors, build.holdings, strict=True)}
     low: list[tuple[ShardGroupStep, list[LowRank]]] = []
@@ -156,7 +157,7 @@ def _parameters(
         for p in parameters:
             p.divide()
         low.append((group_step, parameters))
-    held = {id(a.holding): a for a in build.adam}
+    held = {id(a.holding): a for a in build.elementwise}
     adam = [(tensors[id(h)], h, held.get(id(h))) for h, _ in build.holdings if id(h) not in seen]
     return low, adam
 
@@ -164,7 +165,7 @@ def _parameters(
 def _agreed(
     build: StepPlan,
     low: list[tuple[ShardGroupStep, list[LowRank]]],
-    adam: list[tuple[Tensor, Holding, AdamTensor | None]],
+    adam: list[tuple[Tensor, Holding, ElementwiseTensor | None]],
 ) -> dict[int, tuple[dict[str, int], dict[str, Tensor]]]:
     """Steps by parameter and limiter norms by matrix, for each process group, the same on all of its ranks.
 
@@ -240,7 +241,7 @@ def _check_shape(name: str, key: str, value: Any, shape: Sequence[int]) -> None:
         )
 
 
-def _restore_adam(holding: Holding, part: AdamTensor | None, state: Mapping[str, Any] | None) -> None:
+def _restore_adam(holding: Holding, part: ElementwiseTensor | None, state: Mapping[str, Any] | None) -> None:
     for key in MOMENTS:
         if state is None:
             return

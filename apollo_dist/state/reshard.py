@@ -36,8 +36,7 @@ class LowRank:
     @property
     def channels(self) -> int:
         """C: of one matrix."""
-        spec = self.matrices[0].spec
-        return max(spec.m, spec.n)
+        return self.matrices[0].spec.channels
 
     @property
     def shape(self) -> tuple[int, int]:

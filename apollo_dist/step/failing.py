@@ -16,8 +16,9 @@ from torch import Tensor
 from ..distributed import RankError, described, meet, raised_together, together, world_of
 from ..exchange.waiting import Alarm
 from ..state.slots import Slot
-from .run import begin_step, finish_step, step_adam, step_shard_group
-from .shard_group import AdamTensor, ShardGroupStep
+from .elementwise import ElementwiseTensor, step_elementwise
+from .run import begin_step, finish_step, step_shard_group
+from .shard_group import ShardGroupStep
 
 
 class Failures:
@@ -54,18 +55,20 @@ class Failures:
 
 
 class Steps:
-    """The steps of some shard groups and AdamW tensors, which end on all ranks if they fail on one.
+    """The steps of some shard groups and other tensors, which end on all ranks if they fail on one.
 
     Args:
-        shard_groups, adam: what is stepped.
+        shard_groups, elementwise: what is stepped.
         failures: of the optimizer.
 
     Attributes:
         taken: whether a step was taken.
     """
 
-    def __init__(self, shard_groups: Sequence[ShardGroupStep], adam: Sequence[AdamTensor], failures: Failures) -> None:
-        self._shard_groups, self._adam, self._failures = list(shard_groups), list(adam), failures
+    def __init__(
+        self, shard_groups: Sequence[ShardGroupStep], elementwise: Sequence[ElementwiseTensor], failures: Failures
+    ) -> None:
+        self._shard_groups, self._elementwise, self._failures = list(shard_groups), list(elementwise), failures
         self.taken = False
 
     def take(self, seed: int, skip: Callable[[], bool] = lambda: False) -> None:
@@ -88,7 +91,7 @@ class Steps:
                 if not skip():
                     for group_step in self._shard_groups:
                         step_shard_group(group_step, seed)
-                    step_adam(self._adam)
+                    step_elementwise(self._elementwise)
         except BaseException as error:
             if not raised_together(error, failures.group):
                 failures.half_way(error)
@@ -108,7 +111,7 @@ class Steps:
                 phase = "weights"
                 for group_step, one in zip(self._shard_groups, pending, strict=True):
                     finish_step(group_step, one)
-                step_adam(self._adam)
+                step_elementwise(self._elementwise)
         except BaseException as error:
             if phase == "states" and new:
                 self._forget()
@@ -119,7 +122,7 @@ class Steps:
         self.taken = True
 
     def _slots(self) -> list[Slot]:
-        return [m.state for one in self._shard_groups for m in one.matrices] + [t.state for t in self._adam]
+        return [m.state for one in self._shard_groups for m in one.matrices] + [t.state for t in self._elementwise]
 
     def _forget(self) -> None:
         """Make the states what they were before the first step."""

@@ -10,19 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..exchange.plan import MatrixSpec
 from ..integrations.deepspeed import refuse
 from ..optimizers.options import OPTIONS
 from ..optimizers.param_groups import CHOOSE, Member, abbreviate, check_matrix, choose
+from ..rules.base import Rules
 from ..sharding import detect
 from ..sharding.deepspeed import zero
 from ..sharding.local_shard import Holding, canonical_name
 from ..state.slots import Slot
+from .elementwise import ElementwiseTensor
 from .failing import Steps
-from .shard_group import AdamTensor, ShardGroupStep, specs_of
-
-# A low-rank matrix: where it is, what the planner needs to know of it, its parameter group.
-Entry = tuple[Holding, MatrixSpec, dict[str, Any]]
+from .matrix import specs_of
+from .shard_group import Entry, ShardGroupStep
 
 
 @dataclass
@@ -31,9 +30,10 @@ class StepPlan:
 
     Attributes:
         tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
+        rules: of matrices, and of other parameters.
         shard_groups: the low-rank matrices by part (``Member.part``) and shard group.
-        adam: the other parameters, as far as this rank holds any of them.
-        adam_shapes: shapes of the other parameters, wherever they are held.
+        elementwise: the other parameters, as far as this rank holds any of them.
+        elementwise_shapes: shapes of the other parameters, wherever they are held.
         holdings: of every parameter, also those of which this rank holds nothing, with its group.
         facts: what all ranks must agree on before the first exchange.
         chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
@@ -44,9 +44,10 @@ class StepPlan:
     """
 
     tensors: list[Tensor]
+    rules: Rules
     shard_groups: list[ShardGroupStep] = field(default_factory=list)
-    adam: list[AdamTensor] = field(default_factory=list)
-    adam_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    elementwise: list[ElementwiseTensor] = field(default_factory=list)
+    elementwise_shapes: list[tuple[int, ...]] = field(default_factory=list)
     holdings: list[tuple[Holding, dict[str, Any]]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     chosen: str = ""
@@ -57,7 +58,7 @@ class StepPlan:
     def names(self) -> set[str]:
         """Names of all matrices and tensors."""
         return {m.spec.name for group_step in self.shard_groups for m in group_step.matrices} | {
-            a.holding.name for a in self.adam
+            a.holding.name for a in self.elementwise
         }
 
     @property
@@ -68,7 +69,7 @@ class StepPlan:
     def gradients(self) -> list[Tensor]:
         """This rank's gradients, each once."""
         holdings = [m.holding for group_step in self.shard_groups for m in group_step.matrices] + [
-            a.holding for a in self.adam
+            a.holding for a in self.elementwise
         ]
         found = (holding.grad() for holding in {id(holding): holding for holding in holdings}.values())
         return [grad for grad in found if grad is not None and grad.numel()]
@@ -77,15 +78,16 @@ class StepPlan:
         """One line: what is low-rank, what is not, which layout, what is exchanged."""
         matrices = [m for group_step in self.shard_groups for m in group_step.matrices]
         elements = sum(m.spec.m * m.spec.n for m in matrices)
-        rest = sum(torch.Size(shape).numel() for shape in self.adam_shapes)
-        layouts = sorted({m.holding.layout for m in matrices} | {a.holding.layout for a in self.adam})
+        rest = sum(torch.Size(shape).numel() for shape in self.elementwise_shapes)
+        layouts = sorted({m.holding.layout for m in matrices} | {a.holding.layout for a in self.elementwise})
         shared = sum(group_step.plan.shared_channels for group_step in self.shard_groups)
         first, second = (sum(group_step.exchange.bytes_sent[i] for group_step in self.shard_groups) for i in (0, 1))
         ranks = sorted({m.spec.rank for m in matrices})
         return (
             f"{len(matrices)} matrices with {elements:,} elements are low-rank "
             f"(rank {', '.join(map(str, ranks)) or '-'}), "
-            f"{len(self.adam_shapes)} tensors with {rest:,} elements take AdamW; layout {', '.join(layouts)}; "
+            f"{len(self.elementwise_shapes)} tensors with {rest:,} elements take {self.rules.element.name}; "
+            f"layout {', '.join(layouts)}; "
             f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step{self.chosen}{self._idle()}"
         )
 
@@ -116,6 +118,7 @@ def plan_step(
     members: Mapping[int, Member],
     engine: zero.Engine,
     slots: Callable[[str], Slot],
+    rules: Rules,
     *,
     seed: int,
     exclude: str | None,
@@ -130,6 +133,7 @@ def plan_step(
         members: the parameters that the optimizer was given, by ``id``.
         engine: DeepSpeed's part in this step.
         slots: returns the state of a matrix or tensor by name: empty, or filled by an earlier build or a load.
+        rules: of matrices, and of other parameters.
         seed: of the projections.
         exclude, cache_projection: as in ``APOLLO``.
         trained: parameters that have state, by name, each with the generation in which it began. Others that are
@@ -146,7 +150,7 @@ def plan_step(
     names = _names(members, engine)
     by_name = any(group.get(CHOOSE) for group in groups)
     chosen = _choice(members, names, engine, exclude) if by_name else None
-    result = StepPlan([])
+    result = StepPlan([], rules)
     if chosen is not None:
         result.chosen = f"; chosen: {abbreviate(name for name in names.values() if name in chosen)}"
     parts = {names[key]: m.part for key, m in members.items()}
@@ -166,15 +170,16 @@ def plan_step(
                 check_matrix(holding.name, holding.shape, group["rank"])
                 began = trained.get(holding.name, generation)
                 key = (parts.get(holding.name, 0), began, id(holding.group.process_group), holding.device)
-                entries.setdefault(key, []).extend((holding, spec, group) for spec in specs_of(holding, group))
+                listed = specs_of(holding, rules.matrix, group)
+                entries.setdefault(key, []).extend(Entry(holding, *pair, rules.matrix, group) for pair in listed)
                 continue
-            result.adam_shapes.append(tuple(holding.shape))
+            result.elementwise_shapes.append(tuple(holding.shape))
             if holding.numel:
-                result.adam.append(AdamTensor(holding, group, slots(holding.name)))
+                result.elementwise.append(ElementwiseTensor(holding, rules.element, group, slots(holding.name)))
     result.groups = list(groups)
     result.facts = fingerprint(seed, groups, seen)
-    for i, listed in enumerate(entries.values()):
-        result.shard_groups.append(_shard_group_step(listed, slots, cache_projection))
+    for i, members_of_group in enumerate(entries.values()):
+        result.shard_groups.append(_shard_group_step(members_of_group, slots, cache_projection))
         result.facts[f"exchange plan {i}"] = result.shard_groups[-1].plan.digest
     return result
 

@@ -1,17 +1,18 @@
-"""One step over what a build holds, readable top to bottom."""
+"""One step of a shard group, readable top to bottom: reduce, exchange, own, exchange, apply."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..exchange.collectives import TERMS
+from ..exchange.collectives import Received
 from ..projections.cache import Phase
-from ..rules import apollo as rule
-from .shard_group import AdamTensor, ShardGroupStep
+from .apply import apply, shared_scale
+from .own import own
+from .reduce import partial
+from .shard_group import ShardGroupStep
 
 
 @dataclass
@@ -20,7 +21,7 @@ class Pending:
 
     Attributes:
         active: for each matrix whether it has a gradient.
-        owned, replies, terms: what ``Batch.finish`` takes; for ``replies`` None where a rank has to hear of nothing.
+        owned, replies, terms: what ``apply`` takes; for ``replies`` None where a rank has to hear of nothing.
     """
 
     active: list[bool]
@@ -49,70 +50,38 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
         early: update each batch's weights as soon as they can be, while its gradients are in the cache. Only without
             an exchange 2.
     """
-    plan, exchange, matrices, projections = (
-        group_step.plan,
-        group_step.exchange,
-        group_step.matrices,
-        group_step.projections,
-    )
+    plan, exchange, matrices = group_step.plan, group_step.exchange, group_step.matrices
+    projections = group_step.projections
     active = [m.begin_step() for m in matrices]
     projections.begin(seed, [m.refresh if on else None for m, on in zip(matrices, active, strict=True)])
 
-    # Partial low-rank gradients travel to the owners of their channels.
-    received: list[Any] = [None] * len(matrices)
+    # Parts of R and of squared norms travel to the owners of their channels.
+    received: list[Received | None] = [None] * len(matrices)
     if plan.needs_exchange1:
-        partials = [m.partial(projections.of(k, Phase.REDUCE), active[k]) for k, m in enumerate(matrices)]
-        received = exchange.reduce_to_owners(partials)
+        partials = [partial(m, projections.of(k, Phase.REDUCE), active[k]) for k, m in enumerate(matrices)]
+        received = list(exchange.reduce_to_owners(partials))
         del partials
 
-    # Owners: moments, scaling factors, norm terms.
-    terms = torch.zeros((len(matrices), TERMS), dtype=group_step.dtype, device=group_step.device)
+    # Owners: state, scaling factors, terms.
+    terms = torch.zeros((len(matrices), plan.term_columns), dtype=group_step.dtype, device=group_step.device)
     owned: list[Tensor | None] = []
     replies: list[Tensor | None] = [None] * len(matrices)
     for batch in group_step.batches:
         grads = batch.gradients(active)
-        owned += batch.owner_step(grads, projections, received, terms)
+        owned += own(batch, grads, projections, received, terms)
         if early:
-            batch.finish(grads, owned, replies, terms)
+            apply(batch, grads, owned, replies, terms)
         del grads
     del received
 
-    # Scaling factors and norm terms travel back to the holders.
+    # Scaling factors travel back to the holders, and terms are summed.
     if plan.needs_exchange2:
-        shared = [m.shared_scale(scale) for m, scale in zip(matrices, owned, strict=True)]
+        shared = [shared_scale(m, scale) for m, scale in zip(matrices, owned, strict=True)]
         replies, terms = exchange.reply_to_holders(shared, terms)
     return Pending(active, owned, replies, terms)
 
 
 def finish_step(group_step: ShardGroupStep, pending: Pending) -> None:
-    """Limiter and update of the local weights, which ``begin_step`` left."""
+    """The factors of whole matrices, and the update of the local weights, which ``begin_step`` left."""
     for batch in group_step.batches:
-        batch.finish(batch.gradients(pending.active), pending.owned, pending.replies, pending.terms)
-
-
-def step_adam(tensors: list[AdamTensor]) -> None:
-    """AdamW for everything that is not low-rank, in batches that share hyperparameters and step."""
-    batches: dict[tuple[Any, ...], list[AdamTensor]] = {}
-    for t in tensors:
-        if t.begin_step():
-            key = (id(t.group), t.state["step"], t.holding.device, t.holding.compute_dtype)
-            batches.setdefault(key, []).append(t)
-    for batch in batches.values():
-        group = batch[0].group
-        weights = [t.holding.weight() for t in batch]
-        work = [w.reshape(-1).to(t.holding.compute_dtype) for w, t in zip(weights, batch, strict=True)]
-        rule.adamw(
-            work,
-            [t.gradient() for t in batch],
-            [t.state["exp_avg"] for t in batch],
-            [t.state["exp_avg_sq"] for t in batch],
-            step=batch[0].state["step"],
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            maximize=group["maximize"],
-        )
-        for stored, updated in zip(weights, work, strict=True):
-            if updated.data_ptr() != stored.data_ptr():
-                stored.copy_(updated.view(stored.shape))
+        apply(batch, batch.gradients(pending.active), pending.owned, pending.replies, pending.terms)

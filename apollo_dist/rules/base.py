@@ -1,0 +1,184 @@
+"""What an update rule is: a declaration of what it needs, and a few functions of tensors.
+
+A *matrix rule* updates each channel (row or column) of a matrix by ``U = f * s_c * X_c``: X is the *carrier*, usually
+the gradient; ``s_c`` is one number a channel, computed by the channel's owner; f is one number a matrix, computed from
+sums over the whole matrix. ``Spec`` declares which numbers the owner must see, which state it keeps, and what comes
+back. Exchange, state, checkpoints, resharding and memory estimates follow from that declaration and know no rule.
+
+An *element rule* updates every element by itself, so it needs no exchange.
+
+Rules are tensors in, tensors out: no rank, tile or collective is visible here, and no function synchronizes with the
+host. A rule keeps nothing between calls; hyperparameters come from the parameter group at every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Group = Mapping[str, Any]  # a parameter group's options
+
+
+@dataclass(frozen=True)
+class Reduce:
+    """What a channel's owner sees of the carrier X, summed over the ranks that hold parts of the channel.
+
+    Attributes:
+        axis: along which dimension the channels lie: "rows", "columns", or "larger" (rows of a matrix with m >= n).
+        low_rank: r, the number of columns of X P^T; 0 without a projection.
+        channel_norms: whether the owner sees each channel's norm.
+    """
+
+    axis: str = "larger"
+    low_rank: int = 0
+    channel_norms: bool = False
+
+    def by_rows(self, m: int, n: int) -> bool:
+        """Whether the channels of an m x n matrix are its rows."""
+        return m >= n if self.axis == "larger" else self.axis == "rows"
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What comes back to the ranks that hold a matrix.
+
+    Attributes:
+        scale: whether each channel has a scaling factor s_c.
+        terms: how many numbers of each matrix are summed over its owners for ``matrix_step``.
+        matrix_norm: whether the squared norm of the whole carrier follows as the last term. The holders compute it.
+    """
+
+    scale: bool = False
+    terms: int = 0
+    matrix_norm: bool = False
+
+
+@dataclass(frozen=True)
+class State:
+    """State of a matrix by name, zeros at first: ``channel`` with its width, kept by owners, and ``matrix``, one number
+    that every rank keeps."""
+
+    channel: Mapping[str, int] = field(default_factory=dict)
+    matrix: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All that a matrix rule declares for one matrix."""
+
+    reduce: Reduce = Reduce()
+    reply: Reply = Reply()
+    state: State = State()
+
+    @property
+    def terms(self) -> int:
+        """How many numbers ``matrix_step`` gets."""
+        return self.reply.terms + int(self.reply.matrix_norm)
+
+
+class Seen(NamedTuple):
+    """What an owner knows of channels of one or several matrices, stacked.
+
+    Attributes:
+        low_rank: X P^T, (channels, r).
+        norms: of X by channel, (channels,), or None.
+        workspace: uninitialized memory for the rule, like ``low_rank``.
+        counts: how many of the channels are each matrix's; at least 1.
+    """
+
+    low_rank: Tensor
+    norms: Tensor | None
+    workspace: Tensor
+    counts: list[int]
+
+    def square_sums(self, values: Tensor) -> Tensor:
+        """The sum of squares of ``values``, (channels, ...), over each matrix's channels: (matrices,)."""
+        return torch.stack(torch._foreach_norm(torch.split(values, self.counts))).square_()
+
+
+class Update(NamedTuple):
+    """What an owner answers: ``scale`` (channels,) and ``terms`` (matrices, ``Reply.terms``), where declared."""
+
+    scale: Tensor | None = None
+    terms: Tensor | None = None
+
+
+class MatrixRule:
+    """A rule for matrices. Defaults: no state, no exchange, plain descent along the gradient.
+
+    Attributes:
+        name: for logs and checkpoints.
+        decay_first: whether weight decay acts on the weight before the update, and not on the new weight.
+    """
+
+    name: str
+    decay_first = False
+
+    def spec(self, m: int, n: int, group: Group) -> Spec:
+        """What an m x n matrix needs under a group's options."""
+        raise NotImplementedError
+
+    def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
+        """Update the channels' state in place, each (channels, width), and return what the holders need."""
+        return Update()
+
+    def matrix_step(
+        self, terms: Tensor, state: Mapping[str, Tensor], group: Group
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
+        """The factor f of each matrix, and their new state; elementwise over matrices.
+
+        Args:
+            terms: (matrices, ``Spec.terms``), summed over ranks.
+            state: by name, (matrices,); not to be changed, since matrices without a gradient keep theirs.
+            group: the options.
+
+        Returns:
+            f as (matrices,), or None for 1, and the state that changes by name.
+        """
+        return None, {}
+
+    def step_size(self, lr: Any, step: int, group: Group) -> Any:
+        """What U is multiplied by: ``lr`` (a float, or a scalar tensor) with bias corrections at ``step``, from 1."""
+        return lr
+
+    def gain(self, group: Group) -> float:
+        """A constant that U is multiplied by as well."""
+        return 1.0
+
+
+class ElementRule:
+    """A rule for all other parameters, element by element.
+
+    Attributes:
+        name: for logs and checkpoints.
+        state: names of the tensors that it keeps, each like the parameter, zeros at first.
+        decay_first: as of ``MatrixRule``.
+    """
+
+    name: str
+    state: tuple[str, ...] = ()
+    decay_first = False
+
+    def update(
+        self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
+    ) -> None:
+        """Update flat weights and state in place, without weight decay.
+
+        Args:
+            weights, grads: of equal lengths, one device and one dtype, float32 or float64.
+            state: by name, like ``weights``.
+            step: counted from 1, the same for all.
+            group: the options, with ``lr`` as a float or a tensor of one number, and ``maximize``.
+        """
+        raise NotImplementedError
+
+
+class Rules(NamedTuple):
+    """The rules of one optimizer."""
+
+    matrix: MatrixRule
+    element: ElementRule

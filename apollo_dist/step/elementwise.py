@@ -1,0 +1,67 @@
+"""Parameters that an element rule updates: each rank's own elements, without any exchange."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ..rules.base import ElementRule
+from ..sharding.local_shard import Holding
+from ..state.slots import Slot, ready
+from .apply import decay
+
+
+class ElementwiseTensor:
+    """The elements that this rank holds of one parameter, flat, with the rule's state of them.
+
+    Attributes:
+        state: ``step`` (int), and by the rule's names (elements,).
+    """
+
+    def __init__(self, holding: Holding, rule: ElementRule, group: dict[str, Any], state: Slot) -> None:
+        self.holding, self.rule, self.group, self.state = holding, rule, group, state
+        ready(
+            state,
+            holding.name,
+            dict.fromkeys(rule.state, (holding.numel,)),
+            {"dtype": holding.compute_dtype, "device": holding.device},
+            holding.cover.held(holding.group.rank),
+        )
+
+    def begin_step(self) -> bool:
+        """Count the step if there is a gradient; without one the tensor is skipped."""
+        if self.holding.grad() is None:
+            return False
+        self.state["step"] += 1
+        return True
+
+    def gradient(self) -> Tensor:
+        """The local gradient, flat, in the compute dtype."""
+        grad = self.holding.grad()
+        assert grad is not None
+        if grad.is_sparse:
+            raise ValueError(f"{self.holding.name} has a sparse gradient, which is not supported")
+        return grad.detach().reshape(-1).to(self.holding.compute_dtype)
+
+
+def step_elementwise(tensors: list[ElementwiseTensor]) -> None:
+    """One step of all tensors, in batches that share rule, hyperparameters and number of steps."""
+    batches: dict[tuple[Any, ...], list[ElementwiseTensor]] = {}
+    for t in tensors:
+        if t.begin_step():
+            key = (id(t.rule), id(t.group), t.state["step"], t.holding.device, t.holding.compute_dtype)
+            batches.setdefault(key, []).append(t)
+    for batch in batches.values():
+        group, rule = batch[0].group, batch[0].rule
+        weights = [t.holding.weight() for t in batch]
+        work = [w.reshape(-1).to(t.holding.compute_dtype) for w, t in zip(weights, batch, strict=True)]
+        if rule.decay_first:
+            decay(work, group["lr"], group["weight_decay"])
+        state = {name: [t.state[name] for t in batch] for name in rule.state}
+        rule.update(work, [t.gradient() for t in batch], state, batch[0].state["step"], group)
+        if not rule.decay_first:
+            decay(work, group["lr"], group["weight_decay"])
+        for stored, updated in zip(weights, work, strict=True):
+            if updated.data_ptr() != stored.data_ptr():
+                stored.copy_(updated.view(stored.shape))

@@ -1,0 +1,86 @@
+"""The second phase of a step: at the owners, the rule sees its channels, updates their state and answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..exchange.collectives import Received
+from ..kernels.reduce import line_norms
+from ..projections.cache import Phase, ProjectionCache
+from ..rules.base import Seen
+from .batch import Batch, Gradients
+from .reduce import complete
+
+
+def own(
+    batch: Batch,
+    grads: Gradients,
+    projections: ProjectionCache,
+    received: Sequence[Received | None],
+    terms: Tensor,
+) -> Sequence[Tensor | None]:
+    """Complete what the owner sees of its channels, run the rule over them, and write this rank's terms.
+
+    Args:
+        batch: the matrices.
+        grads: of the batch's matrices; those without one are left alone.
+        projections: of the shard group, in the current step.
+        received: for each matrix of the shard group what ``Exchange.reduce_to_owners`` returned, or None.
+        terms: (matrices of the shard group, columns), written in place.
+
+    Returns:
+        For each matrix of the batch its owned channels' scaling factors, (channels, 1); None if the rule has none.
+    """
+    declared, kwargs = batch.declared, batch.factory_kwargs
+    terms = terms[batch.first : batch.first + len(batch.matrices)]
+    # Zeros where there is no gradient.
+    scale = torch.zeros(batch.channels, **kwargs) if declared.reply.scale else None
+    norms = torch.empty(batch.channels, **kwargs) if declared.reduce.channel_norms else None
+    # R of one chunk at a time, and as much for the rule to work in, in the same memory.
+    most = max(sum(batch.counts[chunk.start : chunk.stop]) for chunk in batch.chunks)
+    space = torch.empty((2, most, declared.reduce.low_rank), **kwargs)
+    for chunk in batch.chunks:
+        start = batch.rows[chunk.start].start
+        lines: list[tuple[Tensor, int]] = []
+        for k in chunk:
+            grad, rows, place = grads[k], batch.rows[k], batch.first + k
+            if grad is None:
+                continue
+            low_rank = space[0, rows.start - start : rows.stop - start]
+            own_norms = None if norms is None else norms[rows]
+            complete(batch.matrices[k], grad, low_rank, own_norms, projections.of(place, Phase.OWN), received[place])
+            if declared.reply.matrix_norm:  # now, while the gradient is in the cache
+                lines += [(line_norms(tile), k) for tile in grad if tile.numel()]
+        _add_squares(lines, terms[:, declared.terms - 1 : declared.terms])
+        for members, rows in batch.active_runs(chunk, grads):
+            local = slice(rows.start - start, rows.stop - start)
+            counts = [batch.counts[k] for k in members]
+            seen = Seen(space[0, local], None if norms is None else norms[rows], space[1, local], counts)
+            state = {name: values[rows] for name, values in batch.channel_state.items()}
+            update = batch.rule.owner_step(seen, state, batch.group)
+            if scale is not None and update.scale is not None:
+                scale[rows] = update.scale
+            if update.terms is not None:
+                _add_terms(update.terms, members, terms)
+    return [None] * len(batch.matrices) if scale is None else torch.split(scale[:, None], batch.counts)
+
+
+def _add_squares(parts: Sequence[tuple[Tensor, int]], out: Tensor) -> None:
+    """Add the squared norms of tensors to ``out``, (matrices, 1), in order: (tensor, its matrix) each."""
+    if parts:
+        squares = torch.stack(torch._foreach_norm([tensor for tensor, _ in parts])).square_()
+        _add_terms(squares[:, None], [k for _, k in parts], out)
+
+
+def _add_terms(terms: Tensor, members: Sequence[int], out: Tensor) -> None:
+    """Add rows of terms to ``out``, (matrices, columns), each to its matrix's, in order."""
+    out = out[:, : terms.shape[1]]
+    first = 0
+    for last, (k, following) in enumerate(zip(members, [*members[1:], None], strict=True), start=1):
+        if following == k + 1:
+            continue  # the next matrix's row is added together with this one
+        out[k + 1 - (last - first) : k + 1] += terms[first:last]
+        first = last
