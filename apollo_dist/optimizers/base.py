@@ -251,9 +251,8 @@ class APOLLO(GroupedOptimizer):
     def _key(self) -> tuple[Any, ...]:
         # With the groups' own ids, since a build reads their hyperparameters. Under ZeRO-3 each sub-group has a build,
         # and at each call one group holds its flat tensor and the others are empty.
-        return tuple(
-            (id(g), tuple(map(id, g["params"])), g["rank"], g["scale_type"], g["disable_nl"]) for g in self.param_groups
-        )
+        options = ("rank", *self.rules.matrix.spec_options)
+        return tuple((id(g), tuple(map(id, g["params"])), *(g[key] for key in options)) for g in self.param_groups)
 
     def _follow_model(self, engine: zero.Engine) -> None:
         """Take the parameters that the model has now; local, may fail on one rank only."""

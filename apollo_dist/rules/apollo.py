@@ -36,6 +36,7 @@ class APOLLO(MatrixRule):
     """Options read: rank, scale, scale_type, disable_nl, betas, eps, and update_proj_gap for the projection."""
 
     name = "APOLLO"
+    spec_options = ("rank", "scale_type", "disable_nl")
 
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """By channel the limiter needs sum_c s_c^2 ||G_c||^2; by tensor ||N||^2, ||R||^2, and for it ||G||^2."""

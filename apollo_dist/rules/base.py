@@ -113,10 +113,12 @@ class MatrixRule:
     Attributes:
         name: for logs and checkpoints.
         decay_first: whether weight decay acts on the weight before the update, and not on the new weight.
+        spec_options: the options that ``spec`` reads; when one changes, the step is planned anew.
     """
 
     name: str
     decay_first = False
+    spec_options: tuple[str, ...] = ()
 
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """What an m x n matrix needs under a group's options."""
