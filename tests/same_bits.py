@@ -173,6 +173,7 @@ def under_zero(
 def record(path: Path) -> None:
     """Train all cases with the package that is imported, and save what became of them."""
     from tests.ranks import run_ranks
+    from tests.same_bits import on_ranks  # not this module, whose name is __main__: ranks import it
 
     torch.set_num_threads(1)
     found: dict[str, dict[str, Tensor]] = {}
