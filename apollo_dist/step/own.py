@@ -39,19 +39,19 @@ def own(
     # Zeros where there is no gradient.
     scale = torch.zeros(batch.channels, **kwargs) if declared.reply.scale else None
     norms = torch.empty(batch.channels, **kwargs) if declared.reduce.channel_norms else None
+    norms_of = [None] * len(batch.matrices) if norms is None else torch.split(norms, batch.counts)
     # R of one chunk at a time, and as much for the rule to work in, in the same memory.
     most = max(sum(batch.counts[chunk.start : chunk.stop]) for chunk in batch.chunks)
     space = torch.empty((2, most, declared.reduce.low_rank), **kwargs)
     for chunk in batch.chunks:
         start = batch.rows[chunk.start].start
         lines: list[tuple[Tensor, int]] = []
-        for k in chunk:
-            grad, rows, place = grads[k], batch.rows[k], batch.first + k
+        low_ranks = torch.split(space[0, : batch.rows[chunk[-1]].stop - start], batch.counts[chunk.start : chunk.stop])
+        for k, low_rank in zip(chunk, low_ranks, strict=True):
+            grad, place = grads[k], batch.first + k
             if grad is None:
                 continue
-            low_rank = space[0, rows.start - start : rows.stop - start]
-            own_norms = None if norms is None else norms[rows]
-            complete(batch.matrices[k], grad, low_rank, own_norms, projections.of(place, Phase.OWN), received[place])
+            complete(batch.matrices[k], grad, low_rank, norms_of[k], projections.of(place, Phase.OWN), received[place])
             if declared.reply.matrix_norm:  # now, while the gradient is in the cache
                 lines += [(line_norms(tile), k) for tile in grad if tile.numel()]
         _add_squares(lines, terms[:, declared.terms - 1 : declared.terms])
