@@ -65,6 +65,11 @@ class State:
     channel: Mapping[str, int] = field(default_factory=dict)
     matrix: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All of them."""
+        return *self.channel, *self.matrix
+
 
 @dataclass(frozen=True)
 class Spec:

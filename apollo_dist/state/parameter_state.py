@@ -1,20 +1,16 @@
 """State by parameter, as ``torch.optim`` and ``torch.distributed.checkpoint`` know it, from state by owned channel.
 
-For a low-rank parameter of E matrices (1, but for experts) with C channels each::
-
-    step                    steps taken, an int
-    exp_avg, exp_avg_sq     (E * C, r): the channels of all matrices, one after the other
-    last_norm               the limiter's, () for a matrix and (E,) for experts
-
-and for another one ``step`` and the two moments in the parameter's shape. Of a DTensor parameter the moments are
-DTensors: those of AdamW are divided as the parameter is, low-rank ones by channel in even chunks (``Shard(0)``) over
-the mesh axes that shard the parameter, which any number of ranks can read. Owners hold channels otherwise, so these
-are moved, in one all-to-all for each moment and shard group.
+For a parameter of E matrices (1, but for experts) with C channels each, ``step`` (steps taken, an int), and what the
+rule declares (``rules.base.State``): state by channel as (E * C, width), the channels of all matrices one after the
+other, and numbers of a matrix as () or for experts (E,). For another parameter ``step``, and the element rule's state
+in the parameter's shape. Of a DTensor parameter these are DTensors: state by element is divided as the parameter is,
+state by channel in even chunks (``Shard(0)``) over the mesh axes that shard the parameter, which any number of ranks
+can read. Owners hold channels otherwise, so these are moved, in one all-to-all for each name and shard group.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -31,7 +27,6 @@ from ..step.elementwise import ElementwiseTensor
 from ..step.plan import StepPlan
 from ..step.shard_group import ShardGroupStep
 from .reshard import EvenReshard, LowRank
-from .slots import MOMENTS
 
 # Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
 LAYOUTS = ("whole", "dtensor")
@@ -53,20 +48,22 @@ def collect(build: StepPlan) -> dict[str, State]:
     counts = _agreed(build, low, adam)
     found: dict[str, State] = {}
     for group_step, parameters in low:
-        steps, norms = counts[id(group_step.exchange.group.process_group)]
+        steps, numbers = counts[id(group_step.exchange.group.process_group)]
         for p in parameters:
-            last = torch.stack([norms[m.spec.name].to(p.holding.compute_dtype) for m in p.matrices])
-            last = last.to(p.holding.device)
-            found[p.holding.name] = {"step": steps[p.holding.name], "last_norm": last if len(last) > 1 else last[0]}
+            found[p.holding.name] = {"step": steps[p.holding.name]}
+            for key in p.declared.matrix:
+                values = [numbers[m.spec.name, key].to(p.holding.compute_dtype) for m in p.matrices]
+                value = torch.stack(values).to(p.holding.device)
+                found[p.holding.name][key] = value if len(value) > 1 else value[0]
         division = EvenReshard(group_step, parameters)
-        for key in MOMENTS:
-            for p, mine in zip(parameters, division.to_chunks(key), strict=True):
-                found[p.holding.name][key] = _like(p.mesh, mine, p.shape, p.placements)
+        for key in division.names:
+            for p, mine in division.to_chunks(key):
+                found[p.holding.name][key] = _like(p.mesh, mine, p.shape(key), p.placements)
     for tensor, holding, part in adam:
         steps, _ = counts[id(holding.group.process_group)]
         state: State = {"step": steps[holding.name]}
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for key in MOMENTS:
+        for key in build.rules.element.state:
             flat = (
                 torch.empty(0, dtype=holding.compute_dtype, device=holding.device) if part is None else part.state[key]
             )
@@ -88,12 +85,13 @@ def show(build: StepPlan) -> list[tuple[Tensor, State, State | None]]:
         if len(p.matrices) == 1:
             found.append((p.tensor, first, None))
         else:
-            keys = ("last_norm", *MOMENTS)
-            stack = {key: [m.state[key] for m in p.matrices] for key in keys}
+            stack = {key: [m.state[key] for m in p.matrices] for key in p.declared.names}
             found.append((p.tensor, {"step": first["step"], **stack}, first))
     for tensor, holding, part in adam:
         nothing = torch.empty(0, dtype=holding.compute_dtype, device=holding.device)
-        found.append((tensor, part.state if part else {"step": 0, **dict.fromkeys(MOMENTS, nothing)}, None))
+        found.append(
+            (tensor, part.state if part else {"step": 0, **dict.fromkeys(build.rules.element.state, nothing)}, None)
+        )
     return found
 
 
@@ -121,20 +119,21 @@ def restore(
         if name in states:
             fitting[name] = {key: _fitting(value, mesh, placements) for key, value in states[name].items()}
 
-    def local_part() -> list[list[list[Tensor]]]:
+    divisions = [EvenReshard(group_step, parameters) for group_step, parameters in low]
+
+    def local_part() -> list[dict[str, list[Tensor]]]:
+        names = build.rules.element.state
         for _, holding, part in adam:
-            _restore_adam(holding, part, _state_of(holding.name, fitting, required))
+            _restore_elements(holding, part, _state_of(holding.name, fitting, required, names), names)
         for p in (p for _, parameters in low for p in parameters):
-            _restore_numbers(p, _state_of(p.holding.name, fitting, required, "last_norm"))
+            _restore_numbers(p, _state_of(p.holding.name, fitting, required, p.declared.names))
         return [
-            [[_chunk(p, fitting.get(p.holding.name), key) for p in parameters] for key in MOMENTS]
-            for _, parameters in low
+            {key: [_chunk(p, fitting.get(p.holding.name), key) for p in division.having(key)] for key in division.names}
+            for division in divisions
         ]
 
-    chunks = run_together(local_part, group)
-    for (group_step, parameters), (first, second) in zip(low, chunks, strict=True):
-        division = EvenReshard(group_step, parameters)
-        for key, values in zip(MOMENTS, (first, second), strict=True):
+    for division, chunks in zip(divisions, run_together(local_part, group), strict=True):
+        for key, values in chunks.items():
             division.to_owners(key, values)
 
 
@@ -166,8 +165,8 @@ def _agreed(
     build: StepPlan,
     low: list[tuple[ShardGroupStep, list[LowRank]]],
     adam: list[tuple[Tensor, Holding, ElementwiseTensor | None]],
-) -> dict[int, tuple[dict[str, int], dict[str, Tensor]]]:
-    """Steps by parameter and limiter norms by matrix, for each process group, the same on all of its ranks.
+) -> dict[int, tuple[dict[str, int], dict[tuple[str, str], Tensor]]]:
+    """Steps by parameter, and numbers by matrix and name, for each process group, the same on all of its ranks.
 
     A rank that holds nothing of a parameter does not know them.
     """
@@ -176,12 +175,14 @@ def _agreed(
     for key, group in groups.items():
         steps = {p.holding.name: p.matrices[0].state["step"] for _, ps in low for p in ps if _is_in(p.holding, key)}
         steps |= {h.name: 0 if part is None else part.state["step"] for _, h, part in adam if _is_in(h, key)}
-        norms: dict[str, Tensor] = {}
+        norms: dict[tuple[str, str], Tensor] = {}
         for group_step, parameters in low:
             for p in (p for p in parameters if _is_in(p.holding, key)):
                 for number, m in zip(p.numbers, p.matrices, strict=True):
                     taking_part = group.rank in group_step.plan.matrices[number].participants
-                    norms[m.spec.name] = m.state["last_norm"] if taking_part else torch.zeros_like(m.state["last_norm"])
+                    for name in p.declared.matrix:
+                        value = m.state[name]
+                        norms[m.spec.name, name] = value if taking_part else torch.zeros_like(value)
         if group.process_group is not None:
             where = device_for(group.process_group, next(h.device for h, _ in build.holdings if _is_in(h, key)))
             numbers = [torch.tensor(list(steps.values()), dtype=torch.float64, device=where)]
@@ -217,13 +218,13 @@ def _fitting(value: Any, mesh: DeviceMesh | None, placements: Sequence[Placement
 
 
 def _state_of(
-    name: str, states: Mapping[str, Mapping[str, Any]], required: Set[str], *keys: str
+    name: str, states: Mapping[str, Mapping[str, Any]], required: Set[str], keys: Iterable[str]
 ) -> Mapping[str, Any] | None:
     """The loaded state of a parameter; None where there is none and need not be."""
     state = states.get(name)
     if state is None and name not in required:
         return None
-    missing = [key for key in ("step", *keys, *MOMENTS) if key not in (state or {})]
+    missing = [key for key in ("step", *keys) if key not in (state or {})]
     if missing:
         raise ValueError(
             f"the loaded state has no {', '.join(missing)} for {name}: it is of another model, of other groups, or of "
@@ -241,8 +242,10 @@ def _check_shape(name: str, key: str, value: Any, shape: Sequence[int]) -> None:
         )
 
 
-def _restore_adam(holding: Holding, part: ElementwiseTensor | None, state: Mapping[str, Any] | None) -> None:
-    for key in MOMENTS:
+def _restore_elements(
+    holding: Holding, part: ElementwiseTensor | None, state: Mapping[str, Any] | None, names: Iterable[str]
+) -> None:
+    for key in names:
         if state is None:
             return
         value = state[key]
@@ -262,20 +265,22 @@ def _restore_adam(holding: Holding, part: ElementwiseTensor | None, state: Mappi
 def _restore_numbers(p: LowRank, state: Mapping[str, Any] | None) -> None:
     if state is None:
         return
-    norms = torch.as_tensor(state["last_norm"]).reshape(-1)
-    _check_shape(p.holding.name, "last_norm", norms, (len(p.matrices),))
-    for matrix, norm in zip(p.matrices, norms.unbind(), strict=True):
+    for matrix in p.matrices:
         matrix.state["step"] = int(state["step"])
-        matrix.state["last_norm"].copy_(norm)
+    for key in p.declared.matrix:
+        values = torch.as_tensor(state[key]).reshape(-1)
+        _check_shape(p.holding.name, key, values, (len(p.matrices),))
+        for matrix, value in zip(p.matrices, values.unbind(), strict=True):
+            matrix.state[key].copy_(value)
 
 
 def _chunk(p: LowRank, state: Mapping[str, Any] | None, key: str) -> Tensor:
     """This rank's chunk of a loaded moment, (channels, r); zeros where nothing was loaded."""
     start, stop = p.shares[p.holding.group.rank]
     if state is None:
-        return torch.zeros((stop - start, p.shape[1]), dtype=p.holding.compute_dtype, device=p.holding.device)
+        return torch.zeros((stop - start, p.shape(key)[1]), dtype=p.holding.compute_dtype, device=p.holding.device)
     value = state[key]
-    _check_shape(p.holding.name, key, value, p.shape)
+    _check_shape(p.holding.name, key, value, p.shape(key))
     local: Tensor = value.to_local() if isinstance(value, DTensor) else value[start:stop]
     if local.shape[0] != stop - start:
         raise ValueError(f"the loaded {key} of {p.holding.name} has {local.shape[0]} channels, expected {stop - start}")

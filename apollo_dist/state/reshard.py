@@ -15,6 +15,7 @@ from torch.distributed.tensor.placement_types import Placement
 
 from ..distributed import meet
 from ..exchange.collectives import device_for
+from ..rules.base import State
 from ..sharding.dtensor import places, shard_mesh
 from ..sharding.grid import Runs, chunk
 from ..sharding.local_shard import Holding, ShardGroup
@@ -39,9 +40,13 @@ class LowRank:
         return self.matrices[0].spec.channels
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """Of the moments."""
-        return self.channels * len(self.matrices), self.matrices[0].spec.rank
+    def declared(self) -> State:
+        """The state that the rule declares for each of the matrices."""
+        return self.matrices[0].declared.state
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """Of a state by channel."""
+        return self.channels * len(self.matrices), self.declared.channel[name]
 
     @property
     def mesh(self) -> DeviceMesh | None:
@@ -67,7 +72,7 @@ class LowRank:
 
 def _shares(p: LowRank) -> list[Range]:
     """The channels of each rank of the shard group in the even division: torch.chunk's."""
-    rows, group, mesh = p.shape[0], p.holding.group, p.mesh
+    rows, group, mesh = p.channels * len(p.matrices), p.holding.group, p.mesh
     if group.process_group is None:
         return [(0, rows)]
     assert mesh is not None
@@ -107,26 +112,39 @@ class EvenReshard:
                     if low < high:
                         self._chunked[s.owner].append((i, low - mine[0], high - low))
 
-    def to_chunks(self, key: str) -> list[Tensor]:
-        """This rank's chunk of a moment of every parameter, (channels, r)."""
-        chunks = []
-        for p in self.parameters:
-            start, stop = p.shares[self.group.rank]
-            chunks.append(
-                torch.empty((stop - start, p.shape[1]), dtype=p.holding.compute_dtype, device=p.holding.device)
-            )
-        self._move(
-            [[m.state[key][at : at + count] for m, at, count in pieces] for pieces in self._owned],
-            [[chunks[i][at : at + count] for i, at, count in pieces] for pieces in self._chunked],
-        )
-        return chunks
+    @property
+    def names(self) -> list[str]:
+        """Names of the state by channel of any parameter, in order."""
+        return list(dict.fromkeys(name for p in self.parameters for name in p.declared.channel))
 
-    def to_owners(self, key: str, chunks: Sequence[Tensor]) -> None:
-        """The reverse of ``to_chunks``: write a moment of every parameter into the owners' state."""
-        self._move(
-            [[chunks[i][at : at + count] for i, at, count in pieces] for pieces in self._chunked],
-            [[m.state[key][at : at + count] for m, at, count in pieces] for pieces in self._owned],
-        )
+    def having(self, name: str) -> list[LowRank]:
+        """The parameters with a state of that name."""
+        return [p for p in self.parameters if name in p.declared.channel]
+
+    def to_chunks(self, name: str) -> list[tuple[LowRank, Tensor]]:
+        """This rank's chunk of a state of every parameter that has it, (channels, width)."""
+        found = []
+        for p in self.having(name):
+            start, stop = p.shares[self.group.rank]
+            kwargs: dict[str, Any] = {"dtype": p.holding.compute_dtype, "device": p.holding.device}
+            found.append((p, torch.empty((stop - start, p.shape(name)[1]), **kwargs)))
+        self._move(self._of_owners(name), self._of_chunks(name, [chunk for _, chunk in found]))
+        return found
+
+    def to_owners(self, name: str, chunks: Sequence[Tensor]) -> None:
+        """The reverse of ``to_chunks``: write a state of the parameters ``having`` it into the owners'."""
+        self._move(self._of_chunks(name, chunks), self._of_owners(name))
+
+    def _of_owners(self, name: str) -> list[list[Tensor]]:
+        return [
+            [m.state[name][at : at + count] for m, at, count in pieces if name in m.declared.state.channel]
+            for pieces in self._owned
+        ]
+
+    def _of_chunks(self, name: str, chunks: Sequence[Tensor]) -> list[list[Tensor]]:
+        known = {id(p): chunk for p, chunk in zip(self.having(name), chunks, strict=True)}
+        numbered = {i: known[id(p)] for i, p in enumerate(self.parameters) if id(p) in known}
+        return [[numbered[i][at : at + count] for i, at, count in pieces if i in numbered] for pieces in self._chunked]
 
     def _move(self, sent: list[list[Tensor]], targets: list[list[Tensor]]) -> None:
         if self.group.process_group is None:

@@ -3,8 +3,7 @@
 Keys of a slot::
 
     step                    steps taken, an int: the step reads it in Python
-    exp_avg, exp_avg_sq     of a matrix (owned channels, r); of another tensor (elements that this rank holds,)
-    last_norm               the limiter's, (), of a matrix only
+    what the rule declares  of a matrix (owned channels, width), and (); of another tensor (elements held here,)
     held                    which channels or elements these are, as plain integers
 """
 
@@ -18,8 +17,7 @@ from torch import Tensor
 
 Slot = dict[str, Any]
 
-STEP, LAST_NORM, HELD = "step", "last_norm", "held"
-MOMENTS = ("exp_avg", "exp_avg_sq")
+STEP, HELD = "step", "held"
 
 
 def ready(slot: Slot, name: str, shapes: Mapping[str, tuple[int, ...]], kind: dict[str, Any], held: list[Any]) -> None:
