@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import math
+import re
 from pathlib import Path
 from types import MappingProxyType
 
@@ -154,6 +155,23 @@ def own_rule(rank, world, folder):
 def test_a_rule_of_its_own_in_one_process(axis, tmp_path):
     errors = train(axis, ("plain", "plain"), 0, 1, str(tmp_path))
     assert max(errors.values()) < 1e-12
+
+
+def test_the_documented_rule_is_this_one():
+    """``docs/adding_a_rule.md`` shows it; its code takes the same steps."""
+    page = Path(__file__).parents[1] / "docs" / "adding_a_rule.md"
+    (code,) = re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
+    documented = {}
+    exec(code, documented)
+    models = []
+    for kind in (ByRows, documented["SmoothedOptimizer"]):
+        models.append(Bag())
+        optimizer = kind(groups_of(models[-1], low_rank(models[-1], 1)), **OPTIONS)
+        for step in range(3):
+            models[-1](gradients(shapes_of(models[-1]), step, 0, torch.float32)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 
 def test_a_rule_of_its_own_under_every_engine(tmp_path):
