@@ -68,7 +68,7 @@ class State:
     @property
     def names(self) -> tuple[str, ...]:
         """All of them."""
-        return *self.channel, *self.matrix
+        return *self.matrix, *self.channel
 
 
 @dataclass(frozen=True)
