@@ -343,7 +343,7 @@ def others(rank: int, world: int, root: str) -> dict[str, str]:
     calls: dict[str, tuple[Callable[[], Any], list[Place]]] = {
         "load_state_dict": (
             load,
-            [(stateful, "copied", 1), (parameter_state, "_restore_adam", 1), (parameter_state, "_fitting", 2)],
+            [(stateful, "copied", 1), (parameter_state, "_restore_elements", 1), (parameter_state, "_fitting", 2)],
         ),
         "building": (
             lambda: Native("fsdp2", rank, world),
