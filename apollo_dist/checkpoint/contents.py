@@ -214,6 +214,8 @@ def _add_matrix(found: Contents, m: Matrix) -> None:
 def _add_adam(found: Contents, tensor: ElementwiseTensor) -> None:
     holding, key = tensor.holding, f"optimizer.{tensor.holding.name}"
     boxes = holding.cover.boxes(holding.group.rank, holding.shape)
+    if not torch.Size(holding.shape).numel():
+        return
     for name in tensor.rule.state:
         found.tensors[f"{key}.{name}"] = Shards.of(holding.shape, boxes, tensor.state[name], key)
     _add_step(found, key, tensor.state, True)

@@ -10,11 +10,12 @@ from torch import Tensor
 
 from ..distributed import rank_of
 from ..optimizers.options import LOW_RANK_DEFAULTS, plain
+from ..state.identity import IDENTITY
 
 logger = logging.getLogger("apollo_dist")
 
 # Of a parameter group: not options, or decided by the optimizer that loads.
-_NOT_OPTIONS = frozenset({"params", "param_names", "name", "rank", "choose_by_name"})
+_NOT_OPTIONS = frozenset({"params", "name", "rank", "choose_by_name", *IDENTITY})
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:

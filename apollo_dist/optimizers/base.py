@@ -112,6 +112,7 @@ class APOLLO(GroupedOptimizer):
         # Keeps the given parameters alive, so that their ids stay theirs.
         self._given: list[Tensor] = []
         self._frozen_once = set()
+        self._accepted = frozenset()
         self._init_state()
         self._engine: zero.Engine | None = None
         self._driver = None
@@ -176,7 +177,7 @@ class APOLLO(GroupedOptimizer):
                 if self._unreduced:
                     self._check_reduced(current)
                 self._steps_of(current).take(self.seed, lambda: self._must_skip(current))
-                self._count_stacks()
+                self._stale = True
         except BaseException as error:
             if partly and self._find_engine().wrapper is not None:
                 self._failures.half_way(error)
@@ -269,7 +270,7 @@ class APOLLO(GroupedOptimizer):
             self.param_groups,
             self._members,
             engine,
-            self._slot,
+            self._slot_source(),
             self.rules,
             seed=self.seed,
             exclude=self.exclude,

@@ -13,6 +13,7 @@ from ..distributed import agree, rank_of, run_together, world_of
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import canonical_name
+from ..state.identity import NAMES, check_seed_of_group
 from ..step.plan import StepPlan, check_unique, fingerprint
 from .model_changes import (
     Watch,
@@ -38,7 +39,8 @@ from .param_groups import (
     param_groups,
     split_params,
 )
-from .stateful import StatefulOptimizer, given_twice
+from .picklable import PicklableOptimizer
+from .stateful import given_twice
 
 logger = logging.getLogger("apollo_dist")
 
@@ -47,7 +49,7 @@ _ARGUMENTS = (
 )  # fmt: skip
 
 
-class GroupedOptimizer(StatefulOptimizer):
+class GroupedOptimizer(PicklableOptimizer):
     """A ``torch.optim.Optimizer`` that knows each parameter's name and logical shape, however it is sharded."""
 
     def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
@@ -112,6 +114,7 @@ class GroupedOptimizer(StatefulOptimizer):
         """The local part of ``add_param_group``."""
         group = dict(param_group)
         number = len(self.param_groups)
+        check_seed_of_group(group, self.seed, f"parameter group {number}")
         drop_other_keywords(group, f"parameter group {number}")
         others = check_group_keys(group, f"parameter group {number}")
         make_plain(group)
@@ -131,7 +134,9 @@ class GroupedOptimizer(StatefulOptimizer):
                 raise ValueError(f"parameter group {number} asks for rank={group['rank']} but holds no matrix")
             for m in added.values():
                 check_matrix(m.name, m.shape, group["rank"])
-        group.pop("param_names", None)
+        group.pop(NAMES, None)
+        if found and all(m.named for m in found):
+            group[NAMES] = [m.name for m in found]
         group["params"] = tensors
         super().add_param_group(group)
         self._members.update(added)

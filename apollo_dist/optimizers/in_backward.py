@@ -235,7 +235,7 @@ class LayerwiseAPOLLO(APOLLO):
             self._update(self._waiting)
         self._check_finished()
         self._fired.clear()
-        self._count_stacks()
+        self._stale = True
         return loss
 
     def _check_finished(self) -> None:

@@ -3,48 +3,44 @@
 from __future__ import annotations
 
 import logging
-import re
 import weakref
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from copy import deepcopy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed import rank_of, run_together
+from ..distributed import agree, rank_of, run_together
+from ..rules.base import Rules
 from ..sharding import fsdp1
 from ..state import parameter_state
-from ..state.slots import Slot, copied
+from ..state.callers import called_to_load_into
+from ..state.identity import NAMES, identify
+from ..state.loaded import Loaded, Target, read, tell
+from ..state.slots import STEP, Slot, step_tensor
 from ..step.failing import Failures
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import StepPlan
 from .model_changes import Planned, Watch
 from .model_ref import PresentModel
 from .option_changes import OptionChanges
-from .options import make_plain, validate_options
-from .param_groups import Member
+from .options import OPTIONS, make_plain, validate_options
+from .param_groups import CHOOSE, Member, choose
+from .targets import targets
 
 logger = logging.getLogger("apollo_dist")
-
-# What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
-_KEPT = (
-    "defaults", "param_groups", "seed", "exclude", "cache_projection", "_guard", "_choose", "_given", "_restored",
-    "_trained", "_generation",
-)  # fmt: skip
 
 
 class StatefulOptimizer(Optimizer):
     """A ``torch.optim.Optimizer`` whose state lies in slots by matrix name, and can be shown by parameter.
 
-    Attributes:
-        state: for plain and DTensor parameters what this rank owns of each one's state, to look at; empty before the
-            first step and under other layouts. Assigning to it has no effect.
+    Subclasses say in ``_follow`` how parameters that tools have replaced are found again.
     """
 
     seed: int
+    rules: Rules
     exclude: str | None
     cache_projection: bool | str
     _process_group: dist.ProcessGroup | None
@@ -57,7 +53,7 @@ class StatefulOptimizer(Optimizer):
     _model: PresentModel
     # State of whole parameters that was loaded, by name, until a build takes it over.
     _pending: dict[str, dict[str, Any]]
-    # Names of the parameters that a load had to bring state for; None where nothing was loaded.
+    # Names of the parameters when slots were loaded, which must have brought state for them; None where none were.
     _restored: frozenset[str] | None
     _builds: dict[tuple[Any, ...], StepPlan]
     # Names of the parameters that have state, on whichever rank, each with the plan in which it began.
@@ -84,8 +80,12 @@ class StatefulOptimizer(Optimizer):
     _constructed: bool
     # Whether it was said that DeepSpeed's checkpoints cannot be converted.
     _told: bool = False
-    # Stacks of experts in ``state``, with the slot that counts their steps.
-    _stacks: list[tuple[dict[str, Any], Slot]]
+    # What ``state`` shows, each with the slot that counts its steps; ``_stale`` after a step.
+    _view: defaultdict[Any, Any]
+    _counted: list[tuple[dict[str, Any], Slot]]
+    _stale: bool
+    # What the next load may bring otherwise: "seed", "names".
+    _accepted: frozenset[str]
 
     def _init_state(self) -> None:
         """Set the attributes of an optimizer without state."""
@@ -93,7 +93,8 @@ class StatefulOptimizer(Optimizer):
         self._trained, self._generation, self._option_changes = {}, 0, OptionChanges()
         self._idle, self._outside, self._watch, self._unreduced = [], [], None, set()
         self._updated, self._planned, self._unheld, self._bare = [], [], [], None
-        self._restored, self._by_parameter, self._stacks = None, False, []
+        self._restored, self._by_parameter = None, False
+        self._counted, self._stale = [], False
 
     def _begin(self, names: Iterable[str]) -> None:
         """Note that parameters have state."""
@@ -109,13 +110,41 @@ class StatefulOptimizer(Optimizer):
         tensors = (t for slot in self._slots.values() for t in slot.values() if isinstance(t, Tensor))
         return sum(t.numel() * t.element_size() for t in tensors)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As of any torch optimizer; the group says whose state it will hold."""
+        groups = [*self.param_groups, param_group]
+        if not all(NAMES in group for group in groups):
+            for group in groups:
+                group.pop(NAMES, None)
+        super().add_param_group(param_group)
+        identify(self.param_groups, self.seed)
+
+    @property
+    def state(self) -> defaultdict[Any, Any]:
+        """What this rank has of each parameter's state, as ``state_dict`` gives it; live, to look at.
+
+        Empty before the first step and under layouts other than plain and DTensor parameters. Of experts the values
+        are lists by matrix. Keys that are no parameters are the caller's own, and travel in ``state_dict``.
+        """
+        if self._stale:
+            self._stale = False
+            for shown, slot in self._counted:
+                shown[STEP] = step_tensor(slot[STEP])
+        return self._view
+
+    @state.setter
+    def state(self, value: defaultdict[Any, Any]) -> None:
+        self._view = value
+
     def state_dict(self) -> dict[str, Any]:
         """The state by parameter, and the parameter groups; projections are no part of it, they follow from the seed.
 
-        With plain parameters as of any torch optimizer. With DTensor parameters (FSDP2, HSDP) it is a collective and
-        holds DTensors: ``torch.distributed.checkpoint`` can save it, and load it at another number of ranks
-        (``get_optimizer_state_dict``, ``set_optimizer_state_dict``). Under DeepSpeed it is this rank's own, by name,
-        and loads only on the same rank of the same number of ranks. Tensors may be the live ones.
+        Local, as of any torch optimizer: nothing is communicated, and one rank alone may call it. Tensors may be the
+        live ones. With DTensor parameters (FSDP2, HSDP) it holds DTensors: ``torch.distributed.checkpoint`` can save
+        it, and load it at another number of ranks (``get_optimizer_state_dict``, ``set_optimizer_state_dict``). Under
+        DeepSpeed it is this rank's own, by name, and loads only on the same rank of the same number of ranks.
+        Parameter groups carry the seed, the names of their parameters where those are known, and the version of the
+        state's form (``apollo_dist.state.identity``).
 
         Raises:
             ValueError: under FSDP1, where neither this nor ``FSDP.optim_state_dict`` could hold all of it.
@@ -131,17 +160,19 @@ class StatefulOptimizer(Optimizer):
                 "apollo_dist.checkpoint.load"
             )
         found = dict(self._pending)
+        form = parameter_state.template if called_to_load_into() else parameter_state.collect
         for build in self._builds.values() if self._by_parameter else ():
-            found |= parameter_state.collect(build)
+            found |= form(build)
         indices: dict[int, int] = {}
         for tensor in self._tensors(named=bool(found)):
             indices.setdefault(id(tensor), len(indices))
+        self._identify()
         groups = [
             {**{key: value for key, value in group.items() if key != "params"},
              "params": [indices[id(p)] for p in group["params"]]}
             for group in self.param_groups
         ]  # fmt: skip
-        state: dict[Any, dict[str, Any]] = {}
+        state: dict[Any, Any] = {}
         if found or self._by_parameter:
             names = {index: self._members[key].name for key, index in indices.items()}
             state = {index: dict(found[name]) for index, name in names.items() if name in found}
@@ -149,6 +180,7 @@ class StatefulOptimizer(Optimizer):
         else:
             state.update(self.named_state())
             self._tell_of_conversion()
+        state.update({key: value for key, value in self.state.items() if not isinstance(key, Tensor)})
         result: dict[str, Any] = {"state": state, "param_groups": groups}
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             changed = post_hook(self, result)
@@ -167,26 +199,36 @@ class StatefulOptimizer(Optimizer):
         self._told = self._told or divided
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Continue from what ``state_dict`` gave, exactly. Every rank must call it.
+        """Continue from what ``state_dict`` gave, exactly. Every rank must call it, with the same state.
 
-        States keep their dtypes. They are copied, and checked at the next step.
+        The state is judged here, before anything changes. It is copied, keeps its dtypes, and replaces whatever state
+        there was: parameters of which it has nothing start anew, as in torch, and the log says which. Options of the
+        parameter groups are those that were saved, as in torch; what differs from here, but for lr, is in the log.
+        Keys of the state that are no parameters are kept as they are.
 
         Raises:
-            ValueError: on all ranks alike, if the parameter groups differ in number or size, or hold bad options.
+            ValueError: on all ranks alike, with what to do: if seed, names, rank or the choice of low-rank matrices
+                are others, if the state is another optimizer's, if parameter groups differ in number or size or hold
+                bad options, or if ranks load different states. ``accept_at_load`` accepts another seed or names.
         """
         given = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             changed = pre_hook(self, given)
             given = given if changed is None else changed
         # Nothing changes on any rank before all have read it.
-        groups, pending, slots = run_together(lambda: self._read(given), self._process_group)
+        loaded = run_together(lambda: self._read(given), self._process_group)
+        agree(loaded.facts(), self._process_group)
+        self._accepted = frozenset()
+        if rank_of() == 0:
+            tell(loaded.notes)
         if self._by_parameter:
             self.state = defaultdict(dict)
         self._init_state()
-        self._pending, self._slots, self.param_groups = pending, slots, groups
-        self._option_changes.remember(groups)
-        if pending or slots:
-            self._begin([*pending, *(re.sub(r"\[\d+\]$", "", name) for name in slots)])
+        self._pending, self._slots, self.param_groups = loaded.pending, loaded.slots, loaded.groups
+        self._option_changes.remember(loaded.groups)
+        self.state.update(loaded.foreign)
+        self._begin([*loaded.pending, *map(_stack, loaded.slots)])
+        if loaded.slots:
             # What was frozen, and has no state, starts when it trains.
             frozen = {id(p) for p in self._given if not p.requires_grad}
             self._restored = frozenset(
@@ -196,34 +238,64 @@ class StatefulOptimizer(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _read(
-        self, state_dict: Mapping[str, Any]
-    ) -> tuple[list[dict[str, Any]], dict[str, dict[str, Any]], dict[str, Slot]]:
-        """Parameter groups, state by parameter and slots out of a state dict; local."""
-        saved = deepcopy(list(state_dict["param_groups"]))
-        sizes, here = ([len(group["params"]) for group in groups] for groups in (saved, self.param_groups))
-        if sizes != here:
-            raise ValueError(
-                f"the loaded state is of parameter groups with {sizes} parameters, and here they have {here}"
-            )
-        keys = [key for group in saved for key in group["params"]]
-        by_parameter = not state_dict["state"].keys().isdisjoint(keys)
-        by_key = dict(zip(keys, self._tensors(named=by_parameter), strict=True))
-        for number, (group, old) in enumerate(zip(saved, self.param_groups, strict=True)):
-            group["params"] = old["params"]
-            # What older versions did not save; tuples come back from a checkpoint as lists.
-            for key, default in self.defaults.items():
-                group.setdefault(key, default)
-            make_plain(group)
-            validate_options(group, f"parameter group {number} of the loaded state")
-        if not by_parameter:
-            return saved, {}, {name: copied(slot) for name, slot in state_dict["state"].items()}
-        pending = {}
-        for key, value in state_dict["state"].items():
-            if key not in by_key:
-                raise ValueError(f"the loaded state has {key!r}, which is in no parameter group")
-            pending[self._name(by_key[key])] = copied(value)
-        return saved, pending, {}
+    def accept_at_load(self, *what: str) -> None:
+        """Let the next ``load_state_dict`` take a state with another seed or with other names.
+
+        Its moments then go on under the projections of this optimizer's seed and names, which is no exact
+        continuation: it takes some steps until moments of the old projections are forgotten.
+
+        Args:
+            what: "seed", "names", or both. With other names the state goes to parameters by their position.
+
+        Raises:
+            ValueError: for anything else.
+        """
+        unknown = sorted(set(what) - {"seed", "names"})
+        if unknown or not what:
+            raise ValueError(f'accept_at_load takes "seed" and "names", got {", ".join(map(repr, what)) or "nothing"}')
+        self._accepted = frozenset(what)
+
+    def _identify(self) -> None:
+        """Write into the groups whose state they hold: the seed, and the names where parameters have some."""
+        identify(self.param_groups, self.seed)
+        if all(id(p) in self._members for group in self.param_groups for p in group["params"]):
+            members = [self._members_in(group) for group in self.param_groups]
+            if all(m.named for group in members for m in group):
+                for group, held in zip(self.param_groups, members, strict=True):
+                    group[NAMES] = [m.name for m in held]
+
+    def _read(self, state_dict: Mapping[str, Any]) -> Loaded:
+        """Read and judge a state dict; local."""
+        by_key = any(isinstance(key, int) for key in state_dict["state"])
+        self._tensors(named=by_key)
+        self._identify()
+        return read(
+            state_dict,
+            self.param_groups,
+            self._targets(),
+            seed=self.seed,
+            accepted=self._accepted,
+            validate=_validate,
+            decided_here=(CHOOSE,),
+            options=OPTIONS,
+        )
+
+    def _targets(self) -> list[list[Target]] | None:
+        """The parameters that a state may be loaded for; None where an engine has put its own tensors into groups."""
+        if any(id(p) not in self._members for group in self.param_groups for p in group["params"]):
+            return None
+        by_name = [m for group in self.param_groups if group.get(CHOOSE) for m in self._members_in(group)]
+        members = [self._members_in(group) for group in self.param_groups]
+        return targets(self.param_groups, members, self.rules, self._chosen_names(by_name))
+
+    def _members_in(self, group: Mapping[str, Any]) -> list[Member]:
+        return [self._members[id(p)] for p in group["params"]]
+
+    def _chosen_names(self, members: Sequence[Member]) -> set[str] | None:
+        """The low-rank ones of parameters chosen by name; None where the choice waits for an engine's names."""
+        if not members or not all(m.named for m in members):
+            return None
+        return choose(self._members.values(), self._model.module, self.exclude)
 
     def _tensors(self, named: bool = False) -> list[Tensor]:
         """What is in ``param_groups``; where it must be ``named``, parameters that tools have put there are known."""
@@ -244,16 +316,19 @@ class StatefulOptimizer(Optimizer):
             )
         return self._members[id(tensor)].name
 
-    def _slot(self, name: str) -> Slot:
-        """The state of a matrix or tensor, for a build; empty if it is new."""
-        if self._restored is not None and not self._pending and name not in self._slots and not self._is_new(name):
-            raise ValueError(f"the loaded state has nothing for {name}; it is from another model or other groups")
-        return self._slots.setdefault(name, {})
+    def _slot_source(self) -> Callable[[str], Slot]:
+        """What gives a build the state of a matrix or tensor by its name; empty if it is new."""
+        added = {m.name for m in self._members.values()} - (self._restored or frozenset())
 
-    def _is_new(self, name: str) -> bool:
-        """Whether a matrix came after the state was loaded, with ``add_param_group``."""
-        new = {m.name for m in self._members.values()} - (self._restored or frozenset())
-        return any(name == one or name.startswith(f"{one}[") for one in new)
+        def slot(name: str) -> Slot:
+            if self._restored is not None and name not in self._slots and not added.intersection((name, _stack(name))):
+                raise ValueError(
+                    f"the loaded state has nothing for {name}; it is from another model or other groups, or from "
+                    "another rank or number of ranks"
+                )
+            return self._slots.setdefault(name, {})
+
+        return slot
 
     def _adopt(self, build: StepPlan, by_parameter: bool) -> None:
         """Give a new build the state that was loaded, if there is one. A collective.
@@ -273,54 +348,34 @@ class StatefulOptimizer(Optimizer):
                 "the loaded state is that of whole or DTensor parameters, which this layout cannot take over; use "
                 "apollo_dist.checkpoint to continue under another engine"
             )
-        required = {name for name in self._restored or () if not self._is_frozen(name)}
-        parameter_state.restore(build, self._pending, required, self._process_group)
+        parameter_state.restore(build, self._pending, self._process_group)
         for holding, _ in build.holdings:
             self._pending.pop(holding.name, None)
 
-    def _is_frozen(self, name: str) -> bool:
-        return any(m.name == name and not p.requires_grad for p in self._given if (m := self._members.get(id(p))))
-
     def _show(self) -> None:
         """Fill ``state`` for other tools to look at; under DeepSpeed it is left to that."""
+        self._counted = []
         if not (self._pending or self._by_parameter):
             return
-        shown = {p: self._pending.get(self._name(p)) for p in self._tensors()} if self._pending else {}
-        self.state = defaultdict(dict, {p: state for p, state in shown.items() if state is not None})
-        self._stacks = []
+        view = {key: value for key, value in self._view.items() if not isinstance(key, Tensor)}
+        waiting = {p: self._pending.get(self._name(p)) for p in self._tensors()} if self._pending else {}
+        view.update({p: state for p, state in waiting.items() if state is not None})
         for build in self._builds.values():
-            for tensor, state, counter in parameter_state.show(build):
-                self.state[tensor] = state
-                if counter is not None:
-                    self._stacks.append((state, counter))
+            for tensor, state, slot in parameter_state.show(build):
+                view[tensor] = state
+                self._counted.append((state, slot))
+        self.state = defaultdict(dict, view)
 
-    def _count_stacks(self) -> None:
-        for shown, counter in self._stacks:
-            shown["step"] = counter["step"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self._process_group is not None:
-            raise ValueError("an optimizer with a process_group cannot be pickled or copied: use state_dict()")
-        kept = {key: self.__dict__[key] for key in _KEPT}
-        kept["slots"] = {name: copied(slot) for name, slot in self._slots.items()}
-        kept["members"] = [self._members[id(p)] for p in self._given]
-        return {**kept, "pending": self._pending}
+def _validate(group: dict[str, Any], where: str) -> None:
+    """Make a loaded group's options Python's own numbers, and check them."""
+    make_plain(group)
+    validate_options(group, where)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        slots, members, pending = (state.pop(key) for key in ("slots", "members", "pending"))
-        self._process_group, self._engine, self._driver, self._constructed = None, None, None, True
-        self._frozen_once = set()
-        self._failures = Failures(None)
-        self._model = PresentModel(None)
-        self._init_state()
-        super().__setstate__({**state, "state": defaultdict(dict)})
-        self.defaults.pop("differentiable", None)  # which torch adds
-        self._members = {id(p): m for p, m in zip(self._given, members, strict=True)}
-        self._slots, self._pending = slots, pending
-        if slots:
-            self._restored = frozenset(m.name for m in members)
-        self._show()
+
+def _stack(name: str) -> str:
+    """The parameter that a matrix ``name[index]`` is part of; the name itself for others."""
+    return name.rpartition("[")[0] if name.endswith("]") else name
 
 
 def given_twice(tensors: Iterable[tuple[str, Tensor]], known: Mapping[int, Member]) -> None:

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from .regions import Box, FlatCover, Tile
 
+# Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
+PARAMETER_LAYOUTS = ("whole", "dtensor")
 _WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 
 

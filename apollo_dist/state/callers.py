@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from typing import Any
 
@@ -17,10 +18,16 @@ def called_to_make_state() -> bool:
 def _called_by(function: str) -> bool:
     """Whether a function of ``torch.distributed.checkpoint.state_dict`` is among the callers."""
     module: Any = sys.modules.get("torch.distributed.checkpoint.state_dict")
-    code = getattr(getattr(module, function, None), "__code__", None)
+    # Without decorators, whose code all that they decorate share.
+    code = getattr(inspect.unwrap(getattr(module, function)), "__code__", None) if hasattr(module, function) else None
     frame = sys._getframe(1) if code is not None else None
     while frame is not None:
         if frame.f_code is code:
             return True
         frame = frame.f_back
     return False
+
+
+def called_to_load_into() -> bool:
+    """Whether ``state_dict()`` was called for its form only: DCP writes whole tensors, which it has, into the parts."""
+    return _called_by("_load_optim_state_dict")

@@ -1,16 +1,16 @@
-"""State by parameter, as ``torch.optim`` and ``torch.distributed.checkpoint`` know it, from state by owned channel.
+"""State by parameter, as ``torch.optim`` and ``torch.distributed.checkpoint`` know it, from slots by matrix.
 
-For a parameter of E matrices (1, but for experts) with C channels each, ``step`` (steps taken, an int), and what the
-rule declares (``rules.base.State``): state by channel as (E * C, width), the channels of all matrices one after the
-other, and numbers of a matrix as () or for experts (E,). For another parameter ``step``, and the element rule's state
-in the parameter's shape. Of a DTensor parameter these are DTensors: state by element is divided as the parameter is,
-state by channel in even chunks (``Shard(0)``) over the mesh axes that shard the parameter, which any number of ranks
-can read. Owners hold channels otherwise, so these are moved, in one all-to-all for each name and shard group.
+For a parameter of E matrices (1, but for experts) with C channels each, ``step`` (steps taken, a float32 tensor () on
+the CPU, as torch's optimizers have it), and what the rule declares (``rules.base.State``): state by channel as
+(E * C, width), the channels of all matrices one after the other, and numbers of a matrix as () or for experts (E,). For
+another parameter ``step``, and the element rule's state in the parameter's shape. Of a DTensor parameter these are
+DTensors: state by element is divided as the parameter is, state by channel as its owners have it (``OwnedTensor``).
+Everything is what this rank has anyway, so nothing is communicated.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,216 +21,190 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from ..distributed import meet, run_together
-from ..exchange.collectives import device_for
-from ..sharding.local_shard import Holding, view_of
+from ..sharding.local_shard import PARAMETER_LAYOUTS, view_of
 from ..step.elementwise import ElementwiseTensor
 from ..step.plan import StepPlan
-from ..step.shard_group import ShardGroupStep
-from .reshard import EvenReshard, LowRank
-
-# Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
-LAYOUTS = ("whole", "dtensor")
+from .owned_tensor import OwnedTensor, Rows, as_dtensor
+from .reshard import LowRank
+from .slots import STEP, Slot, step_tensor
 
 State = dict[str, Any]
 
 
 def by_parameter(build: StepPlan) -> bool:
     """Whether the parameters themselves are what the optimizer was given in this step, so that state can go by them."""
-    return all(holding.layout in LAYOUTS for holding, _ in build.holdings)
+    return all(holding.layout in PARAMETER_LAYOUTS for holding, _ in build.holdings)
 
 
 def collect(build: StepPlan) -> dict[str, State]:
-    """The state of every parameter, by name. A collective over each group of ranks that divide parameters.
+    """The state of every parameter, by name; local.
 
-    Tensors of plain parameters are the live ones, but for experts; DTensors are copies.
+    Tensors are the live ones, but for those of experts, which are copies.
     """
     low, adam = _parameters(build)
-    counts = _agreed(build, low, adam)
     found: dict[str, State] = {}
-    for group_step, parameters in low:
-        steps, numbers = counts[id(group_step.exchange.group.process_group)]
-        for p in parameters:
-            found[p.holding.name] = {"step": steps[p.holding.name]}
-            for key in p.declared.matrix:
-                values = [numbers[m.spec.name, key].to(p.holding.compute_dtype) for m in p.matrices]
-                value = torch.stack(values).to(p.holding.device)
-                found[p.holding.name][key] = value if len(value) > 1 else value[0]
-        division = EvenReshard(group_step, parameters)
-        for key in division.names:
-            for p, mine in division.to_chunks(key):
-                found[p.holding.name][key] = _like(p.mesh, mine, p.shape(key), p.placements)
-    for tensor, holding, part in adam:
-        steps, _ = counts[id(holding.group.process_group)]
-        state: State = {"step": steps[holding.name]}
-        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-        for key in build.rules.element.state:
-            flat = (
-                torch.empty(0, dtype=holding.compute_dtype, device=holding.device) if part is None else part.state[key]
-            )
-            placements = tensor.placements if isinstance(tensor, DTensor) else ()
-            state[key] = _like(getattr(tensor, "device_mesh", None), flat.view(local.shape), holding.shape, placements)
-        found[holding.name] = state
+    for p in low:
+        state = found[p.holding.name] = {STEP: step_tensor(p.matrices[0].state[STEP])}
+        for key in p.declared.matrix:
+            state[key] = _by_matrix(p, key)
+        for key in p.declared.channel:
+            parts = [m.state[key] for m in p.matrices]
+            state[key] = _by_channel(p, key, parts[0] if len(parts) == 1 else torch.cat(parts))
+    for tensor, part in adam:
+        found[part.holding.name] = _by_element(tensor, part)
     return found
 
 
-def show(build: StepPlan) -> list[tuple[Tensor, State, State | None]]:
-    """What this rank owns of the state of every parameter, live, under the keys of ``collect``.
+def template(build: StepPlan) -> dict[str, State]:
+    """A new state of every parameter, by name, in the even chunks that torch divides a whole tensor into.
 
-    Of experts the values are lists, and the third entry is the state whose ``step`` is theirs.
+    ``set_optimizer_state_dict`` asks for the state only to write whole tensors that it has into this rank's part.
     """
     low, adam = _parameters(build)
-    found: list[tuple[Tensor, State, State | None]] = []
-    for p in (p for _, parameters in low for p in parameters):
-        first = p.matrices[0].state
-        if len(p.matrices) == 1:
-            found.append((p.tensor, first, None))
-        else:
-            stack = {key: [m.state[key] for m in p.matrices] for key in p.declared.names}
-            found.append((p.tensor, {"step": first["step"], **stack}, first))
-    for tensor, holding, part in adam:
-        nothing = torch.empty(0, dtype=holding.compute_dtype, device=holding.device)
-        found.append(
-            (tensor, part.state if part else {"step": 0, **dict.fromkeys(build.rules.element.state, nothing)}, None)
-        )
+    found: dict[str, State] = {}
+    for p in low:
+        count = len(p.matrices)
+        kind: dict[str, Any] = {"dtype": p.holding.compute_dtype, "device": p.holding.device}
+        start, stop = p.chunks[p.holding.group.rank]
+        state = found[p.holding.name] = {STEP: step_tensor(0)}
+        for key in p.declared.matrix:
+            state[key] = torch.zeros((count,) if count > 1 else (), **kind)
+        for key, width in p.declared.channel.items():
+            state[key] = _like(p.mesh, torch.zeros((stop - start, width), **kind), p.shape(key), p.placements)
+    for tensor, part in adam:
+        fresh = {key: torch.zeros_like(value) for key, value in _by_element(tensor, part).items()}
+        found[part.holding.name] = fresh
     return found
 
 
-def restore(
-    build: StepPlan, states: Mapping[str, Mapping[str, Any]], required: Set[str], group: dist.ProcessGroup | None
-) -> None:
-    """Take over what ``collect`` gave, also at another number of ranks. A collective, as it is.
+def show(build: StepPlan) -> list[tuple[Tensor, State, Slot]]:
+    """The state of every parameter, live, and the slot that counts its steps.
+
+    As ``collect`` gives it, but for experts, of which the values are lists by matrix of what this rank has.
+    """
+    low, adam = _parameters(build)
+    found: list[tuple[Tensor, State, Slot]] = []
+    for p in low:
+        slots = [m.state for m in p.matrices]
+        state: State = {STEP: step_tensor(slots[0][STEP])}
+        if len(slots) == 1:
+            state |= {key: _by_matrix(p, key) for key in p.declared.matrix}
+            state |= {key: _by_channel(p, key, slots[0][key]) for key in p.declared.channel}
+        else:
+            state |= {key: [slot[key] for slot in slots] for key in p.declared.names}
+        found.append((p.tensor, state, slots[0]))
+    found += [(tensor, _by_element(tensor, part), part.state) for tensor, part in adam]
+    return found
+
+
+def restore(build: StepPlan, states: Mapping[str, Mapping[str, Any]], group: dist.ProcessGroup | None) -> None:
+    """Take over what ``collect`` gave, also at another number of ranks; parameters without a state start anew.
+
+    A collective, since tensors that other ranks divided otherwise are made whole.
 
     Args:
         build: whose state is replaced, in place.
-        states: by name. Moments may be DTensors, or whole plain tensors.
-        required: names of parameters that must have a state.
+        states: by name. Moments may be DTensors of any kind, or whole plain tensors.
         group: the ranks that raise together.
 
     Raises:
-        ValueError: on all ranks alike, if a state is missing or of another shape.
+        ValueError: on all ranks alike, if a state is of another shape.
     """
     low, adam = _parameters(build)
-    # Those on another mesh or with other placements become whole first: a collective, so before anything can fail.
-    fitting: dict[str, Mapping[str, Any]] = {}
-    for name, mesh, placements in [
-        *((p.holding.name, p.mesh, p.placements) for _, parameters in low for p in parameters),
-        *((h.name, getattr(t, "device_mesh", None), list(getattr(t, "placements", ()))) for t, h, _ in adam),
-    ]:
-        if name in states:
-            fitting[name] = {key: _fitting(value, mesh, placements) for key, value in states[name].items()}
+    # What lies otherwise here becomes whole first: a collective, so before anything can fail.
+    fitting: dict[str, State] = {}
+    for p in (p for p in low if p.holding.name in states):
+        rows = {**dict.fromkeys(p.declared.matrix, p.participants), **dict.fromkeys(p.declared.channel, p.rows)}
+        fitting[p.holding.name] = {
+            key: _fitting(value, p.mesh, p.placements, rows.get(key), p.even)
+            for key, value in states[p.holding.name].items()
+        }
+    for tensor, part in adam:
+        if part.holding.name in states:
+            mesh, placements = getattr(tensor, "device_mesh", None), list(getattr(tensor, "placements", ()))
+            given = states[part.holding.name]
+            fitting[part.holding.name] = {key: _fitting(value, mesh, placements) for key, value in given.items()}
 
-    divisions = [EvenReshard(group_step, parameters) for group_step, parameters in low]
+    def local_part() -> None:
+        for p in (p for p in low if p.holding.name in fitting):
+            _restore_low_rank(p, fitting[p.holding.name])
+        for _, part in adam:
+            if part.holding.name in fitting:
+                _restore_elements(part, fitting[part.holding.name])
 
-    def local_part() -> list[dict[str, list[Tensor]]]:
-        names = build.rules.element.state
-        for _, holding, part in adam:
-            _restore_elements(holding, part, _state_of(holding.name, fitting, required, names), names)
-        for p in (p for _, parameters in low for p in parameters):
-            _restore_numbers(p, _state_of(p.holding.name, fitting, required, p.declared.names))
-        return [
-            {key: [_chunk(p, fitting.get(p.holding.name), key) for p in division.having(key)] for key in division.names}
-            for division in divisions
-        ]
-
-    for division, chunks in zip(divisions, run_together(local_part, group), strict=True):
-        for key, values in chunks.items():
-            division.to_owners(key, values)
+    run_together(local_part, group)
 
 
-def _parameters(
-    build: StepPlan,
-) -> tuple[list[tuple[ShardGroupStep, list[LowRank]]], list[tuple[Tensor, Holding, ElementwiseTensor | None]]]:
-    """The low-rank parameters of each shard group, and the others with what this rank holds of them, all in order."""
+def _parameters(build: StepPlan) -> tuple[list[LowRank], list[tuple[Tensor, ElementwiseTensor]]]:
+    """The low-rank parameters and the others, in order, each with its tensor in ``param_groups``."""
     tensors = {id(h): t for t, (h, _) in zip(build.tensors, build.holdings, strict=True)}
-    low: list[tuple[ShardGroupStep, list[LowRank]]] = []
-    seen: set[int] = set()
+    low: dict[int, LowRank] = {}
     for group_step in build.shard_groups:
-        parameters: list[LowRank] = []
-        for number, matrix in enumerate(group_step.matrices):
-            holding = matrix.holding
-            if id(holding) not in seen:
-                seen.add(id(holding))
-                parameters.append(LowRank(tensors[id(holding)], holding, [], [], []))
-            parameters[-1].numbers.append(number)
-            parameters[-1].matrices.append(matrix)
-        for p in parameters:
-            p.divide()
-        low.append((group_step, parameters))
-    held = {id(a.holding): a for a in build.elementwise}
-    adam = [(tensors[id(h)], h, held.get(id(h))) for h, _ in build.holdings if id(h) not in seen]
-    return low, adam
+        for plan, matrix in zip(group_step.plan.matrices, group_step.matrices, strict=True):
+            key = id(matrix.holding)
+            p = low.setdefault(key, LowRank(tensors[key], matrix.holding, [], []))
+            p.plans.append(plan)
+            p.matrices.append(matrix)
+    return list(low.values()), [(tensors[id(a.holding)], a) for a in build.elementwise]
 
 
-def _agreed(
-    build: StepPlan,
-    low: list[tuple[ShardGroupStep, list[LowRank]]],
-    adam: list[tuple[Tensor, Holding, ElementwiseTensor | None]],
-) -> dict[int, tuple[dict[str, int], dict[tuple[str, str], Tensor]]]:
-    """Steps by parameter, and numbers by matrix and name, for each process group, the same on all of its ranks.
+def _by_channel(p: LowRank, key: str, local: Tensor) -> Tensor:
+    """What this rank owns of a state, (its channels, width), as a tensor of all channels."""
+    if p.mesh is None or p.holding.group.process_group is None or p.even:
+        return _like(p.mesh, local, p.shape(key), p.placements)
+    return OwnedTensor.of(local, p.shape(key), p.mesh, p.placements, p.rows)
 
-    A rank that holds nothing of a parameter does not know them.
-    """
-    groups = {id(h.group.process_group): h.group for h, _ in build.holdings}
-    found = {}
-    for key, group in groups.items():
-        steps = {p.holding.name: p.matrices[0].state["step"] for _, ps in low for p in ps if _is_in(p.holding, key)}
-        steps |= {h.name: 0 if part is None else part.state["step"] for _, h, part in adam if _is_in(h, key)}
-        norms: dict[tuple[str, str], Tensor] = {}
-        for group_step, parameters in low:
-            for p in (p for p in parameters if _is_in(p.holding, key)):
-                for number, m in zip(p.numbers, p.matrices, strict=True):
-                    taking_part = group.rank in group_step.plan.matrices[number].participants
-                    for name in p.declared.matrix:
-                        value = m.state[name]
-                        norms[m.spec.name, name] = value if taking_part else torch.zeros_like(value)
-        if group.process_group is not None:
-            where = device_for(group.process_group, next(h.device for h, _ in build.holdings if _is_in(h, key)))
-            numbers = [torch.tensor(list(steps.values()), dtype=torch.float64, device=where)]
-            numbers += [norm.to(where, torch.float64).view(1) for norm in norms.values()]
-            total = torch.cat(numbers)
-            dist.all_reduce(total, op=dist.ReduceOp.MAX, group=group.process_group)
-            counted = total[: len(steps)].tolist()
-            steps = {name: int(count) for name, count in zip(steps, counted, strict=True)}
-            norms = dict(zip(norms, total[len(steps) :].unbind(), strict=True))
-        found[key] = steps, norms
+
+def _by_matrix(p: LowRank, key: str) -> Tensor:
+    """A number of each matrix; what a rank without elements of a matrix has is not that matrix's."""
+    numbers = [m.state[key] for m in p.matrices]
+    everywhere = all(len(ranges) == len(numbers) for ranges in p.participants)
+    if everywhere or p.mesh is None or p.holding.group.process_group is None:
+        return numbers[0] if len(numbers) == 1 else torch.stack(numbers)
+    if len(numbers) == 1:
+        return OwnedTensor.of(numbers[0], (), p.mesh, p.placements, p.participants)
+    mine = [numbers[e] for e, _ in p.participants[p.holding.group.rank]]
+    local = torch.stack(mine) if mine else numbers[0].new_empty(0)
+    return OwnedTensor.of(local, (len(numbers),), p.mesh, p.placements, p.participants)
+
+
+def _by_element(tensor: Tensor, part: ElementwiseTensor) -> State:
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    mesh, placements = getattr(tensor, "device_mesh", None), list(getattr(tensor, "placements", ()))
+    found: State = {STEP: step_tensor(part.state[STEP])}
+    for key in part.rule.state:
+        found[key] = _like(mesh, part.state[key].view(local.shape), part.holding.shape, placements)
     return found
-
-
-def _is_in(holding: Holding, key: int) -> bool:
-    return id(holding.group.process_group) == key
 
 
 def _like(mesh: DeviceMesh | None, local: Tensor, shape: Sequence[int], placements: Sequence[Placement]) -> Tensor:
     """A local tensor as a DTensor of that shape on a mesh; as it is where there is none."""
     if mesh is None:
         return local
-    size = torch.Size(shape)
-    stride = torch.empty(size, device="meta").stride()
-    return DTensor.from_local(local.contiguous(), mesh, list(placements), run_check=False, shape=size, stride=stride)
+    return as_dtensor(local.contiguous(), shape, mesh, placements)
 
 
-def _fitting(value: Any, mesh: DeviceMesh | None, placements: Sequence[Placement]) -> Any:
-    """A DTensor on this mesh with these placements as it is, any other one made whole."""
-    if not isinstance(value, DTensor) or (value.device_mesh == mesh and list(value.placements) == list(placements)):
+def _fitting(
+    value: Any, mesh: DeviceMesh | None, placements: Sequence[Placement], rows: Rows | None = None, even: bool = True
+) -> Any:
+    """A loaded tensor as it is if this rank's part of it is the part that it needs; a whole tensor otherwise.
+
+    Args:
+        value: anything.
+        mesh, placements: of this rank's part.
+        rows: of each rank, where owners divide the tensor.
+        even: whether those are the even chunks that ``placements`` mean.
+    """
+    if isinstance(value, OwnedTensor):
+        fits = value.device_mesh == mesh and value.rows == rows
+    elif isinstance(value, DTensor):
+        fits = even and value.device_mesh == mesh and list(value.placements) == list(placements)
+    else:
+        return value
+    if fits:
         return value
     meet()  # all ranks, before a collective that one of them might not come to
     return value.full_tensor()
-
-
-def _state_of(
-    name: str, states: Mapping[str, Mapping[str, Any]], required: Set[str], keys: Iterable[str]
-) -> Mapping[str, Any] | None:
-    """The loaded state of a parameter; None where there is none and need not be."""
-    state = states.get(name)
-    if state is None and name not in required:
-        return None
-    missing = [key for key in ("step", *keys) if key not in (state or {})]
-    if missing:
-        raise ValueError(
-            f"the loaded state has no {', '.join(missing)} for {name}: it is of another model, of other groups, or of "
-            "another optimizer"
-        )
-    return state
 
 
 def _check_shape(name: str, key: str, value: Any, shape: Sequence[int]) -> None:
@@ -242,46 +216,45 @@ def _check_shape(name: str, key: str, value: Any, shape: Sequence[int]) -> None:
         )
 
 
-def _restore_elements(
-    holding: Holding, part: ElementwiseTensor | None, state: Mapping[str, Any] | None, names: Iterable[str]
-) -> None:
-    for key in names:
-        if state is None:
-            return
+def _restore_elements(part: ElementwiseTensor, state: Mapping[str, Any]) -> None:
+    holding = part.holding
+    for key in part.rule.state:
         value = state[key]
         _check_shape(holding.name, key, value, holding.shape)
-        if part is None:
-            continue
         if isinstance(value, DTensor):
             part.state[key].copy_(value.to_local().reshape(-1))
             continue
         for box in holding.cover.boxes(holding.group.rank, holding.shape):
             window = tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))
             view_of(part.state[key], box.offset, box.sizes, box.strides).copy_(value[window])
-    if part is not None and state is not None:
-        part.state["step"] = int(state["step"])
+    part.state[STEP] = int(state[STEP])
 
 
-def _restore_numbers(p: LowRank, state: Mapping[str, Any] | None) -> None:
-    if state is None:
-        return
+def _restore_low_rank(p: LowRank, state: Mapping[str, Any]) -> None:
+    name, count = p.holding.name, len(p.matrices)
     for matrix in p.matrices:
-        matrix.state["step"] = int(state["step"])
+        matrix.state[STEP] = int(state[STEP])
     for key in p.declared.matrix:
-        values = torch.as_tensor(state[key]).reshape(-1)
-        _check_shape(p.holding.name, key, values, (len(p.matrices),))
-        for matrix, value in zip(p.matrices, values.unbind(), strict=True):
-            matrix.state[key].copy_(value)
-
-
-def _chunk(p: LowRank, state: Mapping[str, Any] | None, key: str) -> Tensor:
-    """This rank's chunk of a loaded moment, (channels, r); zeros where nothing was loaded."""
-    start, stop = p.shares[p.holding.group.rank]
-    if state is None:
-        return torch.zeros((stop - start, p.shape(key)[1]), dtype=p.holding.compute_dtype, device=p.holding.device)
-    value = state[key]
-    _check_shape(p.holding.name, key, value, p.shape(key))
-    local: Tensor = value.to_local() if isinstance(value, DTensor) else value[start:stop]
-    if local.shape[0] != stop - start:
-        raise ValueError(f"the loaded {key} of {p.holding.name} has {local.shape[0]} channels, expected {stop - start}")
-    return local
+        numbers = state[key] if isinstance(state[key], Tensor) else torch.as_tensor(state[key])
+        if numbers.numel() != count:
+            _check_shape(name, key, numbers, (count,))
+        if isinstance(numbers, OwnedTensor):
+            mine = [e for e, _ in p.participants[p.holding.group.rank]]
+            known = dict(zip(mine, numbers.to_local().reshape(-1).unbind(), strict=False))
+        else:
+            known = dict(enumerate(numbers.reshape(-1).unbind()))
+        for e, number in known.items():
+            p.matrices[e].state[key].copy_(number)
+    for key in p.declared.channel:
+        value = state[key]
+        _check_shape(name, key, value, p.shape(key))
+        if isinstance(value, DTensor):
+            rows = value.to_local()
+        else:
+            parts = [value[start:stop] for start, stop in p.rows[p.holding.group.rank]]
+            rows = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else value[:0]
+        at = 0
+        for matrix in p.matrices:
+            slot = matrix.state[key]
+            slot.copy_(rows[at : at + len(slot)])
+            at += len(slot)

@@ -51,3 +51,8 @@ def copied(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.detach().clone()
     return {key: copied(one) for key, one in value.items()} if isinstance(value, Mapping) else value
+
+
+def step_tensor(step: Any) -> Tensor:
+    """A count of steps as torch's optimizers show it: float32, (), on the CPU."""
+    return torch.tensor(float(step), dtype=torch.float32)

@@ -16,7 +16,7 @@ from ..optimizers.param_groups import CHOOSE, Member, abbreviate, check_matrix, 
 from ..rules.base import Rules
 from ..sharding import detect
 from ..sharding.deepspeed import zero
-from ..sharding.local_shard import Holding, canonical_name
+from ..sharding.local_shard import PARAMETER_LAYOUTS, Holding, canonical_name
 from ..state.slots import Slot
 from .elementwise import ElementwiseTensor
 from .failing import Steps
@@ -174,7 +174,8 @@ def plan_step(
                 entries.setdefault(key, []).extend(Entry(holding, *pair, rules.matrix, group) for pair in listed)
                 continue
             result.elementwise_shapes.append(tuple(holding.shape))
-            if holding.numel:
+            # Of a parameter in ``param_groups`` every rank counts the steps, also where it has no element of it.
+            if holding.numel or holding.layout in PARAMETER_LAYOUTS:
                 result.elementwise.append(ElementwiseTensor(holding, rules.element, group, slots(holding.name)))
     result.groups = list(groups)
     result.facts = fingerprint(seed, groups, seen)
