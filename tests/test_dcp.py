@@ -5,7 +5,7 @@ import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
-from .dcp_runs import errors, load, make, save, train
+from .dcp_runs import errors, load, make, save, train, whole
 from .ranks import run_ranks
 
 TOLERANCE = 1e-9
@@ -87,18 +87,20 @@ def asking(rank: int, world: int) -> dict[str, object]:
     """What asking for a state dict does to an optimizer: nothing."""
     model, wrapped, optimizer = make("fsdp2", world)
     fresh = get_optimizer_state_dict(wrapped, optimizer)
-    found: dict[str, object] = {"steps": {s["step"] for s in fresh["state"].values()}}
+    found: dict[str, object] = {"steps": {float(s["step"]) for s in fresh["state"].values()}}
     found["zero"] = not any(bool(s["exp_avg"].to_local().any()) for s in fresh["state"].values())
     for step in range(4):
         train(model, wrapped, optimizer, range(step, step + 1))
         state = get_optimizer_state_dict(wrapped, optimizer)
     found["errors"] = errors(model, optimizer, 4)
-    # The first dimension in even chunks, on the parameter's mesh; numbers alike on all ranks.
+    # The first dimension as the owners have it; numbers alike on all ranks.
     moments = {name: s["exp_avg"] for name, s in state["state"].items()}
     found["kinds"] = all(isinstance(m, DTensor) for m in moments.values())
     found["shapes"] = {name: tuple(m.shape) for name, m in moments.items()}
     found["local"] = {name: tuple(m.to_local().shape) for name, m in moments.items()}
-    found["numbers"] = {name: torch.as_tensor(s.get("last_norm", 0.0)).tolist() for name, s in state["state"].items()}
+    found["numbers"] = {
+        name: whole(torch.as_tensor(s.get("last_norm", 0.0))).tolist() for name, s in state["state"].items()
+    }
     return found
 
 
@@ -112,6 +114,9 @@ def test_asking_for_the_state_changes_nothing():
     assert first["numbers"] == second["numbers"]
     # (9, 25) is wide: 25 channels; three experts of (8, 5) have 24; a norm is as it was.
     assert first["shapes"]["layers.1.linear.weight"] == (25, 3)
-    assert (first["local"]["layers.1.linear.weight"], second["local"]["layers.1.linear.weight"]) == ((13, 3), (12, 3))
+    owned = first["local"]["layers.1.linear.weight"], second["local"]["layers.1.linear.weight"]
+    assert owned[0][0] + owned[1][0] == 25
+    # Rows of a tall matrix are its channels, so torch's own even chunks.
+    assert (first["local"]["layers.0.linear.weight"], second["local"]["layers.0.linear.weight"]) == ((12, 3), (12, 3))
     assert first["shapes"]["layers.11.weight"] == (24, 3)
     assert first["shapes"]["layers.1.norm"] == (25,)
