@@ -237,7 +237,7 @@ def _judged(target: Target, value: Any, notes: list[str]) -> dict[str, Any]:
     if not by_matrix and _only_matrix(target, value):
         raise ValueError(
             f"the loaded state of {name} is low-rank, and here {name} takes {target.element_rule}: the choice of "
-            "low-rank matrices differs. Build the optimizer from the same groups, rank= and exclude= as when it was saved"
+            "low-rank matrices differs. Build the optimizer from the same groups, rank= and exclude= as before"
         )
     shapes = target.matrix if by_matrix and target.matrix is not None else target.element
     missing = [key for key in (STEP, *shapes) if key not in value]
