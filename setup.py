@@ -41,6 +41,7 @@ DEV = [
     "accelerate>=1.6",
     *LIGHTNING,
     "pytest>=8.0",
+    "pytest-xdist>=3.6",
     "ruff",
     "mypy>=1.11",
     "types-PyYAML",

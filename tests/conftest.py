@@ -10,7 +10,42 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from .slurm_cluster import fetch, reason_to_skip
+from .slurm_cluster import Cluster, fetch, reason_to_skip
+
+# Files whose cases share what one process of pytest makes, in the order in which they run: what sshd needs is mounted
+# for the last. All others stay together by file.
+GROUPS = dict.fromkeys(("test_slurm.py", "test_slurm_docs.py", "test_hostfile.py"), "cluster")
+# The longest groups start first, or one process would wait for the other at the end. The cluster's cases mostly wait.
+FIRST = ("cluster",)
+
+
+def file_of(nodeid: str) -> str:
+    """The name of a case's file."""
+    return nodeid.partition("::")[0].rpartition("/")[2]
+
+
+def group_of(nodeid: str) -> str:
+    """The group of a case: with pytest-xdist a group runs in one process, whose fixtures its cases share."""
+    return GROUPS.get(file_of(nodeid), file_of(nodeid))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest groups first, and all others in their order."""
+    first = {group: number for number, group in enumerate(FIRST)}
+    inside = {file: number for number, file in enumerate(GROUPS)}
+    items.sort(key=lambda item: (first.get(group_of(item.nodeid), len(FIRST)), inside.get(file_of(item.nodeid), 0)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """By groups, and not by xdist_group marks, which pytest-xdist 3.8 does not see under pytest 9.2."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByGroup(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return ByGroup(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -21,6 +56,21 @@ def slurm_packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if reason:
         pytest.skip(reason)
     return prefix
+
+
+@pytest.fixture(scope="session")
+def shared_cluster(slurm_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """The SLURM cluster of all tests, with eight nodes; take ``cluster``."""
+    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", slurm_packages, 8) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def cluster(shared_cluster: Cluster) -> Iterator[Cluster]:
+    """The cluster without any job, before and after the cases of a file."""
+    shared_cluster.clear()
+    yield shared_cluster
+    shared_cluster.clear()
 
 
 @pytest.fixture

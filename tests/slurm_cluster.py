@@ -13,6 +13,7 @@ from pathlib import Path
 import psutil
 
 from .pretrain_runs import ROOT, environment
+from .timeouts import allowed
 
 SCRIPT = Path(__file__).with_name("slurm_up.sh")
 
@@ -45,6 +46,7 @@ def _environment(prefix: Path) -> dict[str, str]:
     return {
         **kept,
         "SLURM_PREFIX": str(prefix),
+        "SLURM_TEST_KILL_WAIT": str(round(allowed(20))),
         "APOLLO_SITE": "/dev/null",
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -67,7 +69,11 @@ class Cluster:
 
     def _control(self, *words: object) -> None:
         done = subprocess.run(
-            ["bash", str(SCRIPT), *map(str, words)], env=self.environment, capture_output=True, text=True, timeout=120
+            ["bash", str(SCRIPT), *map(str, words)],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=allowed(120),
         )
         assert done.returncode == 0, done.stdout + done.stderr
 
@@ -90,6 +96,14 @@ class Cluster:
     def start_ssh(self) -> None:
         """An sshd on every node; the login node may log in."""
         self._control("ssh", self.folder)
+
+    def clear(self) -> None:
+        """Cancel what a failed test has left behind, and wait until no job is left."""
+        deadline = time.monotonic() + allowed(90)
+        while jobs := self.run("squeue", "--noheader", "--format=%A").split():
+            assert time.monotonic() < deadline, f"jobs {jobs} do not end"
+            self.run("scancel", *jobs)
+            time.sleep(1)
 
     def submit(self, *words: object, **options: str) -> Job:
         """``sbatch words``; the job's log goes into the cluster's folder."""
@@ -133,7 +147,7 @@ class Job:
 
     def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         """Wait until ``condition`` holds; an AssertionError with the job's log where it takes too long."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + allowed(seconds)
         while not condition():
             if time.monotonic() > deadline:
                 raise AssertionError(

@@ -9,8 +9,9 @@
 #   slurm_up.sh ssh DIR               an sshd on every node, which lets the login node in
 #   slurm_up.sh down DIR
 #
-# SLURM_PREFIX: where `fetch` unpacked. Nodes are n1, n2, ... at 10.77.0.1, ...; the login node, ctl, at 10.77.0.254;
-# `exec DIR ip link set v2 down` cuts off n2. Nodes claim two CPUs each, and no GPU.
+# SLURM_PREFIX: where `fetch` unpacked. SLURM_TEST_KILL_WAIT: seconds that a job gets to end by itself. Nodes are n1, n2,
+# ... at 10.77.0.1, ...; the login node, ctl, at 10.77.0.254; `exec DIR ip link set v2 down` cuts off n2. Nodes claim two
+# CPUs each, and no GPU.
 set -euo pipefail
 prefix="${SLURM_PREFIX:?where slurm_up.sh fetch has unpacked the packages}"
 libraries="$prefix/usr/lib/x86_64-linux-gnu"
@@ -73,7 +74,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=${SLURM_TEST_PREEMPT-preempt_send_user_signal}
 ReturnToService=2
 JobRequeue=1
-KillWait=10
+KillWait=${SLURM_TEST_KILL_WAIT:-20}
 MessageTimeout=10
 SlurmdTimeout=12
 SlurmctldTimeout=10

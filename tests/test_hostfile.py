@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from .pretrain_runs import ROOT, losses
 from .slurm_cluster import Cluster, ranks, steps_done
+from .timeouts import allowed
 
 pytestmark = pytest.mark.slow
 
@@ -22,10 +22,9 @@ OPTIONS = (
 
 
 @pytest.fixture(scope="module")
-def cluster(slurm_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("hosts") / "cluster", slurm_packages, 2) as made:
-        made.start_ssh()
-        yield made
+def hosts(cluster: Cluster) -> Cluster:
+    cluster.start_ssh()
+    return cluster
 
 
 def start(cluster: Cluster, folder: Path, *options: object) -> subprocess.Popen[str]:
@@ -41,23 +40,23 @@ def everything(folder: Path) -> str:
     return "".join(f"{path}:\n{path.read_text()}\n" for path in files)
 
 
-def test_trains_on_two_hosts_stops_when_asked_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
-    job = start(cluster, tmp_path, "--steps", 60, "--min_bandwidth", "0.0001")
+def test_trains_on_two_hosts_stops_when_asked_and_goes_on(hosts: Cluster, tmp_path: Path) -> None:
+    job = start(hosts, tmp_path, "--steps", 60, "--min_bandwidth", "0.0001")
     output = tmp_path / "run"
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + allowed(240)
     while steps_done(output) < 5:
         assert job.poll() is None and time.monotonic() < deadline, everything(tmp_path)
         time.sleep(0.1)
-    hosts = {rank: process.environ()["MASTER_ADDR"] for rank, process in ranks(output).items()}
-    assert hosts == {0: "n1", 1: "n1"}
+    masters = {rank: process.environ()["MASTER_ADDR"] for rank, process in ranks(output).items()}
+    assert masters == {0: "n1", 1: "n1"}
     (output / "STOP").touch()
-    assert job.wait(120) == 0, everything(tmp_path)
+    assert job.wait(allowed(120)) == 0, everything(tmp_path)
     reason = json.loads((output / "stopped.json").read_text())["reason"]
     assert reason == "STOP"
     reached = steps_done(output)
     assert reached < 60
 
-    job = start(cluster, tmp_path, "--steps", 60, "--skip_preflight")
-    assert job.wait(240) == 0, everything(tmp_path)
+    job = start(hosts, tmp_path, "--steps", 60, "--skip_preflight")
+    assert job.wait(allowed(240)) == 0, everything(tmp_path)
     assert f"resumed after step {reached}" in everything(tmp_path)
     assert sorted(losses(output)) == list(range(1, 61))

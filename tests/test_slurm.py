@@ -1,10 +1,10 @@
-"""The batch scripts on a real SLURM cluster of two nodes: to completion, and through everything that ends a job."""
+"""The batch scripts on two nodes of a real SLURM cluster: to completion, and through everything that ends a job."""
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,19 +15,14 @@ from .slurm_cluster import Cluster, Job, ranks, steps_done
 pytestmark = pytest.mark.slow
 
 SCRIPTS = {"fsdp": "launch/slurm_fsdp.sbatch", "deepspeed": "launch/slurm_deepspeed.sbatch"}
-SIZES = ["--nodes=2", "--gpus-per-node=0"]  # no GPU here: a rank for each node
+# No GPU here: a rank for each node. Always the same nodes, for jobs to get into each other's way.
+SIZES = ["--nodes=2", "--nodelist=n1,n2", "--gpus-per-node=0"]
 STEPS = 110  # some tenths of a second each
 TRAINING = (
     f"--recipe tiny --steps {STEPS} --warmup_steps 10 --batch_size 8 --final_eval_sequences 4 --checkpoint_every 25"
 ).split()
 ENGINES = {"fsdp": ["--engine", "fsdp2"], "deepspeed": ["--deepspeed_config", "ds_configs/zero2.json"]}
 PATIENCE = 400  # seconds, on a machine that has more to do
-
-
-@pytest.fixture(scope="module")
-def cluster(slurm_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("slurm") / "cluster", slurm_packages, 2) as made:
-        yield made
 
 
 @pytest.fixture(scope="module", params=sorted(SCRIPTS))
@@ -135,7 +130,7 @@ def test_goes_on_after_a_node_was_cut_off(
     cluster.run("ip", "link", "set", "v2", "down")
     try:
         job.wait_for(lambda: job.fact("Restarts") == "1", 120, "requeue")
-        job.wait_for(lambda: job.fact("JobState") == "PENDING", 60, "place in the queue")  # there is one node
+        job.wait_for(lambda: job.fact("JobState") == "PENDING", 60, "place in the queue")  # n2 is lost
     finally:
         cluster.run("ip", "link", "set", "v2", "up")
     job.wait(PATIENCE)
@@ -148,7 +143,8 @@ def test_a_cancelled_job_stays_away(cluster: Cluster, engine: str, tmp_path: Pat
     job = submit(cluster, engine, output, options=["--skip_preflight"])
     in_training(job, output)
     cluster.run("scancel", job.number)
-    job.wait(60, "CANCELLED")
+    job.wait(60, "CANCELLED")  # which SLURM says before the job has ended
+    job.wait_for(lambda: "not queued again" in job.log, 60, "last words")
     time.sleep(8)  # longer than a job that was queued again is held back
     assert job.fact("JobState") == "CANCELLED", job.log
     assert "not queued again" in job.log

@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +14,7 @@ import pytest
 from .pretrain_runs import ROOT, losses
 from .slurm_cluster import Cluster, Job, steps_done
 from .test_launch import BATCH, commands, value
+from .timeouts import allowed
 
 pytestmark = pytest.mark.slow
 
@@ -22,12 +23,6 @@ TINY = (
     "--recipe tiny --steps 60 --warmup_steps 4 --batch_size 4 --sequence_length 64 --eval_every 0 "
     "--final_eval_sequences 4"
 )
-
-
-@pytest.fixture(scope="module")
-def cluster(slurm_packages: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with Cluster(tmp_path_factory.mktemp("docs") / "cluster", slurm_packages, 8) as made:
-        yield made
 
 
 @pytest.mark.parametrize("script", BATCH)
@@ -149,7 +144,7 @@ class Shell:
 
 
 def until(condition: Callable[[], bool], seconds: float, story: Callable[[], str]) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + allowed(seconds)
     while not condition():
         assert time.monotonic() < deadline, story()
         time.sleep(0.1)
