@@ -10,6 +10,8 @@ import pytest
 
 from apollo_dist.integrations.extras import EXTRAS
 
+from .timeouts import allowed
+
 ROOT = Path(__file__).resolve().parent.parent
 # Runs in a process of its own. Each case blocks some modules, and imports and uses a fresh apollo_dist.
 CODE = """
@@ -45,7 +47,7 @@ for case in sys.argv[1:]:
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=200)
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=allowed(200))
 
 
 def test_the_core_needs_no_engine():
@@ -81,7 +83,7 @@ runpy.run_module({command!r}, run_name="__main__", alter_sys=True)
 def test_a_command_names_the_extra(tmp_path, module, command, arguments, extra):
     code = BLOCKED.format(module=module, command=command, arguments=[command, *arguments])
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=200,
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=allowed(200),
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 2, done.stderr
