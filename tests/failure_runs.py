@@ -31,6 +31,7 @@ from .engines import full_weights, initialize, prepare, zero_config
 from .models import Bag, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of
 from .reference import Reference
 from .sharded import fsdp1, fsdp2, tp, whole
+from .timeouts import allowed
 
 SHAPES = [(24, 6), (6, 24), (8, 8), (13, 4)]
 RANK, GAP = 3, 2
@@ -118,7 +119,7 @@ def attempt(work: Callable[[], Any], place: Place, culprit: int, kind: type[Base
     seconds = time.monotonic() - began
     if not gather(bool(raised))[culprit]:
         return NOT_REACHED if seen is None else f"{type(seen).__name__}: {seen}"
-    if seconds > 20:
+    if seconds > allowed(20):
         return f"took {seconds:.0f} s"
     if seen is None:
         return "nothing was raised"
