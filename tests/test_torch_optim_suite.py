@@ -504,3 +504,15 @@ def test_a_pre_hook_can_rename():
     other.register_load_state_dict_pre_hook(rename)
     other.load_state_dict(optimizer.state_dict())
     assert other.state_dict()["param_groups"][0]["param_names"] == ["new.0", "new.1", "new.2"]
+
+
+def test_keys_that_are_no_parameters_are_kept():
+    params, loss = problem()
+    optimizer = APOLLO(params, rank=2)
+    take(optimizer, loss, 1)
+    state = optimizer.state_dict()
+    optimizer.load_state_dict({**state, "state": {**state["state"], "mine": {"ema": 7}}})
+    assert optimizer.state["mine"] == {"ema": 7}
+    take(optimizer, loss, 1)
+    assert optimizer.state_dict()["state"]["mine"] == {"ema": 7}
+    assert copy.deepcopy(optimizer).state["mine"] == {"ema": 7}
