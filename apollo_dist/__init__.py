@@ -7,6 +7,7 @@ from .integrations.deepspeed import register
 from .integrations.hugging_face import register as register_hugging_face
 from .optimizers.base import APOLLO, APOLLOMini
 from .optimizers.param_groups import param_groups
+from .selection.describe import describe
 
 register(APOLLO, APOLLOMini)
 register_hugging_face(APOLLO, APOLLOMini)
@@ -17,6 +18,7 @@ __all__ = [
     "RankError",
     "__version__",
     "checkpoint",
+    "describe",
     "hugging_face",
     "layerwise",
     "param_groups",

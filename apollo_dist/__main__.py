@@ -12,10 +12,11 @@ from .integrations import run_command
 from .integrations.deepspeed_config import lint
 from .integrations.extras import after_failed_import
 from .planning import command as plan
+from .selection import command as choose
 
 # Modules with ``add_parser(subparsers)``; their parsers' default ``run`` takes the arguments and returns the exit code.
 # With the default ``takes_more``, arguments that the parser does not know reach it as ``more``.
-COMMANDS = (lint, verify, export, plan, preflight, reporting, run_command)
+COMMANDS = (lint, verify, export, plan, choose, preflight, reporting, run_command)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -217,7 +217,7 @@ def same_plan(model: str, world: int) -> bool:
     from torch.testing._internal.distributed.fake_pg import FakeStore
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from apollo_dist.optimizers.param_groups import low_rank_names
+    from apollo_dist.selection.choice import low_rank_names, of_model
     from apollo_dist.sharding.deepspeed.zero import Engine
     from apollo_dist.sharding.detect import read
     from apollo_dist.step.matrix import specs_of
@@ -241,7 +241,7 @@ def same_plan(model: str, world: int) -> bool:
             fully_shard(block, mesh=mesh)
         fully_shard(llama, mesh=mesh)
         names = {id(p): name for name, p in llama.named_parameters()}
-        chosen = low_rank_names(llama)
+        chosen = low_rank_names(of_model(llama, rank=1))
         start = time.perf_counter()
         found = []
         for holding in read(list(llama.parameters()), lambda p: names[id(p)], Engine()):

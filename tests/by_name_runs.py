@@ -7,7 +7,7 @@ message of the error that was expected.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -104,17 +104,37 @@ def log_line(stage: int) -> str:
     return "\n".join(lines)
 
 
-def choices(stage: int) -> tuple[list[str], list[str]]:
-    """The low-rank matrices of ``APOLLO(model)``, and those that are chosen by name."""
-    model = WithTable()
+def trained(name: str) -> tuple[nn.Module, Callable[[nn.Module], torch.Tensor]]:
+    """A model whose names alone would say something else, and a function that gives its loss."""
+    if name == "table":
+        return WithTable(), lambda engine: engine(torch.arange(5))
+    if name == "encoder":
+        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        return encoder, lambda engine: engine(torch.ones(1, 3, 8)).square().sum()
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=1,
+        num_local_experts=4, vocab_size=32,
+    )  # fmt: skip
+    batch = tokens(0, 0)
+    return MixtralForCausalLM(config), lambda engine: engine(input_ids=batch, labels=batch).loss
+
+
+def choices(stage: int, name: str) -> tuple[list[str], list[str]]:
+    """The low-rank matrices of ``APOLLO(model)``, and those of an optimizer that DeepSpeed builds by name."""
+    model, loss = trained(name)
     by_model = [name for name, _ in apollo_dist.param_groups(model, rank=2)[0]["params"]]
     engine = initialize(
         model, zero_config(stage, optimizer=optimizer_block(rank=2)), model_parameters=model.parameters()
     )
-    engine.backward(engine(torch.arange(5)))
+    engine.backward(loss(engine))
     engine.step()
-    state = engine.basic_optimizer.state_dict()["state"]
-    return by_model, [name for name, slot in state.items() if "last_norm" in slot]
+    low_rank = engine.basic_optimizer._choice.low_rank
+    state = {key.partition("[")[0] for key, slot in engine.basic_optimizer.named_state().items() if "last_norm" in slot}
+    assert state <= {key for key, is_low_rank in low_rank.items() if is_low_rank}
+    return by_model, [key for key, is_low_rank in low_rank.items() if is_low_rank]
 
 
 # Names that cannot be known.
@@ -159,7 +179,7 @@ def everything(rank: int, world: int) -> dict[str, Any]:
         "resumed": {stage: resumed(stage) for stage in STAGES},
         "accelerate": {f"ZeRO-{stage}": accelerate(stage) for stage in STAGES},
         "named": by_deepspeed(hugging_face_config, offloaded),
-        "choices": [choices(stage) for stage in STAGES],
+        "choices": {name: [choices(stage, name) for stage in STAGES] for name in ("table", "encoder", "mixtral")},
         "log": [log_line(stage) for stage in STAGES],
         "swapped": swapped(),
         "dropped": dropped(),

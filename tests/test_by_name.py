@@ -64,7 +64,9 @@ def test_optim_apollo_adamw_equals_one_process(results: list[dict[str, Any]]) ->
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", STAGES)
 def test_the_log_says_what_was_chosen(results: list[dict[str, Any]], stage: int) -> None:
-    line = results[0]["log"][stage]
+    left, line = results[0]["log"][stage].splitlines()
+    assert left.startswith("AdamW takes: model.embed_tokens.weight, "), left
+    assert "; lm_head.weight, " in left, left
     assert line.startswith("APOLLO: 14 matrices with 4,352 elements are low-rank (rank 4), 7 tensors"), line
     chosen = line.partition("; chosen: ")[2].split(", ")
     attention = [f"model.layers.*.self_attn.{p}_proj.weight (2)" for p in "qkvo"]
@@ -74,9 +76,24 @@ def test_the_log_says_what_was_chosen(results: list[dict[str, Any]], stage: int)
 
 @pytest.mark.slow
 def test_the_choice_is_that_of_the_model(results: list[dict[str, Any]]) -> None:
+    attention = ("in_proj_weight", "out_proj.weight")
+    linear = ("linear1.weight", "linear2.weight")
+    heads, experts = (f"self_attn.{part}_proj.weight" for part in "qkvo"), ("gate_up_proj", "down_proj")
+    wanted = {
+        "table": ["layers.0.up.weight"],
+        "encoder": [
+            name for i in range(2) for name in (*(f"layers.{i}.self_attn.{w}" for w in attention),
+            *(f"layers.{i}.{w}" for w in linear))
+        ],
+        "mixtral": [],
+    }  # fmt: skip
+    for part in (*heads, *(f"mlp.experts.{one}" for one in experts)):
+        wanted["mixtral"] += [f"model.layers.{i}.{part}" for i in range(2)]
     for result in results:
-        for by_model, by_name in result["choices"]:
-            assert by_model == by_name == ["layers.0.up.weight"]
+        for name, found in result["choices"].items():
+            for by_model, by_name in found:
+                assert by_model == by_name, name
+                assert sorted(by_name) == sorted(wanted[name])
 
 
 @pytest.mark.slow
@@ -91,7 +108,9 @@ def test_silent_replacements_are_refused_on_all_ranks(results: list[dict[str, An
 @pytest.mark.slow
 def test_names_that_cannot_be_known_are_errors(results: list[dict[str, Any]]) -> None:
     for result in results:
-        assert "1 of 22 parameters, the first of shape (5, 7), are not in the model" in result["stranger"]
+        assert (
+            "1 of 22 parameters, the first of shape (5, 7), are not in the model that is trained" in result["stranger"]
+        )
         assert "optimizer.attach(engine) before the first step" in result["around"]
     assert "14 matrices with 4,352 elements" in results[0]["attached"], results[0]["attached"]
 

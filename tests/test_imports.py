@@ -25,7 +25,8 @@ ALLOWED = {
     "exchange.plan": ("exchange.channels", "exchange.ownership", "sharding.regions"),
     "exchange": ("distributed", "sharding.local_shard", "sharding.regions"),
     "optimizers.options": (),
-    "optimizers.param_groups": ("optimizers.options", "sharding"),
+    "selection": ("sharding",),
+    "optimizers.param_groups": ("optimizers.options", "selection", "sharding"),
     "state.slots": (),
     "state.callers": (),
     "state.identity": ("sharding.local_shard",),
@@ -48,7 +49,7 @@ ALLOWED = {
     "integrations.deepspeed_config.unsupported": ("integrations.deepspeed_config.faults",),
     "integrations.extras": (),
     "integrations.hugging_face": ("integrations.import_hooks", "integrations.trainer_optim", "sharding"),
-    "planning": ("exchange", "optimizers", "pretrain", "rules", "sharding", "step"),
+    "planning": ("exchange", "optimizers", "pretrain", "rules", "selection", "sharding", "step"),
     "preflight": ("pretrain",),
 }
 PUBLIC = {

@@ -116,8 +116,8 @@ def bad_calls(rank, world):
         optimizer.step()
         optimizer.zero_grad()
     groups = len(optimizer.param_groups)
-    attempt("bad group", lambda: optimizer.add_param_group({"params": [extra], "rank": 9 if rank else 2}))
-    attempt("other lr", lambda: optimizer.add_param_group({"params": [extra], "lr": 0.1 * (rank + 1)}))
+    attempt("bad group", lambda: optimizer.add_param_group({"params": [("extra", extra)], "rank": 9 if rank else 2}))
+    attempt("other lr", lambda: optimizer.add_param_group({"params": [("extra", extra)], "lr": 0.1 * (rank + 1)}))
     attempt("tensor lr", lambda: build(world, lr=torch.tensor(0.1 * (rank + 1))))
     assert len(optimizer.param_groups) == groups
     saved = optimizer.state_dict()
@@ -147,7 +147,7 @@ def bad_calls(rank, world):
 
 def test_errors_are_raised_on_every_rank():
     expected = {
-        "bad group": "rank 1: ValueError: rank 9 is larger than param_",
+        "bad group": "rank 1: ValueError: rank 9 is larger than extra",
         "other lr": "ranks disagree: lr of parameter group",
         "tensor lr": "ranks disagree: lr of parameter group 0 is 0.1",
         "bad load": "rank 1: ValueError: the loaded state is of parameter groups with",

@@ -167,19 +167,22 @@ def test_a_bad_group_leaves_the_optimizer_as_it_was():
     extra = nn.Parameter(torch.ones(4, 4))
     for group, message in (
         ({"params": [model[0].weight]}, "is given twice, before as 0.weight"),
-        ({"params": [extra, extra]}, "is given twice, before as param_4"),
-        ({"params": [extra], "rank": 9}, "rank 9 is larger than param_4"),
-        ({"params": [extra], "lr": -1}, "parameter group 2: lr must be >= 0"),
+        ({"params": [extra]}, "parameter group 2: 1 of 1 parameters, the first of shape (4, 4), came without a name"),
+        ({"params": [("extra", extra), ("extra", extra)]}, "is given twice, before as extra"),
+        ({"params": [("extra", extra)], "rank": 9}, "rank 9 is larger than extra"),
+        ({"params": [("extra", extra)], "lr": -1}, "parameter group 2: lr must be >= 0"),
         ({"params": [extra], "ranks": 1}, "parameter group 2: unknown key 'ranks'. Did you mean 'rank'?"),
-        ({"params": [extra * 2], "rank": 2}, "can't optimize a non-leaf Tensor"),
+        ({"params": [("extra", extra * 2)], "rank": 2}, "can't optimize a non-leaf Tensor"),
         ({"params": {extra}}, "a set has none"),
         ({"params": [extra], "amsgrad": True}, "parameter group 2: amsgrad=True is not supported"),
-        ({"params": [torch.ones(2, dtype=torch.complex64)]}, "real floating-point parameters only"),
+        ({"params": [("extra", torch.ones(2, dtype=torch.complex64))]}, "real floating-point parameters only"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             optimizer.add_param_group(group)
         assert len(optimizer.param_groups) == before, message
-    optimizer.add_param_group({"params": [extra], "rank": 2, "foreach": None, "fused": True, "amsgrad": False})
+    optimizer.add_param_group(
+        {"params": [("extra", extra)], "rank": 2, "foreach": None, "fused": True, "amsgrad": False}
+    )
     assert not {"foreach", "fused", "amsgrad"} & set(optimizer.param_groups[-1])
 
 
@@ -240,8 +243,12 @@ def test_parameters_given_twice_or_as_torch_would_not_take_them():
         with pytest.raises(ValueError, match="is given twice"):
             APOLLO(params, rank=1)
     # One tensor is a list of one, and parameters without a name are named by position.
-    for params in (one, [("weight", one), two], [{"params": [one], "rank": 1}, {"params": [("weight", two)]}]):
+    for params in (one, [one, two], [{"params": [one], "rank": 1}, {"params": [two]}]):
         APOLLO(params, rank=1)
+    # As in torch, all parameters have names or none has.
+    for params in ([("weight", one), two], [{"params": [one], "rank": 1}, {"params": [("weight", two)]}]):
+        with pytest.raises(ValueError, match=r"came without a name|of earlier groups have none"):
+            APOLLO(params, rank=1)
     for params in ([], [1.0], {one}):
         with pytest.raises(ValueError, match=r"empty parameter list|must be tensors|a set has none"):
             APOLLO(params, rank=1)

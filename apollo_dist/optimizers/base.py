@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..distributed import agree, run_together, together
 from ..rules import adamw, apollo
 from ..rules.base import Rules
+from ..selection.kept import KeptChoice
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..state.callers import called_to_make_state
@@ -35,13 +36,14 @@ class APOLLO(GroupedOptimizer):
     lr, betas, eps, bias correction and decay.
 
     Args:
-        params: a model, which is best: attention and MLP matrices are found by name and become low-rank. Or parameter
-            groups, where a group with ``rank`` is low-rank and one without is AdamW; if no group has ``rank``, or for
-            parameters without groups, members are chosen by name (without names, every matrix). Parameters may come
-            as (name, parameter) pairs; under DeepSpeed the engine knows their names.
+        params: a model, which is best: linear maps inside repeated blocks become low-rank (``docs/choice.md`` has the
+            rule, ``apollo_dist.describe(model)`` prints the choice). Or parameter groups, where a group with ``rank``
+            is low-rank and one without is AdamW; if no group has ``rank``, or for parameters without groups, they are
+            chosen as for a model where it is known, else by name (without names, every matrix). Parameters may come
+            as (name, parameter) pairs, or with ``param_names`` in their group; all of them or none.
         lr: learning rate, a number or a tensor of one (which a step never waits for).
         betas, eps, weight_decay: as in AdamW; the decay is decoupled and acts on the new weight.
-        rank: r, for a model or for groups chosen by name. At most min(m, n) of every matrix.
+        rank: r, where the library chooses. Matrices (m, n) with min(m, n) < r go to AdamW, and the log names them.
         scale: the update is multiplied by its square root.
         scale_type: "channel" for one scaling factor for each channel, "tensor" for one for each matrix.
         update_proj_gap: steps between redraws of the projections.
@@ -52,7 +54,7 @@ class APOLLO(GroupedOptimizer):
             a ratio.
         disable_nl: turn the norm-growth limiter off.
         maximize: follow the negated gradients.
-        exclude: where matrices are chosen by name, a regular expression of names to leave to AdamW.
+        exclude: where the library chooses, a regular expression of names to leave to AdamW.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
         skip_nonfinite: leave a step out, on all ranks, with weights and states untouched, where a gradient on any of
@@ -105,6 +107,7 @@ class APOLLO(GroupedOptimizer):
             "scale_front": scale_front, "disable_nl": disable_nl, "maximize": maximize,
         }  # fmt: skip
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
+        self._choice = KeptChoice(exclude)
         self._process_group = process_group
         self._model = PresentModel(params if model is None and isinstance(params, nn.Module) else model)
         self._guard = NonFiniteGuard(plain(skip_nonfinite), plain(max_skipped_steps), process_group)
@@ -272,8 +275,8 @@ class APOLLO(GroupedOptimizer):
             engine,
             self._slot_source(),
             self.rules,
+            self._decide,
             seed=self.seed,
-            exclude=self.exclude,
             cache_projection=self.cache_projection,
             trained=self._trained,
             generation=self._generation,

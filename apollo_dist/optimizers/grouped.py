@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Set
+from collections.abc import Mapping, Sequence, Set
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..distributed import agree, rank_of, run_together, world_of
+from ..selection.choice import Parameter, check_matrix, name_pattern
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import canonical_name
@@ -29,16 +30,7 @@ from .model_changes import (
 )
 from .model_ref import PresentModel, find_model
 from .options import OPTIONS, check_group_keys, check_known, drop_other_keywords, make_plain, plain, validate_options
-from .param_groups import (
-    CHOOSE,
-    Member,
-    check_matrix,
-    choose,
-    member,
-    name_pattern,
-    param_groups,
-    split_params,
-)
+from .param_groups import CHOOSE, Member, check_named_alike, member, param_groups, split_params
 from .picklable import PicklableOptimizer
 from .stateful import given_twice
 
@@ -67,37 +59,86 @@ class GroupedOptimizer(PicklableOptimizer):
         name_pattern(self.exclude)
         given_model = isinstance(params, nn.Module)
         self._model.check(params)
-        groups = param_groups(params, exclude=self.exclude, **options) if given_model else _as_groups(params)
-        self._choose = all(group.get("rank") is None for group in groups)
-        if self.exclude is not None and not given_model and not self._choose:
+        # A group that says rank=None is AdamW's, unless no group says anything else.
+        if given_model:
+            groups = [{"rank": None, **group} for group in param_groups(params, exclude=self.exclude, **options)]
+        else:
+            groups = [_without_choice(group, options["rank"]) for group in _as_groups(params)]
+        self._from_model = given_model
+        self._choose = given_model or all(group.get("rank") is None for group in groups)
+        if self._choose and not given_model and all("rank" in group for group in groups):
+            groups = [{key: value for key, value in group.items() if key != "rank"} for group in groups]
+        if self.exclude is not None and not self._choose:
             raise ValueError(
                 f"exclude={self.exclude!r} has no effect on groups with a rank; put the parameters that it is to "
                 "exclude into a group without rank"
             )
         super().__init__(groups, options if self._choose else {**options, "rank": None})
-        if self._choose:
-            # Without names the choice waits for the engine's, at the first step; here only that there is any matrix.
-            named = all(m.named for m in self._members.values())
-            chosen = choose(self._members.values(), exclude=self.exclude if named else None)
-            if named:
-                for group, held in zip(self.param_groups, self._members_of_groups(), strict=True):
-                    for m in held:
-                        if m.name in chosen:
-                            check_matrix(m.name, m.shape, group["rank"])
+        if self._choose and not given_model:
+            if self._model.module is not None:
+                self._decide({key: m.name for key, m in self._members.items()}, zero.Engine())
+            else:
+                # The engine, or a model that is attached, may know more at the first step.
+                self._choice.check(self._to_choose({}), self.defaults["rank"])
+
+    def _decide(self, names: Mapping[int, str], engine: zero.Engine) -> Mapping[str, bool]:
+        """By name whether a parameter is low-rank that came in a group without a rank; decided once, then kept.
+
+        Args:
+            names: of the members by ``id``.
+            engine: DeepSpeed's part in this step, which may know the model.
+
+        Raises:
+            ValueError: if parameters cannot be named, or if nothing is low-rank.
+        """
+        module = engine.module if engine.module is not None else self._model.module
+        parameters = self._to_choose(names)
+        unnamed = [p for p in parameters if not p.named]
+        bare = [m for m in self._members.values() if m.choose and not m.named]
+        if bare and engine.wrapper is not None and module is None and not self._choice.covers(parameters):
+            raise ValueError(
+                "matrices are to be chosen by the model's structure, but DeepSpeed's engine was not found among the "
+                "callers of step(). Call engine.step(), or optimizer.attach(engine) before the first step"
+            )
+        if unnamed and module is not None:
+            raise ValueError(
+                f"{len(unnamed)} of {len(self._members)} parameters, the first of shape {unnamed[0].shape}, are not in "
+                f"the model that is trained ({type(module).__name__}), so they have no name to draw a projection by. "
+                "Pass that model's parameters, or (name, parameter) pairs"
+            )
+        self._choice.decide(parameters, self.defaults["rank"], module)
+        return self._choice.low_rank
+
+    def _expected_choice(self) -> Mapping[str, bool]:
+        """By name whether a parameter is low-rank, as far as it is known before the first step."""
+        parameters = self._to_choose({})
+        if not all(p.named for p in parameters):
+            return self._choice.low_rank
+        return self._choice.expected(parameters, self.defaults["rank"], self._model.module)
+
+    def _to_choose(self, names: Mapping[int, str]) -> list[Parameter]:
+        """The parameters that the library chooses among, under the names that are known by now."""
+        frozen = {id(p) for p in self._given if not p.requires_grad}
+        found = ((key, names.get(key, m.name), m) for key, m in self._members.items() if m.choose)
+        return [Parameter(key, name, m.shape, m.named or name != m.name, key in frozen) for key, name, m in found]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group; with ``rank`` it is low-rank, without it is AdamW. Every rank must call it.
 
-        If the optimizer was built from groups without any rank, members are chosen by name here as well.
+        If the optimizer was built from a model, or from groups without any rank, the matrices of a group that does not
+        say ``rank`` are chosen here as well, by the same rule. What was chosen before stays as it is. Frozen parameters
+        that ``APOLLO(model)`` holds, and that have never trained, move to the group.
 
         Raises:
             ValueError: on all ranks alike, for unknown keys, bad values, parameters that are there already, or that
-                cannot be low-rank in a group with ``rank``, or if ranks differ. The optimizer is then as it was.
+                cannot be low-rank in a group with ``rank``, for some parameters with names and others without, or if
+                ranks differ. The optimizer is then as it was.
         """
         if not self._constructed:
             self._add_group(param_group)
             return
-        groups, given, members = len(self.param_groups), len(self._given), dict(self._members)
+        before = [(g, list(g["params"]), list(g.get("param_names", ()))) for g in self.param_groups]
+        given, members, chosen = list(self._given), dict(self._members), dict(self._choice.low_rank)
         try:
             run_together(lambda: self._add_group(param_group), self._process_group)
             agree(
@@ -106,26 +147,34 @@ class GroupedOptimizer(PicklableOptimizer):
                 self._explain,
             )
         except BaseException:
-            del self.param_groups[groups:], self._given[given:]
-            self._members = members
+            del self.param_groups[len(before) :]
+            for group, params, names in before:
+                group.update(params=params, **({"param_names": names} if "param_names" in group else {}))
+            self._given, self._members, self._choice.low_rank = given, members, chosen
             raise
 
     def _add_group(self, param_group: dict[str, Any]) -> None:
         """The local part of ``add_param_group``."""
         group = dict(param_group)
+        if self._constructed and self._choose:
+            group = _without_choice(group, self.defaults["rank"])
         number = len(self.param_groups)
         check_seed_of_group(group, self.seed, f"parameter group {number}")
         drop_other_keywords(group, f"parameter group {number}")
         others = check_group_keys(group, f"parameter group {number}")
         make_plain(group)
-        pairs = self._model.named(split_params(group["params"]))
+        pairs = self._model.named(split_params(group["params"], group.pop(NAMES, None)))
+        named = next((m.named for m in self._members.values()), None)
+        check_named_alike(pairs, f"parameter group {number}", named)
         explicit = group.get("rank") is not None
+        choose = self._choose and "rank" not in group
         group["rank"] = group.get("rank", self.defaults["rank"] if self._choose else None)
-        if self._choose and not explicit:
+        if choose:
             group[CHOOSE] = True
         validate_options({**self.defaults, **group}, f"parameter group {number}")
-        found = [member(len(self._given) + i, name, tensor) for i, (name, tensor) in enumerate(pairs)]
+        found = [member(len(self._given) + i, name, tensor, choose=choose) for i, (name, tensor) in enumerate(pairs)]
         tensors = [tensor for _, tensor in pairs]
+        self._leave_groups(tensors)
         given_twice(zip((m.name for m in found), tensors, strict=True), self._members)
         added = dict(zip(map(id, tensors), found, strict=True))
         check_unique(m.name for m in [*self._members.values(), *added.values()])
@@ -134,18 +183,38 @@ class GroupedOptimizer(PicklableOptimizer):
                 raise ValueError(f"parameter group {number} asks for rank={group['rank']} but holds no matrix")
             for m in added.values():
                 check_matrix(m.name, m.shape, group["rank"])
-        group.pop(NAMES, None)
-        if found and all(m.named for m in found):
-            group[NAMES] = [m.name for m in found]
         group["params"] = tensors
+        if named or any(m.named for m in found):
+            group[NAMES] = [m.name for m in found]
+            for earlier in self.param_groups:  # empty so far, as this one may be
+                earlier.setdefault(NAMES, [])
         super().add_param_group(group)
         self._members.update(added)
         self._given += tensors
         self._frozen_once.update(m.name for m, p in zip(found, tensors, strict=True) if not p.requires_grad)
+        if self._constructed and choose and self._model.module is not None:
+            self._decide({key: m.name for key, m in self._members.items()}, zero.Engine())
         self._option_changes.remember(self.param_groups)
         if others and rank_of() == 0:
             keys = ", ".join(map(repr, others))
             logger.info("parameter group %d keeps %s, which APOLLO does not read", number, keys)
+
+    def _leave_groups(self, tensors: Sequence[Tensor]) -> None:
+        """Take parameters out of their groups that ``APOLLO(model)`` holds only because it holds the whole model.
+
+        These were frozen and have never trained. Whoever adds them to a group now has not passed them before.
+        """
+        for tensor in tensors if self._constructed and self._from_model else ():
+            name = self._members[id(tensor)].name if id(tensor) in self._members else None
+            if name not in self._frozen_once or name in self._trained:
+                continue
+            for group in self.param_groups:
+                kept = [i for i, p in enumerate(group["params"]) if p is not tensor]
+                for key in ("params", "param_names"):
+                    if key in group:
+                        group[key] = [group[key][i] for i in kept]
+            self._given = [p for p in self._given if p is not tensor]
+            del self._members[id(tensor)]
 
     def _has_state(self, group: dict[str, Any]) -> bool:
         """Whether any parameter of a group has state; what DeepSpeed puts in their places does from the first step."""
@@ -210,13 +279,25 @@ class GroupedOptimizer(PicklableOptimizer):
 
     def _attach_model(self, model: nn.Module, strict: bool) -> None:
         """``attach`` for a model; a collective."""
-        self._model = PresentModel(model)
-        run_together(lambda: self._follow(strict), self._process_group)
+
+        def local() -> None:
+            if self._slots and not all(m.named for m in self._members.values()):
+                raise ValueError(
+                    "attach comes before the first step: parameters that came without names have state by now, and "
+                    "projections that belong to their places in the list and not to their names in the model"
+                )
+            self._model = PresentModel(model)
+            self._follow(strict)
+
+        run_together(local, self._process_group)
 
     def _follow(self, strict: bool = False) -> None:
         """Take the model's parameters and names; may fail on one rank only."""
         self._model.check(None)
         self._members = self._model.follow(self.param_groups, self._members, strict=strict)
+        for group, held in zip(self.param_groups, self._members_of_groups(), strict=True):
+            if "param_names" not in group and all(m.named for m in self._members.values()):
+                group["param_names"] = [m.name for m in held]
         self._given, self._builds = [p for group in self.param_groups for p in group["params"]], {}
 
     def expect_state(self, names: Set[str]) -> None:
@@ -314,6 +395,18 @@ class GroupedOptimizer(PicklableOptimizer):
         # Under keys that are no ids, since those of freed tensors are used again.
         self._members = {-1 - i: m for i, m in enumerate(self._members.values())}
         self._given, self._builds = [], {}
+
+
+def _without_choice(group: dict[str, Any], rank: int) -> dict[str, Any]:
+    """A group of another APOLLO's ``param_groups`` as it was given to that: without a rank, if it came without."""
+    if not group.get(CHOOSE):
+        return group
+    if group.get("rank") not in (None, rank):
+        raise ValueError(
+            f"a parameter group comes from an APOLLO that chose matrices for rank {group['rank']}, and this one is to "
+            f"choose for rank {rank}: pass rank={group['rank']}, or give the group a rank and no {CHOOSE!r}"
+        )
+    return {key: value for key, value in group.items() if key not in (CHOOSE, "rank")}
 
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:

@@ -43,7 +43,7 @@ def attach(model: nn.Module, params: Any = None, *, mini: bool = False, **option
 
     Args:
         model: whose parameters are updated.
-        params: parameter groups, as ``APOLLO`` takes them; None: the model's parameters, chosen by name.
+        params: parameter groups, as ``APOLLO`` takes them; None: those of the model, as ``APOLLO(model)``.
         mini: take the defaults of ``APOLLOMini``.
         options: as of ``APOLLO``.
 

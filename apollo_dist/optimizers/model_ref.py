@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..sharding import dtensor, fsdp1
 from ..sharding.detect import logical_shape
 from ..sharding.local_shard import canonical_name
-from .param_groups import Member, member
+from .param_groups import CHOOSE, Member, member
 
 logger = logging.getLogger("apollo_dist")
 
@@ -112,17 +112,18 @@ class PresentModel:
         found: dict[int, Member] = {}
         replaced = 0
         for group in groups:
+            choose = bool(group.get(CHOOSE))
             for i, parameter in enumerate(group["params"]):
                 known, name = members.get(id(parameter)), names.get(id(parameter))
                 if known is not None and known.named and name is None and known.name in now:
                     group["params"][i] = current = now[known.name]
                     _check_shape(known, current)
-                    found[id(current)] = member(len(found), known.name, current)
+                    found[id(current)] = member(len(found), known.name, current, choose=choose)
                     replaced += 1
                 elif known is not None and (known.named or (name is None and not strict)):
                     found[id(parameter)] = known
                 elif name is not None:
-                    found[id(parameter)] = member(len(found), name, parameter)
+                    found[id(parameter)] = member(len(found), name, parameter, choose=choose)
                 else:
                     raise ValueError(
                         f"a parameter of shape {tuple(parameter.shape)} is not one of {type(self.module).__name__}'s, "

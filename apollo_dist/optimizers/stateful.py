@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..distributed import agree, rank_of, run_together
 from ..rules.base import Rules
+from ..selection.kept import KeptChoice
 from ..sharding import fsdp1
 from ..state import parameter_state
 from ..state.callers import called_to_load_into
@@ -27,7 +28,7 @@ from .model_changes import Planned, Watch
 from .model_ref import PresentModel
 from .option_changes import OptionChanges
 from .options import OPTIONS, make_plain, validate_options
-from .param_groups import CHOOSE, Member, choose
+from .param_groups import CHOOSE, Member
 from .targets import targets
 
 logger = logging.getLogger("apollo_dist")
@@ -47,6 +48,8 @@ class StatefulOptimizer(Optimizer):
     _guard: NonFiniteGuard
     _failures: Failures
     _choose: bool
+    _choice: KeptChoice
+    _from_model: bool
     _members: dict[int, Member]
     _given: list[Tensor]
     _slots: dict[str, Slot]
@@ -112,10 +115,6 @@ class StatefulOptimizer(Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As of any torch optimizer; the group says whose state it will hold."""
-        groups = [*self.param_groups, param_group]
-        if not all(NAMES in group for group in groups):
-            for group in groups:
-                group.pop(NAMES, None)
         super().add_param_group(param_group)
         identify(self.param_groups, self.seed)
 
@@ -284,18 +283,14 @@ class StatefulOptimizer(Optimizer):
         """The parameters that a state may be loaded for; None where an engine has put its own tensors into groups."""
         if any(id(p) not in self._members for group in self.param_groups for p in group["params"]):
             return None
-        by_name = [m for group in self.param_groups if group.get(CHOOSE) for m in self._members_in(group)]
         members = [self._members_in(group) for group in self.param_groups]
-        return targets(self.param_groups, members, self.rules, self._chosen_names(by_name))
+        return targets(self.param_groups, members, self.rules, self._expected_choice())
+
+    def _expected_choice(self) -> Mapping[str, bool]:
+        raise NotImplementedError
 
     def _members_in(self, group: Mapping[str, Any]) -> list[Member]:
         return [self._members[id(p)] for p in group["params"]]
-
-    def _chosen_names(self, members: Sequence[Member]) -> set[str] | None:
-        """The low-rank ones of parameters chosen by name; None where the choice waits for an engine's names."""
-        if not members or not all(m.named for m in members):
-            return None
-        return choose(self._members.values(), self._model.module, self.exclude)
 
     def _tensors(self, named: bool = False) -> list[Tensor]:
         """What is in ``param_groups``; where it must be ``named``, parameters that tools have put there are known."""

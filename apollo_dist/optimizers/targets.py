@@ -12,7 +12,7 @@ from .param_groups import CHOOSE, Member
 
 
 def targets(
-    groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]], rules: Rules, chosen: set[str] | None
+    groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]], rules: Rules, chosen: Mapping[str, bool]
 ) -> list[list[Target]]:
     """The parameters of each group as a loaded state meets them.
 
@@ -20,7 +20,8 @@ def targets(
         groups: parameter groups.
         members: of each group.
         rules: which declare the state.
-        chosen: the low-rank ones among parameters chosen by name; None where that is decided at the first step.
+        chosen: by name whether a parameter is low-rank that the library has decided on; others it decides on at the
+            first step.
     """
     shapes = [[_shapes(rules, m.shape, group) for m in held] for group, held in zip(groups, members, strict=True)]
     element = rules.element
@@ -53,8 +54,8 @@ def _shapes(rules: Rules, shape: tuple[int, ...], group: Mapping[str, Any]) -> d
     return found | {name: (count * channels, width) for name, width in declared.state.channel.items()}
 
 
-def _is_low_rank(group: Mapping[str, Any], name: str, chosen: set[str] | None) -> bool | None:
+def _is_low_rank(group: Mapping[str, Any], name: str, chosen: Mapping[str, bool]) -> bool | None:
     """Whether a parameter is low-rank; None where that is decided at the first step."""
     if group["rank"] is None or not group.get(CHOOSE):
         return group["rank"] is not None
-    return None if chosen is None else name in chosen
+    return chosen.get(name)

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..exchange.plan import MatrixSpec, Plan, make_plan
-from ..optimizers.param_groups import check_matrix, is_low_rank_name
 from ..rules.adamw import AdamW
 from ..rules.apollo import APOLLO
 from ..rules.base import ElementRule, MatrixRule, Rules
+from ..selection.choice import check_any, check_matrix, low_rank_names, of_names
 from ..sharding.local_shard import Cover, matrices, matrix_name
 from ..sharding.regions import FlatCover, Range, Tile, cut_ranges, even_ranges, row_ranges
 from ..step.matrix import exchanged
@@ -65,7 +65,7 @@ def estimate(
         world: ranks of the shard group.
         layout: "whole" (one process, DDP, ZeRO-0), "fsdp1" (every numbered block wrapped, and the root), "fsdp2"
             (rows; the wrapping makes no difference), "zero" (ZeRO-1 and 2) or "zero3".
-        low_rank: names of the low-rank parameters; by default chosen by name and shape.
+        low_rank: names of the low-rank parameters; by default chosen by name and shape, as no model is known.
         sub_group_size: DeepSpeed's option of that name, for "zero3".
         compute_bytes: size of an element that FSDP1 computes in, by which it aligns parameters.
         rules: of the optimizer; by default APOLLO's.
@@ -77,8 +77,11 @@ def estimate(
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if world < 1:
         raise ValueError(f"world must be at least 1, got {world}")
-    chosen = {name for name, shape in shapes.items() if is_low_rank_name(name, tuple(shape))}
-    chosen = chosen if low_rank is None else set(low_rank)
+    if low_rank is None:
+        choice = of_names({name: tuple(shape) for name, shape in shapes.items()}, rank)
+        check_any(choice, f"{len(shapes)} parameters", rank)
+        low_rank = low_rank_names(choice)
+    chosen = set(low_rank)
     options = {"rank": rank, "scale_type": scale_type, "disable_nl": disable_nl}
     ranks = 1 if layout == "whole" else world
     low = {name: tuple(shape) for name, shape in shapes.items() if name in chosen}

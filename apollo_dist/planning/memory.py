@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..optimizers.param_groups import is_low_rank_name
+from torch import nn
+
 from ..pretrain.config import ModelConfig
+from ..selection.choice import check_any, low_rank_names, of_model
 from .activations import Activations, activations
 from .estimate import Estimate, divide, estimate, estimate_plans, shard_numel, units
 from .fake import meta_model, read_fsdp2
@@ -115,11 +117,12 @@ def forecast(name: str, model: ModelConfig, options: Options) -> Forecast:
         options: engine, machines, precision.
 
     Raises:
-        ValueError: if APOLLO's rank is larger than a matrix allows.
+        ValueError: if APOLLO's rank is larger than all matrices allow.
     """
     module = meta_model(model, options.sequence_length)
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
-    low = {n for n, shape in shapes.items() if is_low_rank_name(n, shape)}
+    low = {kind: _low_rank(module, rank) for kind, rank in (("apollo", options.rank), ("apollo-mini", MINI["rank"]))}
+    low["adamw"] = low["apollo"]
     estimates = _estimates(module, shapes, low, options)
     each = {
         chosen: activations(
@@ -133,14 +136,15 @@ def forecast(name: str, model: ModelConfig, options: Options) -> Forecast:
         )
         for chosen in (False, True)
     }
-    common = _common(shapes, low, options, options.micro_batch * each[options.checkpointing].peak)
+    activation_bytes = options.micro_batch * each[options.checkpointing].peak
+    common = {kind: _common(shapes, chosen, options, activation_bytes) for kind, chosen in low.items()}
     return Forecast(
         name=name,
         parameters=_numel(shapes),
         options=options,
         ranks={
             optimizer: tuple(
-                _placed(replace(common, state=state, exchange=buffer), options)
+                _placed(replace(common[optimizer], state=state, exchange=buffer), options)
                 for state, buffer in zip(found.state_bytes, found.buffer_bytes, strict=True)
             )
             for optimizer, found in estimates.items()
@@ -152,7 +156,14 @@ def forecast(name: str, model: ModelConfig, options: Options) -> Forecast:
     )
 
 
-def _estimates(module: Any, shapes: Shapes, low: set[str], options: Options) -> dict[str, Estimate]:
+def _low_rank(module: nn.Module, rank: int) -> set[str]:
+    """Names of the low-rank matrices; ValueError if there are none."""
+    choice = of_model(module, rank)
+    check_any(choice, "the model", rank)
+    return low_rank_names(choice)
+
+
+def _estimates(module: Any, shapes: Shapes, low: Mapping[str, set[str]], options: Options) -> dict[str, Estimate]:
     """State and exchange of the three optimizers, for every rank of a shard group."""
     kinds = {"apollo": {"rank": options.rank, "scale_type": options.scale_type}, "apollo-mini": MINI}
     shards = options.shards
@@ -170,7 +181,7 @@ def _estimates(module: Any, shapes: Shapes, low: set[str], options: Options) -> 
             **chosen,
             world=shards,
             layout=options.layout,
-            low_rank=low,
+            low_rank=low[kind],
             sub_group_size=options.sub_group_size,
             compute_bytes=options.compute_bytes,
         )

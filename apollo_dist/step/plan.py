@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..integrations.deepspeed import refuse
 from ..optimizers.options import OPTIONS
-from ..optimizers.param_groups import CHOOSE, Member, abbreviate, check_matrix, choose
+from ..optimizers.param_groups import CHOOSE, Member
 from ..rules.base import Rules
+from ..selection.choice import check_matrix
+from ..selection.verdict import abbreviate
 from ..sharding import detect
 from ..sharding.deepspeed import zero
 from ..sharding.local_shard import PARAMETER_LAYOUTS, Holding, canonical_name
@@ -36,7 +38,7 @@ class StepPlan:
         elementwise_shapes: shapes of the other parameters, wherever they are held.
         holdings: of every parameter, also those of which this rank holds nothing, with its group.
         facts: what all ranks must agree on before the first exchange.
-        chosen: for the log, which matrices were chosen by name; "" where groups with a rank say it.
+        chosen: for the log, which matrices the library chose; "" where groups with a rank say it.
         groups: ``param_groups``, kept like the tensors.
         idle: parameters that are frozen and never trained: name, tensor, group. They have no state and no part in the
             exchange.
@@ -119,9 +121,9 @@ def plan_step(
     engine: zero.Engine,
     slots: Callable[[str], Slot],
     rules: Rules,
+    decide: Callable[[Mapping[int, str], zero.Engine], Mapping[str, bool]],
     *,
     seed: int,
-    exclude: str | None,
     cache_projection: bool | str,
     trained: Mapping[str, int] | None = None,
     generation: int = 0,
@@ -134,8 +136,10 @@ def plan_step(
         engine: DeepSpeed's part in this step.
         slots: returns the state of a matrix or tensor by name: empty, or filled by an earlier build or a load.
         rules: of matrices, and of other parameters.
+        decide: takes the names of the members by ``id`` and the engine, and returns by name whether a parameter of a
+            group without a rank of its own is low-rank.
         seed: of the projections.
-        exclude, cache_projection: as in ``APOLLO``.
+        cache_projection: as in ``APOLLO``.
         trained: parameters that have state, by name, each with the generation in which it began. Others that are
             frozen at present are ``idle``.
         generation: of the parameters that begin now. Who owns a channel depends on what is planned together, so a
@@ -148,11 +152,10 @@ def plan_step(
         refuse(engine.driver)
     trained = {} if trained is None else trained
     names = _names(members, engine)
-    by_name = any(group.get(CHOOSE) for group in groups)
-    chosen = _choice(members, names, engine, exclude) if by_name else None
+    chosen = decide(names, engine)
     result = StepPlan([], rules)
-    if chosen is not None:
-        result.chosen = f"; chosen: {abbreviate(name for name in names.values() if name in chosen)}"
+    if any(group.get(CHOOSE) for group in groups):
+        result.chosen = f"; chosen: {abbreviate(name for name in names.values() if chosen.get(name))}"
     parts = {names[key]: m.part for key, m in members.items()}
     entries: dict[tuple[Any, ...], list[Entry]] = {}
     seen: list[list[Member]] = []
@@ -202,31 +205,11 @@ def _shard_group_step(
     return group_step
 
 
-def _choice(
-    members: Mapping[int, Member], names: Mapping[int, str], engine: zero.Engine, exclude: str | None
-) -> set[str]:
-    """The low-rank members of groups without any rank; under DeepSpeed those that ``APOLLO(model)`` would take."""
-    known = [Member(names[key], m.shape, m.dtype, m.named or names[key] != m.name) for key, m in members.items()]
-    if engine.wrapper is not None and engine.module is None and not all(m.named for m in members.values()):
-        raise ValueError(
-            "matrices are to be chosen by name, but DeepSpeed's engine was not found among the callers of step(). "
-            "Call engine.step(), or optimizer.attach(engine) before the first step"
-        )
-    unnamed = [m for m in known if not m.named]
-    if unnamed and engine.module is not None:
-        raise ValueError(
-            f"{len(unnamed)} of {len(known)} parameters, the first of shape {unnamed[0].shape}, are not in the model "
-            f"that DeepSpeed trains ({type(engine.module).__name__}), so they have no name to draw a projection by. "
-            "Pass that model's parameters, or (name, parameter) pairs"
-        )
-    return choose(known, engine.module, exclude)
-
-
-def is_low_rank(group: Mapping[str, Any], name: str, chosen: set[str] | None) -> bool:
-    """Whether a parameter of a group is low-rank: by the group's rank, or by name where the group has no own rank."""
+def is_low_rank(group: Mapping[str, Any], name: str, chosen: Mapping[str, bool]) -> bool:
+    """Whether a parameter of a group is low-rank: by the group's rank, or as chosen where it has none of its own."""
     if group["rank"] is None:
         return False
-    return not group.get(CHOOSE) or chosen is None or name in chosen
+    return not group.get(CHOOSE) or chosen[name]
 
 
 def _names(members: Mapping[int, Member], engine: zero.Engine) -> dict[int, str]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from ...optimizers.base import APOLLO, APOLLOMini
-from ...optimizers.param_groups import name_pattern
+from ...selection.choice import name_pattern
 from .faults import installed, not_yet
 from .keys import DEEPSPEED_AUTO, HUGGING_FACE_AUTO, LENIENT, MESH, OUTDATED, STRICT, TOP_LEVEL
 from .unsupported import unsupported
