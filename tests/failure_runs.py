@@ -19,10 +19,10 @@ from apollo_dist import APOLLO, RankError, checkpoint, layerwise
 from apollo_dist.checkpoint import contents, folder, loading, saving, shards
 from apollo_dist.distributed import gather
 from apollo_dist.exchange import collectives
-from apollo_dist.optimizers import base, grouped, in_backward, stateful
+from apollo_dist.optimizers import base, grouped, in_backward
 from apollo_dist.rules import adamw
 from apollo_dist.sharding import detect, dtensor
-from apollo_dist.state import parameter_state, slots
+from apollo_dist.state import loaded, parameter_state, slots
 from apollo_dist.step import apply as applying
 from apollo_dist.step import nonfinite, plan, run, shard_group
 from apollo_dist.step.matrix import Matrix
@@ -344,7 +344,7 @@ def others(rank: int, world: int, root: str) -> dict[str, str]:
     calls: dict[str, tuple[Callable[[], Any], list[Place]]] = {
         "load_state_dict": (
             load,
-            [(stateful, "copied", 1), (parameter_state, "_restore_elements", 1), (parameter_state, "_fitting", 2)],
+            [(loaded, "copied", 1), (parameter_state, "_restore_elements", 1), (parameter_state, "_fitting", 2)],
         ),
         "building": (
             lambda: Native("fsdp2", rank, world),
@@ -366,7 +366,7 @@ def others(rank: int, world: int, root: str) -> dict[str, str]:
         ),
         "inside backward": (
             lambda: _in_backward(world),
-            [(in_backward, "_check_model", 1), (in_backward, "_check_parameter", 2), (Matrix, "partial", 1)],
+            [(in_backward, "_check_model", 1), (in_backward, "_check_parameter", 2), (*STEPPING["projecting"][:2], 1)],
         ),
     }  # fmt: skip
     wrong = {}
