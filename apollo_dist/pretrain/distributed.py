@@ -12,7 +12,7 @@ from typing import TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from apollo_dist.distributed import described, raised_together
+from apollo_dist.distributed import described, raised_together, world_of
 
 T = TypeVar("T")
 
@@ -94,14 +94,15 @@ class Ranks:
 def alike() -> Iterator[None]:
     """Turn an error that every rank raises, as those of APOLLO's are, into `SetupError`.
 
-    Where only one rank failed it raises its own error, of any type, and the others a RankError.
+    Where only one rank failed it raises its own error, of any type, and the others a RankError. In a single process a
+    file or folder that cannot be read or written counts as known to all; other types are faults, and keep their traces.
     """
     try:
         yield
     except Exception as error:
         if isinstance(error, ValueError):
             raise SetupError(str(error)) from error
-        if raised_together(error):
+        if raised_together(error) or (world_of() == 1 and isinstance(error, OSError)):
             raise SetupError(str(error) if isinstance(error, OSError) else described(error)) from error
         raise
 
