@@ -154,7 +154,7 @@ def stranger() -> str:
 
 
 def around_the_engine(attach: bool) -> str:
-    """A step of DeepSpeed's wrapper without its engine, which knows the model."""
+    """What is logged in a step of DeepSpeed's wrapper, without its engine; or the error."""
     model = llama()
     config = zero_config(2, optimizer=optimizer_block(rank=RANK))
     engine = initialize(model, config, model_parameters=model.parameters())

@@ -111,8 +111,13 @@ def test_names_that_cannot_be_known_are_errors(results: list[dict[str, Any]]) ->
         assert (
             "1 of 22 parameters, the first of shape (5, 7), are not in the model that is trained" in result["stranger"]
         )
-        assert "optimizer.attach(engine) before the first step" in result["around"]
-    assert "14 matrices with 4,352 elements" in results[0]["attached"], results[0]["attached"]
+
+
+def test_a_step_of_the_wrapper_knows_the_engine(results: list[dict[str, Any]]) -> None:
+    """``deepspeed.initialize`` tells it; ``attach`` may tell it once more. Only the first rank logs."""
+    for how in ("around", "attached"):
+        assert "14 matrices with 4,352 elements" in results[0][how], results[0][how]
+        assert results[1][how] == "", how
 
 
 # Without processes.
