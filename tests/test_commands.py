@@ -65,6 +65,15 @@ def test_env_with_an_unreadable_file_prints_the_rest(
     assert "cannot be read: " in printed
 
 
+def test_env_with_a_model_shows_its_matrices(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("transformers")
+    assert main(["env", "--model", "gpt2", "--rank", "64"]) == 0
+    printed = capsys.readouterr().out.partition("choice of matrices, rank 64: gpt2")[2]
+    assert "transformer.h.*.mlp.c_fc.weight" in printed
+    assert main(["env", "--model", "no_such_model"]) == 2
+    assert "cannot be read: " in capsys.readouterr().out
+
+
 PROGRAM = """
 import sys, apollo_dist, helper
 with open(sys.argv[-1], "w") as file:

@@ -31,21 +31,26 @@ SLURM = ("SLURM_JOB_NUM_NODES", "SLURM_NTASKS", "SLURM_GPUS_PER_NODE", "SLURM_CP
 SECRET = ("KEY", "PASSWORD", "SECRET", "TOKEN")
 
 
-def report(deepspeed_config: str | None = None) -> int:
+def report(model: str | None = None, rank: int = 256, deepspeed_config: str | None = None) -> int:
     """Print the report.
 
     Args:
+        model: as of ``python -m apollo_dist choose``; None: without a choice of matrices.
+        rank: of the projections.
         deepspeed_config: path of a DeepSpeed JSON; None: without an engine.
 
     Returns:
-        0, or 2 where the file cannot be read, which is printed as well: the rest is still of use.
+        0, or 2 where the model or the file cannot be read, which is printed as well: the rest is still of use.
     """
     lines = [*software(), *devices(), *variables(os.environ)]
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:{width}}  {value}")
     code = 0
-    for title, source, describe in (("DeepSpeed configuration", deepspeed_config, engine),):
+    for title, source, describe in (
+        (f"choice of matrices, rank {rank}", model, lambda given: choice(given, rank)),
+        ("DeepSpeed configuration", deepspeed_config, engine),
+    ):
         if source is None:
             continue
         print(f"\n{title}: {source}")
@@ -105,6 +110,17 @@ def variables(environment: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     for name in sorted(environment):
         if name in SLURM or (name.startswith(PREFIXES) and not any(word in name for word in SECRET)):
             yield name, environment[name]
+
+
+def choice(source: str, rank: int) -> list[str]:
+    """The table of ``python -m apollo_dist choose``."""
+    from ..selection.choice import of_model
+    from ..selection.command import meta_model
+    from ..selection.describe import table
+
+    if rank < 1:
+        raise ValueError(f"--rank must be at least 1, got {rank}")
+    return table(of_model(meta_model(source), rank, None).values()).splitlines()
 
 
 def engine(path: str) -> Iterator[str]:
