@@ -5,8 +5,8 @@
 #
 #   --fast    leaves out the tests marked slow (more than about 20 seconds on two idle cores); without it all are run
 #
-#   APOLLO_TEST_JOBS=2             how many processes of pytest share the files; 0: one, which --pdb needs. A test starts
-#                                  up to four ranks of its own, so one for each core is plenty
+#   APOLLO_TEST_JOBS=0             how many processes of pytest share the files, side by side; 0: one. Two are faster on two
+#                                  cores, but tests of jobs that are killed at a given moment may then be late
 #   APOLLO_TEST_TIMEOUT_SCALE=1    multiplies every deadline of the tests, for machines that have more to do
 #
 # Ends with pytest's closing line; the exit status is that of the first step that failed.
@@ -40,5 +40,5 @@ say "shellcheck"
 shellcheck -x launch/*.sh launch/*.sbatch launch/site.env.example benchmarks/*.sh tests/*.sh
 say "pytest"
 # The cases of a file run in one process; tests/conftest.py says which files share one, and which start first.
-python -m pytest -n "${APOLLO_TEST_JOBS:-2}" --no-loadscope-reorder \
+python -m pytest -n "${APOLLO_TEST_JOBS:-0}" --no-loadscope-reorder \
     "${pytest_args[@]+"${pytest_args[@]}"}"
