@@ -127,6 +127,11 @@ def test_tied_weights_are_embeddings() -> None:
     model.layers[2]["out"].weight = model.embed.weight
     assert "embed.weight" in left(model)
     assert of_model(model, 4)["embed.weight"].verdict.why == "embedding; tied to layers.2.out.weight"
+    # Also where the embedding comes last.
+    late = nn.ModuleDict({"layers": nn.ModuleList([Block()]), "table": nn.Embedding(64, 64)})
+    late["table"].weight = late.layers[0].mlp.weight
+    assert left(late) == {"layers.0.mlp.weight"}
+    assert of_model(late, 4)["layers.0.mlp.weight"].verdict.why == "tied to table.weight: embedding"
     # Two linear maps in blocks may share a weight.
     model = Net()
     model.layers[1].mlp.weight = model.layers[0].mlp.weight
@@ -296,6 +301,9 @@ def test_experts_and_what_routes_to_them() -> None:
     listed = nn.ModuleList([nn.ModuleDict({"up": linear(64, 96), "down": linear(96, 64)}) for _ in range(8)])
     both = {f"experts.{i}.{part}.weight" for i in range(8) for part in ("up", "down")}
     assert found(moe(listed, linear(64, 8))) == both
+    # Blocks beside a block of experts do not route to them, whatever they give.
+    blocks = nn.ModuleList([GroupedExperts((8, 64, 64)), nn.ModuleDict({"linear": linear(64, 8)})])
+    assert chosen(nn.ModuleDict({"layers": blocks}), rank=1) == {"layers.0.weight", "layers.1.linear.weight"}
     # A linear map beside a list of something else is no router.
     assert "layers.0.moe.shared.weight" in chosen(moe(listed, linear(64, 8), shared=linear()))
 
@@ -607,6 +615,9 @@ def test_a_model_that_is_attached_later_changes_nothing() -> None:
     assert before == {"layers.0.map.weight", "layers.0.table.weight"}
     optimizer.attach(model)
     assert stepped(optimizer) == before
+    model.layers.append(nn.ModuleDict({"map": linear(), "table": nn.Embedding(8, 64)}))
+    optimizer.add_param_group({"params": list(model.layers[1].parameters())})
+    assert stepped(optimizer) == before | {"layers.1.map.weight"}
     bare = APOLLO(model.parameters(), rank=4)
     stepped(bare)
     with pytest.raises(ValueError, match="attach comes before the first step"):

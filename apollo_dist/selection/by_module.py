@@ -121,7 +121,7 @@ def _beside(tree: Tree, experts: str) -> Iterator[str]:
     """Modules beside experts: in the module that holds them, and in those that hold that, up to the block."""
     yield from tree.children(experts)  # where a module holds both its stacks and a router
     path = experts
-    while path:
+    while path and path not in tree.blocks:  # what stands beside a block is another block
         above = parent_of(path)
         yield from (child for child in tree.children(above) if child != path)
         if above in tree.blocks or parent_of(above) in tree.blocks:
