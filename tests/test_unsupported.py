@@ -214,4 +214,7 @@ def test_the_error_says_so_on_all_ranks():
     expected |= {f"{way.__name__} {key}": key for key in CONFIGS for way in (by_instance, by_name)}
     for name, text in expected.items():
         assert text in first.get(name, "no error"), (name, first.get(name))
+    # Each rank raises its own error: under FSDP1 it names a parameter that this rank should hold a part of.
+    gathered = [found.pop("fsdp1_gathered") for found in (first, second)]
+    assert all("the module is gathered" in text for text in gathered), gathered
     assert first == second

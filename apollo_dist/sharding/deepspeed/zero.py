@@ -88,7 +88,10 @@ def find(optimizer: object) -> Engine:
     wrapper, driver, warming_up = None, None, False
     frame = sys._getframe(1)
     while frame is not None:
-        caller = frame.f_locals.get("self")
+        # Only DeepSpeed's own frames: to ask a frame for its locals keeps them alive for as long as it runs, and the
+        # frames of a training script hold models.
+        inside = str(frame.f_globals.get("__name__", "")).partition(".")[0] == "deepspeed"
+        caller = frame.f_locals.get("self") if inside else None
         if isinstance(caller, base.DeepSpeedOptimizer) and getattr(caller, "optimizer", None) is optimizer:
             wrapper = caller
             warming_up = warming_up or frame.f_code.co_name == "initialize_optimizer_states"
