@@ -15,7 +15,8 @@ ALLOWED = {
     "kernels": (),
     "rules.base": (),
     "rules": ("kernels",),
-    "projections.gaussian": (),
+    "projections.philox": (),
+    "projections.gaussian": ("projections.philox",),
     "projections": ("kernels", "sharding.regions"),
     "distributed": (),
     "sharding.regions": (),
@@ -61,6 +62,7 @@ PUBLIC = {
     "apollo_dist.layerwise",
     "apollo_dist.optimizers.param_groups",
     "apollo_dist.projection",
+    "apollo_dist.projections.philox",
 }
 NO_DISTRIBUTED = (
     "kernels",

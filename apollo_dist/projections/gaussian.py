@@ -1,28 +1,20 @@
 """Random projections that every rank can draw alone, in any piece.
 
 ``P`` of a matrix is a pure function of (seed, name, refresh): element (k, j) is computed from a counter that
-encodes k and j and from a hash of (seed, name, refresh), with the counter-based generator Philox 4x32-10
-(Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11). So a rank that holds columns a..b of a
-matrix draws just the slab of ``P`` it needs, no projection is ever sent or saved, and a run resumed on other
-hardware draws the same ones.
-
-torch's own generators do not serve here: the CPU's and CUDA's streams differ, and CUDA's depends on the size of
-the GPU.
+encodes k and j and from a hash of (seed, name, refresh), with the counter-based generator of ``philox.py``. So a
+rank that holds columns a..b of a matrix draws just the slab of ``P`` it needs, no projection is ever sent or saved, and
+a run resumed on other hardware draws the same ones.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-_MASK32 = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_WEYL = (0x9E3779B9, 0xBB67AE85)
-_ROUNDS = 10
+from .philox import MASK32, philox_4x32_10, words_of
 
 # How many counters are drawn together: on CPU the int64 temporaries then stay in the cache; on accelerators they are
 # 8 MiB each, so that a kernel should have more to do than its launch takes (by what is known of both, not measured).
@@ -30,38 +22,9 @@ _COUNTERS = {"cpu": 1 << 17}
 _COUNTERS_ACCELERATOR = 1 << 20
 
 
-def philox_4x32_10(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox 4x32 with 10 rounds: four random words for each 128-bit counter.
-
-    Args:
-        counter: four int64 tensors of broadcastable shapes, each value in [0, 2**32).
-        key: two int64 tensors, values in [0, 2**32), of shapes that broadcast with the counter's and are no larger than
-            those of its last two words.
-
-    Returns:
-        Four int64 tensors, values in [0, 2**32), bit-exact on every device.
-    """
-    c0, c1, c2, c3 = counter
-    rounds = torch.arange(_ROUNDS, device=c0.device)
-    keys = [((k[..., None] + rounds * weyl) & _MASK32).unbind(-1) for k, weyl in zip(key, _WEYL, strict=True)]
-    for k0, k1 in zip(*keys, strict=True):
-        # int64 products wrap modulo 2**64; the shift is arithmetic, so both halves are masked. Only what broadcasts is
-        # not done in place.
-        p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((p1 >> 32).bitwise_and_(_MASK32) ^ c1).bitwise_xor_(k0)
-        c2 = ((p0 >> 32).bitwise_and_(_MASK32) ^ c3).bitwise_xor_(k1)
-        c1, c3 = p1.bitwise_and_(_MASK32), p0.bitwise_and_(_MASK32)
-    return c0, c1, c2, c3
-
-
 def _identity(seed: int, name: str, refresh: int) -> tuple[int, int, int, int]:
     """128 bits that stand for (seed, name, refresh): two words of key, two of counter."""
-    text = f"apollo_dist projection\0{seed}\0{refresh}\0{name}".encode()
-    digest = hashlib.blake2b(text, digest_size=16).digest()
-    words = [int.from_bytes(digest[i : i + 4], "little") for i in range(0, 16, 4)]
-    return words[0], words[1], words[2], words[3]
+    return words_of(f"apollo_dist projection\0{seed}\0{refresh}\0{name}")
 
 
 def gaussian(
@@ -102,7 +65,7 @@ def gaussian(
     stop = size if stop is None else stop
     if rank < 1 or size < 0 or refresh < 0:
         raise ValueError(f"rank must be >= 1, size and refresh >= 0; got rank={rank}, size={size}, refresh={refresh}")
-    if size > _MASK32:
+    if size > MASK32:
         raise ValueError(f"size must fit 32 bits, got {size}")
     if not 0 <= start <= stop <= size:
         raise ValueError(f"need 0 <= start <= stop <= size, got start={start}, stop={stop}, size={size}")
