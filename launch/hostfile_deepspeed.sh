@@ -73,6 +73,7 @@ commands() {
     mapfile -t arguments < <(pretrain_options)
     if [[ -d "$log_folder" ]]; then
         write_environment "$log_folder/environment"
+        mkdir -p "$log_folder/ranks" # before the nodes' launchers, which fail if another one makes it at the same moment
         follow "$log_folder/ranks" &
     fi
     launcher "$port" apollo_dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -145,6 +146,11 @@ class Job:
         assert found is not None, name
         return found[1]
 
+    @property
+    def ended(self) -> bool:
+        """Whether the job is over. One that waits for another start is not."""
+        return self.fact("JobState") in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
+
     def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
         """Wait until ``condition`` holds; an AssertionError with the job's log where it takes too long."""
         deadline = time.monotonic() + allowed(seconds)
@@ -155,10 +161,17 @@ class Job:
                 )
             time.sleep(0.2)
 
+    def wait_for_step(self, output: Path, step: int, seconds: float) -> None:
+        """Wait until the run in ``output`` has made a step; an AssertionError as soon as the job ends before it."""
+        polls = itertools.count(1)  # SLURM is asked every few seconds only
+        self.wait_for(
+            lambda: steps_done(output) >= step or (next(polls) % 15 == 0 and self.ended), seconds, f"step {step}"
+        )
+        assert steps_done(output) >= step, f"job {self.number} ended before step {step}\n{self.log}"
+
     def wait(self, seconds: float, state: str = "COMPLETED") -> None:
         """Wait for the job's end, and require its state."""
-        ended = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
-        self.wait_for(lambda: self.fact("JobState") in ended, seconds, "end")
+        self.wait_for(lambda: self.ended, seconds, "end")
         assert self.fact("JobState") == state, self.log
 
 

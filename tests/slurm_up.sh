@@ -74,6 +74,7 @@ PreemptMode=REQUEUE
 SlurmctldParameters=${SLURM_TEST_PREEMPT-preempt_send_user_signal}
 ReturnToService=2
 JobRequeue=1
+MinJobAge=7200
 KillWait=${SLURM_TEST_KILL_WAIT:-20}
 MessageTimeout=10
 SlurmdTimeout=12

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -37,9 +39,17 @@ def submit(
     *sbatch: str,
     options: Sequence[str] = (),
     evaluation: Sequence[str] = ("--eval_every", "0"),
+    environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Job:
     words = [*SIZES, "--time=30", *sbatch, SCRIPTS[engine], *ENGINES[engine], *TRAINING, *evaluation]
-    return cluster.submit(*words, "--output", output, *options)
+    return cluster.submit(*words, "--output", output, *options, **environment)
+
+
+def holding(hold: Path) -> dict[str, str]:
+    """The environment of a job whose ranks wait, when they start, while a file exists."""
+    held = str(Path(__file__).with_name("held"))
+    before = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{held}{os.pathsep}{before}" if before else held, "APOLLO_TEST_HOLD": str(hold)}
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +72,13 @@ def stops(job: Job) -> tuple[list[int], list[int]]:
     return stopped, [int(step) for step in re.findall(r"resumed after step (\d+)", job.log)]
 
 
+def newest_checkpoint(output: Path) -> int:
+    """The step of the newest checkpoint of a run."""
+    return max(int(path.name.split("_")[1]) for path in (output / "checkpoints").glob("step_*"))
+
+
 def in_training(job: Job, output: Path, step: int = 3) -> None:
-    job.wait_for(lambda: steps_done(output) >= step, PATIENCE, f"step {step}")
+    job.wait_for_step(output, step, PATIENCE)
 
 
 def test_runs_to_completion(undisturbed: dict[int, float]) -> None:
@@ -107,17 +122,22 @@ def test_goes_on_after_preemption(cluster: Cluster, engine: str, undisturbed: di
 
 def test_goes_on_after_kill_9(cluster: Cluster, engine: str, undisturbed: dict[int, float], tmp_path: Path) -> None:
     output = tmp_path / "run"
-    job = submit(cluster, engine, output, options=["--skip_preflight"])
+    hold = tmp_path / "hold"
+    job = submit(cluster, engine, output, options=["--skip_preflight"], environment=holding(hold))
     in_training(job, output, 27)
+    hold.touch()
     ranks(output)[1].kill()
     job.wait_for(lambda: job.fact("Restarts") == "1", 60, "requeue")
+    reached = newest_checkpoint(output)
     # And once more before the first step, as SLURM itself does it when a lost node comes back as the job starts again.
     job.wait_for(lambda: 1 in ranks(output), PATIENCE, "second start")
     ranks(output)[1].kill()
     job.wait_for(lambda: job.fact("Restarts") == "2", 60, "requeue")
+    hold.unlink()
     job.wait(PATIENCE)
     assert "failed before its first step" in job.log
-    assert stops(job) == ([], [25]), job.log
+    assert stops(job) == ([], [reached]), job.log
+    assert 25 <= reached < STEPS
     assert losses(output) == undisturbed
 
 
@@ -131,10 +151,12 @@ def test_goes_on_after_a_node_was_cut_off(
     try:
         job.wait_for(lambda: job.fact("Restarts") == "1", 120, "requeue")
         job.wait_for(lambda: job.fact("JobState") == "PENDING", 60, "place in the queue")  # n2 is lost
+        reached = newest_checkpoint(output)
     finally:
         cluster.run("ip", "link", "set", "v2", "up")
     job.wait(PATIENCE)
-    assert stops(job) == ([], [25]), job.log
+    assert stops(job) == ([], [reached]), job.log
+    assert 25 <= reached < STEPS
     assert losses(output) == undisturbed
 
 
