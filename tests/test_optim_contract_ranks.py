@@ -242,20 +242,26 @@ def test_a_copy_of_a_sharded_optimizer_continues_exactly():
 
 def beside_a_sharded_model(rank, world):
     """What a step without gradients says of a model beside a sharded one, and of the sharded one's old parameters."""
-    found = {}
+    found, kept = {}, []
     for name, model in (("beside", Bag()), ("replaced", Bag())):
         optimizer = APOLLO(groups_of(model, low_rank(model, 3)))
         other = nn.Linear(3, 3)
+        kept.append(model)
         fully_shard(model if name == "replaced" else other, mesh=init_device_mesh("cpu", (world,)))
         try:
             optimizer.step()
             found[name] = "stepped"
         except ValueError as error:
             found[name] = str(error)
+    kept.append(other)
+    bare = [nn.Parameter(torch.ones(5)), nn.Parameter(torch.ones(6, 4))]  # of no module, as weights of losses are
+    APOLLO(bare, rank=2).step()
+    found["bare"] = [p.tolist() for p in bare]
     return found
 
 
 def test_a_sharded_model_of_another_optimizer_is_none_of_its_business():
     (found,) = run_ranks(beside_a_sharded_model, 1)
     assert found["beside"] == "stepped"
+    assert found["bare"] == [[1.0] * 5, [[1.0] * 4] * 6]
     assert "fully_shard replaced its parameters" in found["replaced"]

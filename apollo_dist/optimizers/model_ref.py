@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import logging
 import weakref
+from collections import Counter
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
@@ -153,10 +154,14 @@ def _check_shape(known: Member, current: Tensor) -> None:
 def check_not_replaced(parameters: Sequence[Tensor]) -> None:
     """Raise ValueError if nothing will ever train because ``fully_shard`` came after an optimizer without a model.
 
-    The parameters are then none of any model's, and never get a gradient.
+    The parameters are then none of any model's and never get a gradient, and a sharded model has as many of each shape.
     """
-    left = all(p.grad is None and not dtensor.is_dtensor(p) for p in parameters)
-    if left and dtensor.any_sharded_module() and not _in_a_module(parameters):
+    if not parameters or any(p.grad is not None or dtensor.is_dtensor(p) for p in parameters):
+        return
+    gc.collect()  # a model that nobody holds any more may still be known to torch
+    shapes = Counter(tuple(p.shape) for p in parameters)
+    sharded = any(shapes <= Counter(tuple(p.shape) for p in m.parameters()) for m in dtensor.sharded_modules())
+    if sharded and not _in_a_module(parameters):
         raise ValueError(
             f"none of the {len(parameters)} parameters has a gradient or is sharded, but a model in this process is: "
             "fully_shard replaced its parameters after the optimizer was built. Build APOLLO after fully_shard, or as "

@@ -258,12 +258,12 @@ def reshard(module: nn.Module) -> None:
             inner.reshard()
 
 
-def any_sharded_module() -> bool:
-    """Whether this process has a module that ``fully_shard`` was applied to; False if torch does not say."""
+def sharded_modules() -> list[nn.Module]:
+    """The modules of this process that ``fully_shard`` was applied to; none if torch does not say."""
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     composable: Any = sys.modules.get("torch.distributed._composable_state")
     modules = list(getattr(composable, "_module_state_mapping", ()))
-    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
+    return [module for module in modules if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
 
 
 def is_dtensor(parameter: Tensor) -> bool:
