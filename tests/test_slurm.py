@@ -72,6 +72,17 @@ def stops(job: Job) -> tuple[list[int], list[int]]:
     return stopped, [int(step) for step in re.findall(r"resumed after step (\d+)", job.log)]
 
 
+def check_lost_start(job: Job, reached: int) -> None:
+    """A start that was lost went on after its newest checkpoint, ``reached``, and every later stop was continued.
+
+    There may be such stops: SLURM 22.05 repeats the order to end a step that a busy node did not confirm in time, and
+    the repeated order meets the next start, whose step has the same number.
+    """
+    stopped, resumed = stops(job)
+    assert 25 <= reached < STEPS, job.log
+    assert resumed == [reached, *stopped], job.log
+
+
 def newest_checkpoint(output: Path) -> int:
     """The step of the newest checkpoint of a run."""
     return max(int(path.name.split("_")[1]) for path in (output / "checkpoints").glob("step_*"))
@@ -136,8 +147,7 @@ def test_goes_on_after_kill_9(cluster: Cluster, engine: str, undisturbed: dict[i
     hold.unlink()
     job.wait(PATIENCE)
     assert "failed before its first step" in job.log
-    assert stops(job) == ([], [reached]), job.log
-    assert 25 <= reached < STEPS
+    check_lost_start(job, reached)
     assert losses(output) == undisturbed
 
 
@@ -155,8 +165,7 @@ def test_goes_on_after_a_node_was_cut_off(
     finally:
         cluster.run("ip", "link", "set", "v2", "up")
     job.wait(PATIENCE)
-    assert stops(job) == ([], [reached]), job.log
-    assert 25 <= reached < STEPS
+    check_lost_start(job, reached)
     assert losses(output) == undisturbed
 
 
