@@ -37,7 +37,7 @@ ruff format --check .
 say "mypy"
 mypy
 say "shellcheck"
-shellcheck -x launch/*.sh launch/*.sbatch launch/site.env.example benchmarks/*.sh tests/*.sh
+shellcheck -x launch/*.sh launch/*.sbatch launch/site.env.example benchmarks/*.sh tests/launch/*.sh
 say "pytest"
 # The cases of a file run in one process; tests/conftest.py says which files share one, and which start first.
 python -m pytest -n "${APOLLO_TEST_JOBS:-0}" --no-loadscope-reorder \

@@ -62,7 +62,7 @@ install() {
 suites() {
     local name
     for name in "$@"; do
-        if [[ -f "$ROOT/tests/test_$name.py" ]]; then printf '%s\n' "tests/test_$name.py"; fi
+        (cd "$ROOT" && find tests -name "test_$name.py")
     done
 }
 

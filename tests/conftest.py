@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
-from .slurm_cluster import Cluster, fetch, reason_to_skip
+from .launch.slurm_cluster import Cluster, fetch, reason_to_skip
 
 # Files whose cases share what one process of pytest makes, in the order in which they run: what sshd needs is mounted
 # for the last. All others stay together by file.

@@ -3,7 +3,7 @@
 After Korthikanti et al., "Reducing Activation Recomputation in Large Transformer Models" (MLSys 2023), section 4: count
 the tensors that autograd saves, layer by layer. Their s b h (34 + 5 a s / h) bytes are for a GPT with GELU, LayerNorm
 and dropout; counted here is ``transformers``' LLaMA, whose RMSNorm works in fp32, and whose SwiGLU saves four tensors
-as wide as the MLP. ``tests/test_planner_activations.py`` compares with what autograd saves.
+as wide as the MLP. ``tests/planning/test_planner_activations.py`` compares with what autograd saves.
 
 Per token and layer, with widths h, kv (of keys and values) and f, a heads, c the bytes of a computed number::
 

@@ -1,6 +1,6 @@
 """The keys of DeepSpeed 0.19.8's configuration, so that ``lint`` needs no DeepSpeed.
 
-``tests/test_lint.py`` compares every table with what the installed DeepSpeed and transformers read.
+``tests/integrations/test_lint.py`` compares every table with what the installed DeepSpeed and transformers read.
 """
 
 from __future__ import annotations

@@ -1,0 +1,176 @@
+"""Collectives of a step: how many, how many bytes, against the plan."""
+
+import math
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from apollo_dist import APOLLO
+
+from ..engines import initialize, zero_config
+from ..models import Bag, gradients, groups_of, low_rank, shapes_of
+from ..ranks import run_ranks
+
+
+class Counter:
+    """Counts what goes through torch.distributed, and the bytes that all-to-alls and all-reduces send to other ranks.
+
+    For an all-reduce of n numbers that is what a ring sends: 2 (world - 1) / world of them, rounded up.
+    """
+
+    COLLECTIVES = (
+        "all_to_all_single", "all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast",
+        "reduce_scatter_tensor", "all_to_all", "reduce", "gather", "scatter", "barrier", "send", "recv",
+    )  # fmt: skip
+
+    def __init__(self, rank):
+        self.rank, self.calls, self.bytes = rank, [], []
+        self.originals = {name: getattr(dist, name) for name in self.COLLECTIVES}
+
+    def __enter__(self):
+        for name, original in self.originals.items():
+            setattr(dist, name, self.counted(name, original))
+        return self
+
+    def __exit__(self, *_):
+        for name, original in self.originals.items():
+            setattr(dist, name, original)
+
+    def counted(self, name, original):
+        def call(*args, **kwargs):
+            self.calls.append(name)
+            if name == "all_to_all_single":
+                _, buffer, _, send = args
+                self.bytes.append((sum(send) - send[self.rank]) * buffer.element_size())
+            if name == "all_reduce":
+                world = dist.get_world_size()
+                self.bytes.append(math.ceil(2 * (world - 1) * args[0].numel() / world) * args[0].element_size())
+            return original(*args, **kwargs)
+
+        return call
+
+
+def fsdp2_step(rank, world, options):
+    model = Bag()
+    shapes, ranks = shapes_of(model), low_rank(model, 2)
+    mesh = init_device_mesh("cpu", (world,))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = APOLLO(groups_of(model, ranks), **options)
+    found = []
+    for step in range(3):
+        model(gradients(shapes, step, rank)).backward()
+        with Counter(rank) as counter:
+            optimizer.step()
+        found.append((counter.calls, counter.bytes))
+        optimizer.zero_grad()
+    (built,) = optimizer._builds.values()
+    sent = [group_step.plan.numbers_sent(rank) for group_step in built.shard_groups]
+    assert [tuple(4 * numbers for numbers in pair) for pair in sent] == [
+        u.exchange.bytes_sent for u in built.shard_groups
+    ]
+    return found[1:], [group_step.exchange.bytes_sent for group_step in built.shard_groups]
+
+
+@pytest.mark.parametrize(("options", "second"), [({}, "all_to_all_single"), ({"scale_type": "tensor"}, "all_reduce")])
+def test_two_collectives_whatever_the_number_of_matrices(options, second):
+    for found, predicted in run_ranks(fsdp2_step, 3, options):
+        assert len(predicted) == 1
+        for calls, sent in found:
+            assert calls == ["all_to_all_single", second]
+            assert tuple(sent) == predicted[0]
+
+
+def nothing_shared(rank, world):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8 * world))
+    mesh = init_device_mesh("cpu", (world,))
+    fully_shard(model, mesh=mesh)
+    optimizer = APOLLO(model, rank=2, disable_nl=True)
+    for _ in range(2):
+        model(torch.ones(2, 4)).sum().backward()
+        with Counter(rank) as counter:
+            optimizer.step()
+    return counter.calls
+
+
+def test_no_collective_if_nothing_is_shared():
+    """A tall matrix in whole rows, without a limiter, concerns one rank for each row."""
+    assert run_ranks(nothing_shared, 2) == [[], []]
+
+
+def counted_steps(engine, optimizer, loss_of, rank, steps):
+    """(collectives, bytes sent) of each call of the optimizer's ``step()`` in the last of ``steps`` engine steps."""
+    calls = []
+    original = type(optimizer).step
+
+    def counted(*args, **kwargs):
+        with Counter(rank) as counter:
+            original(optimizer, *args, **kwargs)
+        calls.append((counter.calls, sum(counter.bytes)))
+
+    optimizer.step = counted
+    for step in range(steps):
+        calls.clear()
+        engine.backward(loss_of(step))
+        engine.step()
+    return list(calls)
+
+
+def zero_step(rank, world, config):
+    model = Bag()
+    shapes, ranks = shapes_of(model), low_rank(model, 2)
+    optimizer = APOLLO(groups_of(model, ranks))
+    engine = initialize(model, config, optimizer=optimizer)
+    calls = counted_steps(engine, optimizer, lambda step: engine(gradients(shapes, step, rank)), rank, 2)
+    predicted = []
+    for b in optimizer._builds.values():
+        collectives = []
+        for u in b.shard_groups:
+            collectives += ["all_to_all_single"] * u.plan.needs_exchange1
+            collectives += ["all_reduce" if u.plan.reduces else "all_to_all_single"] * u.plan.needs_exchange2
+        predicted.append((collectives, sum(sum(u.exchange.bytes_sent) for u in b.shard_groups)))
+    return calls, predicted
+
+
+@pytest.mark.parametrize(
+    ("config", "least"),
+    [
+        (zero_config(2), 3),
+        (zero_config(3), 3),
+        (zero_config(3, zero_optimization={"sub_group_size": 60}), 8),
+        (zero_config(3, zero_optimization={"sub_group_size": 1}), 25),
+    ],
+)
+def test_zero_calls_once_for_each_group_or_sub_group(config, least):
+    for calls, predicted in run_ranks(zero_step, 2, config):
+        assert calls == predicted
+        assert len(calls) >= least
+        assert all(len(collectives) <= 2 for collectives, _ in calls)
+        assert any(len(collectives) == 2 for collectives, _ in calls)
+        assert any(collectives == [] for collectives, _ in calls), "AdamW's parameters need no exchange"
+
+
+def nothing_shared_under_zero3(rank, world):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 8 * world))
+    optimizer = APOLLO(model, rank=2, disable_nl=True)
+    engine = initialize(model, zero_config(3), optimizer=optimizer)
+    return counted_steps(engine, optimizer, lambda _: engine(torch.ones(2, 4)).sum(), rank, 2)
+
+
+def test_zero3_needs_no_collective_if_nothing_is_shared():
+    """Rows are divided evenly, so no rank holds a part of one."""
+    assert run_ranks(nothing_shared_under_zero3, 2) == [[([], 0), ([], 0)]] * 2
+
+
+def test_counter_sees_collectives():
+    assert run_ranks(one_all_reduce, 2) == [["all_reduce"]] * 2
+
+
+def one_all_reduce(rank, world):
+    with Counter(rank) as counter:
+        dist.all_reduce(torch.ones(1))
+    return counter.calls
