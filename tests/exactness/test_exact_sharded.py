@@ -17,11 +17,13 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from apollo_dist import APOLLO
 
+from ..judge import judge
 from ..models import SHAPES, Bag, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of
 from ..ranks import run_ranks
 from ..reference import Reference
 from ..sharded import FSDP1, fsdp1, fsdp2, tp, whole
 from ..versions import on_cpu
+from .test_exact_torch import engine_of
 
 STEPS, GAP, TOLERANCE = 16, 5, 1e-9
 CASES = {
@@ -85,10 +87,7 @@ FOUR += [("fsdp2", "dim 1"), ("tp", "alternating"), ("tp", "columns")]
     ],
 )
 def test_equals_the_reference(world, kinds):
-    for errors in run_ranks(all_cases, world, kinds):
-        for case, found in errors.items():
-            worst = max(found, key=found.get)
-            assert found[worst] < TOLERANCE, f"{case}: {worst} is off by {found[worst]:.1e}"
+    judge(run_ranks(all_cases, world, kinds), TOLERANCE, engine=engine_of)
 
 
 PLACEMENTS = [

@@ -15,11 +15,12 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from apollo_dist import APOLLO, APOLLOMini, checkpoint
 from apollo_dist.optimizers import in_backward as layerwise
 
+from ..judge import judge
 from ..models import Bag, Block, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of
 from ..ranks import run_ranks
 from ..reference import Reference
 from ..versions import needs_fsdp2, on_cpu
-from .test_exact_torch import CASES, GAP, STEPS, TOLERANCE, whole, wrap
+from .test_exact_torch import CASES, GAP, STEPS, TOLERANCE, engine_of, whole, wrap
 
 HALF = STEPS // 2
 # Not used in some steps: a whole layer, and one parameter of each of three others, which are then not complete: one in
@@ -124,10 +125,8 @@ def all_cases(rank: int, world: int, engines: tuple[str, ...], folder: str) -> d
     ],
 )
 def test_equals_the_reference(world, engines, tmp_path):
-    for errors in run_ranks(all_cases, world, engines, str(tmp_path)):
-        for case, found in errors.items():
-            worst = max(found, key=found.get)
-            assert found[worst] < TOLERANCE, f"{case}: {worst} is off by {found[worst]:.1e}"
+    results = run_ranks(all_cases, world, engines, str(tmp_path))
+    judge(results, TOLERANCE, engine=lambda case: f"{engine_of(case)}, in backward")
 
 
 class Layer(nn.Module):

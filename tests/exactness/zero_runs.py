@@ -153,3 +153,13 @@ def assert_equal(first: dict[str, dict], second: dict[str, dict]) -> None:
         for key, value in slot.items():
             same = torch.equal(value, second[name][key]) if isinstance(value, torch.Tensor) else True
             assert same and str(value) == str(second[name][key]), f"{key} of {name} changed"
+
+
+def engine_of(case: str) -> str:
+    """The engine of a case, as docs/exactness.md names it; cases without a stage in their name are of stage 3."""
+    words = case.split()
+    if case == "BF16_Optimizer":
+        return "ZeRO-1, bf16"
+    stage = words[0][-1] if words[0].startswith("zero") else "3"
+    marks = [word for word in ("bf16", "fp16", "hpZ", "offload") if word in words]
+    return ", ".join([f"ZeRO-{stage}", *marks])

@@ -19,10 +19,13 @@ pytest.importorskip("transformers")
 
 import apollo_dist
 
+from ..judge import judge
 from ..llama import RANK, assert_equal_to_one_process, llama
 from ..ranks import run_ranks
 from ..versions import needs_apollo_names
 from .hugging_face_fsdp_runs import everything
+
+TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +35,10 @@ def results() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 def test_every_case_equals_one_process(results: list[dict[str, Any]]) -> None:
-    for result in results:
-        cases = {f"{tool}, {case}": found for tool in ("accelerate", "trainer") for case, found in result[tool].items()}
-        cases["fully_shard after APOLLO(model)"] = result["sharded after a model"]
-        assert_equal_to_one_process(cases)
+    for tool, engine in {"accelerate": "Accelerate, FSDP and DDP", "trainer": "Trainer, FSDP and DDP"}.items():
+        judge([result[tool] for result in results], TOLERANCE, lambda _, engine=engine: engine, "float32")
+    late = [{"fully_shard after APOLLO(model)": result["sharded after a model"]} for result in results]
+    judge(late, TOLERANCE, lambda _: "FSDP2", "float32")
 
 
 @pytest.mark.slow
