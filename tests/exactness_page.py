@@ -32,6 +32,7 @@ SUITES = (
     "tests/integrations/test_by_name.py",
     "tests/integrations/test_hugging_face_fsdp.py",
 )
+PACKAGES = ("torch", "deepspeed", "transformers", "accelerate")
 BEGIN, END = "<!-- table: python -m tests.exactness_page -->", "<!-- end of table -->"
 RANKS = (1, 2, 3, 4)
 
@@ -60,9 +61,7 @@ def table(entries: Iterable[dict[str, Any]], today: str) -> str:
         bounds[key] = max(bounds.get(key, 0.0), entry["tolerance"])
     if not worst:
         raise SystemExit("no error was recorded: the page is left as it is")
-    versions = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("torch", "deepspeed", "transformers", "accelerate")
-    )
+    versions = ", ".join(f"{name} {metadata.version(name)}" for name in PACKAGES)
     lines = [
         f"{count} runs on {today}: {versions}, Python {platform.python_version()}, CPU with gloo.",
         "",

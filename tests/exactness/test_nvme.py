@@ -97,7 +97,7 @@ def test_equals_the_reference(tmp_path):
     ranks = run_ranks(all_cases, 2, str(tmp_path))
     judge([{case: {"all": error} for case, (_, error, _) in one.items()} for one in ranks], 1e-5, nvme, "float32")
     for results in ranks:
-        for case, (swapped, error, refused) in results.items():
+        for case, (swapped, _, refused) in results.items():
             assert sum(swapped) == 3, case
             assert "with NVMe offload the fp32 weights are on the disk" in refused, case
 
