@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 
 from apollo_dist import APOLLO
 
-from ..optimizers.test_torch_optim_suite import problem, same, take
+from ..optimizers.torch_suite import problem, same, take
 from ..ranks import run_ranks
 from .state_runs import alone, quietly
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +14,13 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from apollo_dist import APOLLO, RankError, checkpoint, layerwise
-from apollo_dist.checkpoint import contents, folder, loading, saving, shards
+from apollo_dist import APOLLO, RankError
 from apollo_dist.distributed import gather
 from apollo_dist.exchange import collectives
-from apollo_dist.optimizers import base, grouped, in_backward
+from apollo_dist.optimizers import base
 from apollo_dist.rules import adamw
 from apollo_dist.sharding import detect, dtensor
-from apollo_dist.state import loaded, parameter_state, slots
+from apollo_dist.state import slots
 from apollo_dist.step import apply as applying
 from apollo_dist.step import nonfinite, plan, run, shard_group
 from apollo_dist.step.matrix import Matrix
@@ -319,79 +317,3 @@ def _message(work: Callable[[], Any]) -> str:
     except RuntimeError as error:
         return str(error)
     return "no error"
-
-
-def others(rank: int, world: int, root: str) -> dict[str, str]:
-    """What is wrong with failures outside of steps, by place and rank: loads, checkpoints, new groups."""
-    run = Native("fsdp2", rank, world)
-    run.backward()
-    run.step()
-    saved = run.optimizer.state_dict()
-    extra = nn.Parameter(torch.zeros(4).double())
-    checkpoint.save(f"{root}/before", run.model, run.optimizer, step=1)
-
-    def load() -> None:
-        run.optimizer.load_state_dict(saved)
-        run.backward()
-        run.step()
-
-    def in_background() -> None:
-        with contextlib.suppress(BaseException):  # the failure of the save before, which a save raises first
-            saving._last.wait()
-        saving._last = None
-        checkpoint.save(f"{root}/background", run.model, run.optimizer, step=1, background=True).wait()
-
-    calls: dict[str, tuple[Callable[[], Any], list[Place]]] = {
-        "load_state_dict": (
-            load,
-            [(loaded, "copied", 1), (parameter_state, "_restore_elements", 1), (parameter_state, "_fitting", 2)],
-        ),
-        "building": (
-            lambda: Native("fsdp2", rank, world),
-            [(grouped, "validate_options", 1), (grouped, "member", 2), (base, "fingerprint", 1)],
-        ),
-        "add_param_group": (
-            lambda: run.optimizer.add_param_group({"params": [("extra", extra)]}),
-            [(grouped, "given_twice", 1), (grouped, "fingerprint", 1)],
-        ),
-        "save": (
-            lambda: checkpoint.save(f"{root}/other", run.model, run.optimizer, step=1),
-            [(contents, "_add_matrix", 1), (saving, "_check", 1), (folder, "describe_files", 1)],
-        ),
-        "save in the background": (in_background, [(shards.Shards, "staged", 1), (folder, "describe_files", 1)]),
-        "load": (
-            lambda: checkpoint.load(f"{root}/before", run.model, run.optimizer),
-            [(loading, "_tell", 1), (contents, "_add_adam", 1), (folder, "check_files", 1),
-             (contents, "restore_options", 1)],
-        ),
-        "inside backward": (
-            lambda: _in_backward(world),
-            [(in_backward, "_check_model", 1), (in_backward, "_check_parameter", 2), (*STEPPING["projecting"][:2], 1)],
-        ),
-    }  # fmt: skip
-    wrong = {}
-    for call, (work, places) in calls.items():
-        for place in places:
-            for culprit in range(world):
-                found = attempt(work, place, culprit, torch.OutOfMemoryError, rank)
-                if found:
-                    wrong[f"{place[1]} in {call} on rank {culprit}"] = found
-    # After all that, training goes on where it was.
-    checkpoint.load(f"{root}/before", run.model, run.optimizer)
-    run.stepped()
-    for _ in range(STEPS):
-        run.backward()
-        run.step()
-        run.stepped()
-    if run.error() > 1e-9:
-        wrong["training afterwards"] = f"off by {run.error():.1e}"
-    return wrong
-
-
-def _in_backward(world: int) -> None:
-    model = Bag(shapes=SHAPES).double()
-    shapes = shapes_of(model)
-    wrapped = fsdp2(model, "", world)
-    optimizer = layerwise.attach(wrapped, groups_of(wrapped, low_rank(model, RANK)), **OPTIONS)
-    wrapped(gradients(shapes, 0, 0)).backward()
-    optimizer.step()

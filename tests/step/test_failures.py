@@ -8,7 +8,8 @@ ZeRO's float32 to 1e-5 (rounding, amplified over the steps).
 import pytest
 
 from ..ranks import run_ranks
-from .failure_runs import BUILDING, CHANGING, STEPPING, first_steps, later_steps, others
+from .failure_runs import BUILDING, CHANGING, STEPPING, first_steps, later_steps
+from .failure_runs_outside import others
 
 ALWAYS = {*BUILDING, *CHANGING} - {"following the model", "looking for groups of ranks"}
 # Whole parameters are exchanged with nobody; under ZeRO DeepSpeed looks for NaN.
