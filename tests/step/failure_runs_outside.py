@@ -55,7 +55,9 @@ def _in_backward(world: int) -> None:
     optimizer.step()
 
 
-def _calls(run: Native, extra: nn.Parameter, world: int, root: str) -> dict[str, tuple[Callable[[], Any], list[Place]]]:
+def _calls(
+    run: Native, extra: nn.Parameter, rank: int, world: int, root: str
+) -> dict[str, tuple[Callable[[], Any], list[Place]]]:
     """What is called, and the places in which each call fails."""
     saved = run.optimizer.state_dict()
 
