@@ -83,6 +83,14 @@ def check_lost_start(job: Job, reached: int) -> None:
     assert resumed == [reached, *stopped], job.log
 
 
+def check_asked_start(job: Job, reached: int) -> None:
+    """A start that was asked to stop saved after ``reached``, and this stop and every later one was continued."""
+    stopped, resumed = stops(job)
+    assert 3 <= reached < STEPS, job.log
+    assert stopped[:1] == [reached], job.log
+    assert resumed == stopped, job.log
+
+
 def newest_checkpoint(output: Path) -> int:
     """The step of the newest checkpoint of a run."""
     return max(int(path.name.split("_")[1]) for path in (output / "checkpoints").glob("step_*"))
@@ -112,9 +120,7 @@ def test_goes_on_after_the_time_limit(
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")  # the end moved the limit, too
     reached = steps_done(output)
     job.wait(PATIENCE)
-    stopped, resumed = stops(job)
-    assert stopped == resumed == [reached], job.log
-    assert 3 <= reached < STEPS
+    check_asked_start(job, reached)
     assert losses(output) == undisturbed
 
 
@@ -126,8 +132,7 @@ def test_goes_on_after_preemption(cluster: Cluster, engine: str, undisturbed: di
     urgent.wait(120)
     reached = steps_done(output)
     job.wait(PATIENCE)
-    stopped, resumed = stops(job)
-    assert stopped == resumed == [reached], job.log
+    check_asked_start(job, reached)
     assert losses(output) == undisturbed
 
 
