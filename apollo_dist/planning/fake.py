@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import nn
 
@@ -42,12 +41,10 @@ def meta_model(config: ModelConfig, sequence_length: int = 256) -> nn.Module:
         ValueError: if transformers is not installed.
     """
     try:
-        from ..pretrain.model import build_model
+        from ..pretrain.model import deferred_model
     except ModuleNotFoundError as error:
         raise ValueError(f"plans need {error.name}: pip install 'apollo-dist[pretrain]'") from error
-    # The generator's state is put back: a meta model draws nothing, but seeds it.
-    with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        return build_model(config, sequence_length, seed=0)
+    return deferred_model(config, sequence_length)
 
 
 @contextmanager

@@ -144,6 +144,8 @@ def _comparable(saved: Mapping[str, Any], own: Mapping[str, Any]) -> tuple[dict[
     """
 
     def kept(facts: Mapping[str, Any]) -> dict[str, Any]:
+        # Checkpoints of version 0.1 say which initial weights the run had; its weights are in the checkpoint.
+        facts = {key: value for key, value in facts.items() if key != "initial weights"}
         mixed = ("optimizer.type" in saved) != ("optimizer.type" in own)
         return {k: v for k, v in facts.items() if not mixed or k == "optimizer.name" or not k.startswith("optimizer.")}
 

@@ -1,20 +1,28 @@
-"""The LLaMA of a run, its initial weights, and its loss."""
+"""The LLaMA of a run, and its loss."""
 
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from apollo_dist.pretrain.config import ModelConfig
+from apollo_dist.pretrain.initial import InitialWeights
+from apollo_dist.pretrain.placing import place_whole
 
 
 def build_model(config: ModelConfig, sequence_length: int, seed: int) -> nn.Module:
-    """A ``LlamaForCausalLM`` in fp32 on the CPU; its weights are a function of the arguments alone.
+    """A ``LlamaForCausalLM`` in fp32 on the CPU, with the initial weights that every engine gives it."""
+    model = deferred_model(config, sequence_length)
+    return place_whole(model, InitialWeights(model, seed, config.init_std), torch.device("cpu"))
 
-    Every rank builds the whole model, so the weights do not depend on the engine or the number of ranks; the engine
-    shards or moves them afterwards.
+
+def deferred_model(config: ModelConfig, sequence_length: int) -> nn.Module:
+    """A ``LlamaForCausalLM`` whose parameters are on the meta device, in fp32: names and shapes without memory.
+
+    Buffers are real, and on the CPU. An engine makes the weights after it has sharded them (``placing.py``).
     """
     from transformers import LlamaConfig, LlamaForCausalLM  # an optional dependency, slow to import
 
@@ -34,8 +42,12 @@ def build_model(config: ModelConfig, sequence_length: int, seed: int) -> nn.Modu
         eos_token_id=None,
         pad_token_id=None,
     )
-    torch.manual_seed(seed)
-    model: nn.Module = LlamaForCausalLM(shape)
+    # The generator's state is put back: a meta model draws nothing, but seeds it.
+    with torch.random.fork_rng(devices=[]), torch.device("meta"):
+        model: nn.Module = LlamaForCausalLM(shape)
+    # The only module with buffers. They are functions of the configuration.
+    rotary: Any = type(model.get_submodule("model.rotary_emb"))
+    model.get_submodule("model").rotary_emb = rotary(config=shape)
     return model
 
 
@@ -46,14 +58,11 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def model_facts(model: nn.Module) -> dict[str, object]:
-    """What all ranks must share before training: digests of the parameters' names and shapes, and of their values."""
+    """What all ranks must share, and a run that resumes one: the number of parameters, a digest of names and shapes."""
     described = "\n".join(f"{name} {tuple(p.shape)} {p.dtype}" for name, p in model.named_parameters())
-    # Integer sums of the bit patterns: exact, so the number of threads that add them does not matter.
-    sums = [int(p.detach().view(torch.int32).sum(dtype=torch.int64)) for p in model.parameters()]
     return {
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameter names and shapes": hashlib.sha256(described.encode()).hexdigest()[:16],
-        "initial weights": hashlib.sha256(repr(sums).encode()).hexdigest()[:16],
     }
 
 

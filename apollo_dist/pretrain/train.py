@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 from importlib.metadata import version
 
+import torch
+
 from apollo_dist.distributed import agree
 from apollo_dist.pretrain.checkpoint import Checkpoints
 from apollo_dist.pretrain.config import PLACE_KEYS
@@ -14,8 +16,9 @@ from apollo_dist.pretrain.distributed import Ranks, SetupError, alike
 from apollo_dist.pretrain.ending import finish, stop
 from apollo_dist.pretrain.engines import build_engine
 from apollo_dist.pretrain.evaluate import Evaluation, evaluate
+from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.metrics import Metrics
-from apollo_dist.pretrain.model import build_model, model_facts
+from apollo_dist.pretrain.model import deferred_model, model_facts
 from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import Settings, overridable
 from apollo_dist.pretrain.snapshot import snapshot
@@ -75,9 +78,13 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
         requests.look_in(config.output_folder)
     # Other ranks of another configuration must hear of it before this one spends minutes on data.
     data = ranks.together(lambda: build_data(config, ranks.rank, ranks.world))
-    model = ranks.together(lambda: build_model(config.model, config.sequence_length, config.seed))
+    model = ranks.together(lambda: deferred_model(config.model, config.sequence_length))
     facts = {"data": data.digest, **model_facts(model)}
-    _agree({**facts, "torch": version("torch"), "transformers": version("transformers")})
+    weights = ranks.together(lambda: InitialWeights.of(config, model).fingerprint())
+    _agree({
+        **facts, "initial weights": weights, "torch": version("torch"), "transformers": version("transformers"),
+    })  # fmt: skip
+    torch.manual_seed(config.seed)
     shared = {key: value for key, value in config.computed().items() if key not in PLACE_KEYS}
     place: dict[str, object] = {"engine": config.engine, "ranks": ranks.world, "micro_batch_size": plan.micro}
     if json is not None:

@@ -12,6 +12,8 @@ from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.native import NativeEngine
+from apollo_dist.pretrain.initial import InitialWeights
+from apollo_dist.pretrain.placing import place_whole
 
 
 class DDP(NativeEngine):
@@ -19,8 +21,10 @@ class DDP(NativeEngine):
 
     def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
-        moved = ranks.together(lambda: model.to(ranks.device))  # memory may not do on one rank only
-        self._ddp = DistributedDataParallel(moved, device_ids=ids)
+        initial = InitialWeights.of(config, model)
+        placed = ranks.together(lambda: place_whole(model, initial, ranks.device))  # one rank alone may lack memory
+        # All ranks have made the same weights; DDP's first broadcast would only copy them.
+        self._ddp = DistributedDataParallel(placed, device_ids=ids, init_sync=False)
         super().__init__(config, plan, self._ddp, ranks)
         self._autocast = config.precision == "bf16"
 

@@ -19,7 +19,9 @@ from apollo_dist.pretrain.config import Config, JsonOptimizer
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
 from apollo_dist.pretrain.engines.native import gradient_norm
+from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.optimizers import build_optimizer, schedule
+from apollo_dist.pretrain.placing import place_whole
 
 
 class DeepSpeed:
@@ -34,6 +36,7 @@ class DeepSpeed:
             # An optional shared-memory collective, which DeepSpeed would otherwise compile for 44 s at first use.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         deepspeed.init_distributed(timeout=timedelta(minutes=config.timeout_minutes))  # wraps the group that exists
+        _place(config, json, plan, model, ranks)
         own = config.optimizer
         client = None if isinstance(own, JsonOptimizer) else build_optimizer(own, model, config.seed)
         self._engine, *_ = deepspeed.initialize(
@@ -95,3 +98,15 @@ class DeepSpeed:
         if not made and engine.lr_scheduler is not None:
             engine.lr_scheduler.step()  # the schedule goes on under every engine
         return made
+
+
+def _place(config: Config, json: DeepSpeedJson, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
+    """Make the initial weights in the dtype in which DeepSpeed keeps them: partitioned under stage 3, else whole."""
+    initial = InitialWeights.of(config, model)
+    dtype = torch.bfloat16 if config.precision == "bf16" else torch.float32
+    if json.values.get("zero_optimization", {}).get("stage", 0) == 3:
+        from apollo_dist.pretrain.engines.zero3 import partition
+
+        partition(model, initial, ranks, dtype, json.complete(config, plan))
+    else:
+        ranks.together(lambda: place_whole(model, initial, ranks.device, dtype))

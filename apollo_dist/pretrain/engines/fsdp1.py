@@ -17,7 +17,9 @@ from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.native import NativeEngine
+from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.model import decoder_layers
+from apollo_dist.pretrain.placing import fill_fsdp1, fsdp1_shards, materialize
 
 STRATEGIES = {
     "full": ShardingStrategy.FULL_SHARD,
@@ -32,15 +34,20 @@ class FSDP1(NativeEngine):
 
     def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
         low = config.precision == "bf16"
+        initial = InitialWeights.of(config, model)
         self._fsdp = FullyShardedDataParallel(
             model,
             sharding_strategy=STRATEGIES[config.fsdp1_strategy],
             auto_wrap_policy=ModuleWrapPolicy({type(layer) for layer in decoder_layers(model)}),
             mixed_precision=MixedPrecision(torch.bfloat16, torch.float32) if low else None,
             device_id=ranks.device,
+            param_init_fn=lambda module: _allocate(module, ranks.device),
             use_orig_params=True,
             **_hybrid_mesh(ranks) if config.fsdp1_strategy == "hybrid" else {},
         )
+        held = ranks.gather({name: shard.numel() for name, shard in fsdp1_shards(self._fsdp).items()})
+        first, count = _shard_group(config.fsdp1_strategy, ranks)
+        ranks.together(lambda: fill_fsdp1(self._fsdp, initial, held[first : first + count], ranks.rank - first))
         super().__init__(config, plan, self._fsdp, ranks)
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
@@ -53,10 +60,31 @@ class FSDP1(NativeEngine):
         return float(self._fsdp.clip_grad_norm_(self._clip or float("inf")))
 
 
-def _hybrid_mesh(ranks: Ranks) -> dict[str, Any]:
-    """Shards within each node, replicas across nodes. By itself FSDP1 counts a node's GPUs, of which a CPU has none."""
+def _allocate(module: nn.Module, device: torch.device) -> None:
+    """Give the meta parameters of one module memory. FSDP1 flattens and shards it, and then each shard is filled."""
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        materialize(parameter, module, name, device, parameter.dtype)
+
+
+def _shard_group(strategy: str, ranks: Ranks) -> tuple[int, int]:
+    """(First rank, how many) of the ranks that divide a parameter with this one."""
+    if strategy == "none":
+        return ranks.rank, 1
+    if strategy == "hybrid":
+        local = _on_this_node(ranks)
+        return ranks.rank - ranks.rank % local, local
+    return 0, ranks.world
+
+
+def _on_this_node(ranks: Ranks) -> int:
     local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.world))
     if ranks.world % local:
         raise ValueError(f"--fsdp1_strategy hybrid needs nodes alike: {ranks.world} ranks in all, {local} on this node")
+    return local
+
+
+def _hybrid_mesh(ranks: Ranks) -> dict[str, Any]:
+    """Shards within each node, replicas across nodes. By itself FSDP1 counts a node's GPUs, of which a CPU has none."""
+    local = _on_this_node(ranks)
     shape = (ranks.world // local, local)
     return {"device_mesh": init_device_mesh(ranks.device.type, shape, mesh_dim_names=("replicate", "shard"))}

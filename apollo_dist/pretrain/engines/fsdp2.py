@@ -15,7 +15,9 @@ from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.native import NativeEngine
+from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.model import decoder_layers
+from apollo_dist.pretrain.placing import place_fsdp2
 
 
 class FSDP2(NativeEngine):
@@ -32,10 +34,11 @@ class FSDP2(NativeEngine):
 
 def shard(config: Config, model: nn.Module, ranks: Ranks) -> nn.Module:
     """``model``, sharded over all ranks, on their devices."""
+    initial = InitialWeights.of(config, model)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     low = torch.bfloat16 if config.precision == "bf16" else None
     policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32 if low else None)
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
-    return ranks.together(lambda: model.to(ranks.device))  # memory may not do on one rank only
+    return ranks.together(lambda: place_fsdp2(model, initial, ranks.device))  # one rank alone may lack memory

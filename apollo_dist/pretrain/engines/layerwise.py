@@ -13,7 +13,9 @@ from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.fsdp2 import shard
 from apollo_dist.pretrain.engines.native import NativeEngine
+from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.optimizers import local
+from apollo_dist.pretrain.placing import place_whole
 
 
 class Layerwise(NativeEngine):
@@ -37,7 +39,7 @@ class Layerwise(NativeEngine):
                 "gradients only after they would be used; take --engine fsdp2"
             )
         sharded = config.engine == "fsdp2"
-        wrapped = shard(config, model, ranks) if sharded else model.to(ranks.device)
+        wrapped = shard(config, model, ranks) if sharded else _whole(config, model, ranks)
         self._ranks = ranks
         self._good: list[Tensor] = []  # of each gradient in this step, whether its norm is finite
         self._left_out = False
@@ -78,3 +80,7 @@ class Layerwise(NativeEngine):
                 )
         self.schedule.step()
         return made
+
+
+def _whole(config: Config, model: nn.Module, ranks: Ranks) -> nn.Module:
+    return ranks.together(lambda: place_whole(model, InitialWeights.of(config, model), ranks.device))
