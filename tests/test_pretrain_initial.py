@@ -109,13 +109,21 @@ def whole(numel: int, seed: int = 0, name: str = "weight", std: float = 1.0) -> 
     return values, out
 
 
-def test_any_part_has_the_bits_of_the_whole() -> None:
+def test_any_part_has_the_bits_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls, normals = set(), initial._normals
+
+    def watched(words, first, count, device):  # the same kernel calls for an element, whoever generates it
+        calls.add((first, count))
+        return normals(words, first, count, device)
+
+    monkeypatch.setattr(initial, "_normals", watched)
     numel = 2 * initial.BLOCK + 1001
     values, out = whole(numel)
     for start, length in [(0, 7), (5, 64), (initial.BLOCK - 3, 9), (initial.BLOCK, 1), (numel - 5, 5), (99, 200_003)]:
         part = torch.empty(length)
         values.fill("weight.weight", part, start)
         assert torch.equal(part, out[start : start + length]), (start, length)
+    assert calls == {(0, initial.BLOCK), (initial.BLOCK, initial.BLOCK), (2 * initial.BLOCK, 1001)}
     with pytest.raises(ValueError, match="are asked for"):
         values.fill("weight.weight", torch.empty(6), numel - 5)
 
