@@ -20,8 +20,8 @@ from apollo_dist.pretrain.model import build_model, deferred_model
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.projections.philox import philox_4x32_10, words_of
 
-from .engines import prepare
-from .ranks import run_ranks
+from ..engines import prepare
+from ..ranks import run_ranks
 
 # Sides that do not divide by the ranks, and fewer rows than ranks in no matrix but few in those of keys and values.
 SHAPE = (
