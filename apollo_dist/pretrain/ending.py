@@ -28,10 +28,11 @@ def finish(run: Run) -> None:
     """Draw ``loss.png``, print the summary and write ``finished.json``; collective."""
     run.watchdog.mark("the end of the run", SLOW)
     newest = run.checkpoints.finish()
-    run.ranks.on_first(lambda: record(run.config.output_folder / FINISHED_FILE, run.step, newest, {}))
+    held = run.ranks.max(state_bytes(run.engine.optimizer))
+    more = {"optimizer_state_bytes": held}
+    run.ranks.on_first(lambda: record(run.config.output_folder / FINISHED_FILE, run.step, newest, more))
     run.requests.stopped()
     validated = run.validated
-    held = run.ranks.max(state_bytes(run.engine.optimizer))
     adamw = run.ranks.max(adamw_bytes(run.engine.optimizer, run.engine.trained))
     if run.ranks.first:
         folder = run.config.output_folder
