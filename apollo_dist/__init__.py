@@ -5,7 +5,7 @@ from ._version import __version__
 from .distributed import RankError
 from .integrations.deepspeed import register
 from .integrations.hugging_face import register as register_hugging_face
-from .optimizers.base import APOLLO, APOLLOMini
+from .optimizers.apollo import APOLLO, APOLLOMini
 from .optimizers.param_groups import param_groups
 from .selection.describe import describe
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed import agree, rank_of, run_together
-from ..optimizers.base import APOLLO
+from ..optimizers.base import ShardedOptimizer
 from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import Holding, canonical_name
@@ -36,7 +36,8 @@ from .shards import Piece, Shards
 logger = logging.getLogger("apollo_dist")
 
 # Kinds of parameters: without optimizer state, and with some.
-FROZEN, TRAINED = "frozen", ("low-rank", "AdamW", "Adam")
+LOW_RANK = "low-rank"
+FROZEN, BUFFER = "frozen", "buffer"
 
 
 @dataclass
@@ -123,12 +124,14 @@ def contents(model: Any, optimizer: Any, saved: Mapping[str, Any] | None = None)
     client = run_together(lambda: _client(found.engine, optimizer, saved is not None))
     found.weights_alone = client is None
     agree({"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None})
-    if isinstance(client, APOLLO) and saved is not None:
-        client.expect_state({name for name, about in saved["parameters"].items() if about["kind"] in TRAINED})
-    builds = client.prepare(found.engine) if isinstance(client, APOLLO) else []
+    if isinstance(client, ShardedOptimizer) and saved is not None:
+        client.expect_state(
+            {name for name, about in saved["parameters"].items() if about["kind"] not in (FROZEN, BUFFER)}
+        )
+    builds = client.prepare(found.engine) if isinstance(client, ShardedOptimizer) else []
     module = model if found.engine is None else model.module
     run_together(lambda: _show_sharded(module))
-    # Also of parameters that APOLLO does not train.
+    # Also of parameters that the optimizer does not train.
     detect.make_groups(module.parameters(), None)
     run_together(lambda: _fill(found, module, client, builds))
     return found
@@ -148,7 +151,9 @@ def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer | No
         return
     if found.engine is not None:
         found.wrapper = zero.from_engine(found.engine, client).wrapper
-    held = _apollo(found, client, builds) if isinstance(client, APOLLO) else elementwise.add(found, client, module)
+    held = (
+        _ours(found, client, builds) if isinstance(client, ShardedOptimizer) else elementwise.add(found, client, module)
+    )
     idle = {id(p) for build in builds for _, p, _ in build.idle}
     _model(found, module, held, {id(p) for group in client.param_groups for p in group["params"]} - idle)
     found.description["engine"] = zero_engine.progress(found.engine, found.wrapper)
@@ -167,15 +172,15 @@ def _client(engine: Any, optimizer: Any, may_be_none: bool) -> torch.optim.Optim
     return inner
 
 
-def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[StepPlan]) -> list[Holding]:
-    """Add APOLLO's state and description; the holdings of its parameters."""
+def _ours(found: Contents, optimizer: ShardedOptimizer, builds: Sequence[StepPlan]) -> list[Holding]:
+    """Add state and description of an optimizer of ours; the holdings of its parameters."""
     parameters = found.description.setdefault("parameters", {})
     holdings = [holding for build in builds for holding, _ in build.holdings]
-    for holding in holdings:
-        parameters[holding.name] = {"kind": optimizer.rules.element.name}
     for build in builds:
+        parameters.update((name, {"kind": rule}) for name, rule in build.element_rules.items())
         for matrix in (m for group_step in build.shard_groups for m in group_step.matrices):
-            parameters[matrix.holding.name] = {"kind": "low-rank", "rank": matrix.spec.rank}
+            rank = matrix.spec.rank
+            parameters[matrix.holding.name] = {"kind": LOW_RANK, "rank": rank} if rank else {"kind": matrix.rule.name}
             _add_matrix(found, matrix)
         for tensor in build.elementwise:
             _add_adam(found, tensor)
@@ -189,7 +194,7 @@ def _apollo(found: Contents, optimizer: APOLLO, builds: Sequence[StepPlan]) -> l
         for group in optimizer.param_groups
     ]
     found.description["optimizer"] = {
-        "name": optimizer.rules.matrix.name,
+        "name": optimizer.rules.name,
         "seed": optimizer.seed,
         "groups": [{"options": options_of(group), "parameters": names} for group, names in found.groups],
     }
@@ -244,7 +249,7 @@ def _model(found: Contents, module: nn.Module, holdings: Sequence[Holding], opti
             _add_holding(found, _frozen(name, parameter), {"kind": FROZEN})
     first = rank_of() == 0
     for name, buffer in persistent_buffers(module):
-        found.description["parameters"][name] = {**_described(buffer.shape, buffer.dtype), "kind": "buffer"}
+        found.description["parameters"][name] = {**_described(buffer.shape, buffer.dtype), "kind": BUFFER}
         if buffer.numel():
             found.tensors[f"model.{name}"] = Shards.whole(buffer, writes=first)
 
@@ -294,7 +299,7 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], weights_alon
             yield f"its {name} is not in the model"
         else:
             # What was frozen, and trains now, has no state to compare.
-            of_state = () if weights_alone or (was["kind"] == FROZEN and now["kind"] in TRAINED) else ("kind", "rank")
+            of_state = () if weights_alone or (was["kind"] == FROZEN and now["kind"] != BUFFER) else ("kind", "rank")
             for key in ("shape", *of_state):
                 if was.get(key) != now.get(key):
                     yield f"{key} of {name} was {was.get(key)}, and here it is {now.get(key)}"

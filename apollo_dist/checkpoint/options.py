@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from ..distributed import rank_of
-from ..optimizers.options import LOW_RANK_DEFAULTS, plain
+from ..optimizers.options import plain
+from ..rules.registry import RULE, matrix_options, matrix_rules
 from ..state.identity import IDENTITY
 
 logger = logging.getLogger("apollo_dist")
 
 # Of a parameter group: not options, or decided by the optimizer that loads.
-_NOT_OPTIONS = frozenset({"params", "name", "rank", "choose_by_name", *IDENTITY})
+_NOT_OPTIONS = frozenset({"params", "name", "rank", RULE, "choose_by_name", *IDENTITY})
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,19 +36,20 @@ def options_of(group: Mapping[str, Any]) -> dict[str, Any]:
 def restore_options(groups: Sequence[tuple[dict[str, Any], list[str]]], saved: Mapping[str, Any]) -> None:
     """Give each parameter group the options (lr, betas, ...) that its parameters had when they were saved.
 
-    Groups may be divided differently here. Options that only low-rank matrices read are taken from those. Parameters
-    that the checkpoint's optimizer did not hold have no say.
+    Groups may be divided differently here. Options that only matrix rules read are taken from their matrices.
+    Parameters that the checkpoint's optimizer did not hold have no say.
     """
     told = []
     options = {name: g["options"] for g in saved["optimizer"]["groups"] for name in g["parameters"]}
-    low_rank = {name for name, about in saved["parameters"].items() if about["kind"] == "low-rank"}
+    kinds, of_matrices = {"low-rank", *matrix_rules()}, matrix_options()
+    matrices = {name for name, about in saved["parameters"].items() if about["kind"] in kinds}
     for number, (group, held) in enumerate(groups):
         names = [name for name in held if name in options]
         before = {key: plain(group.get(key)) for key in ("lr", "weight_decay")}
         for key in dict.fromkeys(key for name in names for key in options[name]):
-            if key not in group and key in LOW_RANK_DEFAULTS:
+            if key not in group and key in of_matrices:
                 continue
-            readers = [n for n in names if n in low_rank] if key in LOW_RANK_DEFAULTS else names
+            readers = [n for n in names if n in matrices] if key in of_matrices else names
             values = [options[name][key] for name in readers if key in options[name]]
             if not values:
                 continue

@@ -23,7 +23,8 @@ from typing import Any
 from torch import nn
 
 from ..distributed import rank_of, world_of
-from ..optimizers.options import LOW_RANK_DEFAULTS, check_known
+from ..optimizers.options import check_known
+from ..rules.registry import rules_named
 from ..sharding import detect, fsdp1
 from ..sharding.local_shard import canonical_name, matrices
 from .deepspeed import NOT_IN_BACKWARD
@@ -33,7 +34,11 @@ logger = logging.getLogger("apollo_dist")
 
 PLAIN, LAYERWISE = "apollo_adamw", "apollo_adamw_layerwise"
 # What Hugging Face takes where ``optim_args`` does not say: its rank is 128, the rest are ours as well.
-DEFAULTS: dict[str, Any] = {"rank": 128, **LOW_RANK_DEFAULTS}
+_APOLLO = rules_named("apollo")
+DEFAULTS: dict[str, Any] = {
+    **{key: option.default for key, option in _APOLLO.options.items() if key in _APOLLO.matrix_options},
+    "rank": 128,
+}
 # Keys of ``optim_args`` that are not options of the low-rank groups but of the whole optimizer.
 WHOLE: dict[str, type] = {"seed": int, "cache_projection": bool, "skip_nonfinite": bool, "max_skipped_steps": int}
 _TYPES: dict[str, type] = {**{key: type(value) for key, value in DEFAULTS.items()}, **WHOLE}
@@ -107,7 +112,7 @@ def optimizer_of(args: Any, model: Any, trainer: Any = None) -> tuple[type[Any],
     Raises:
         ValueError, TypeError: for arguments that are missing, unknown or make no sense; they are the same on all ranks.
     """
-    from ..optimizers.base import APOLLO
+    from ..optimizers.apollo import APOLLO
     from ..optimizers.in_backward_later import TrainerLayerwiseAPOLLO
 
     name = _name(args)

@@ -1,4 +1,4 @@
-"""APOLLO as a ``torch.optim.Optimizer`` for whole and sharded parameters."""
+"""A ``torch.optim.Optimizer`` for whole and sharded parameters: construction, steps, plans."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import agree, run_together, together
-from ..rules import adamw, apollo
 from ..rules.base import Rules
+from ..rules.registry import RULE, rules_of
 from ..selection.kept import KeptChoice
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
@@ -29,83 +29,50 @@ from .param_groups import Member
 logger = logging.getLogger("apollo_dist")
 
 
-class APOLLO(GroupedOptimizer):
-    r"""APOLLO (arXiv 2412.05270), exact under every layout: plain, DDP, FSDP2, HSDP and DeepSpeed ZeRO.
+class ShardedOptimizer(GroupedOptimizer):
+    """An optimizer of whole and sharded parameters that takes the step of ``rules``, exactly under every layout.
 
-    Low-rank matrices follow the rule in ``apollo_dist.rules.apollo``; all other parameters take AdamW with the same
-    lr, betas, eps, bias correction and decay.
+    A subclass says ``rules``, and in its signature which options it has; the arithmetic is the rules'. The options of
+    parameter groups are those that the rules declare, and lr, weight_decay and maximize. A group that names other rules
+    (``{"params": ..., "rule": "adamw"}``) has their options, with their defaults, and lr, weight_decay and maximize of
+    the optimizer.
 
     Args:
-        params: a model, which is best: linear maps inside repeated blocks become low-rank (``docs/choice.md`` has the
-            rule, ``apollo_dist.describe(model)`` prints the choice). Or parameter groups, where a group with ``rank``
-            is low-rank and one without is AdamW; if no group has ``rank``, or for parameters without groups, they are
-            chosen as for a model where it is known, else by name (without names, every matrix). Parameters may come
-            as (name, parameter) pairs, or with ``param_names`` in their group; all of them or none.
+        params: a model, which is best; parameters; (name, parameter) pairs; or parameter groups of either.
         lr: learning rate, a number or a tensor of one (which a step never waits for).
-        betas, eps, weight_decay: as in AdamW; the decay is decoupled and acts on the new weight.
-        rank: r, where the library chooses. Matrices (m, n) with min(m, n) < r go to AdamW, and the log names them.
-        scale: the update is multiplied by its square root.
-        scale_type: "channel" for one scaling factor for each channel, "tensor" for one for each matrix.
-        update_proj_gap: steps between redraws of the projections.
-        seed: of the projections; equal on all ranks.
-        proj: "random".
-        proj_type: "std".
-        scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
-            a ratio.
-        disable_nl: turn the norm-growth limiter off.
-        maximize: follow the negated gradients.
-        exclude: where the library chooses, a regular expression of names to leave to AdamW.
+        weight_decay, maximize: options of every group.
+        seed: of the projections, where a rule has some; equal on all ranks.
+        exclude: where the library chooses low-rank matrices, a regular expression of names to exclude.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
-        skip_nonfinite: leave a step out, on all ranks, with weights and states untouched, where a gradient on any of
-            them is infinite or NaN. Costs a pass over the gradients, an all-reduce of one number, and a wait for the
-            device. Under ZeRO-1, 2 and 3 DeepSpeed's own check does this.
-        max_skipped_steps: with ``skip_nonfinite``, a RuntimeError after more left out in a row; None for no limit.
-        model: the model that ``params`` belong to, where that is not the model itself. Parameters without names get
-            their names from it, FSDP1's their shapes and places, and parameters that ``fully_shard`` makes after the
-            optimizer was built are found in it. It is not kept alive.
-        process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
-            is built and at the first step, so every one of them must build it.
-        unknown: keywords of other optimizers (foreach, fused, capturable, differentiable, amsgrad, correct_bias,
-            no_deprecation_warning, ...) where they ask for what is done anyway; all others are errors.
+        skip_nonfinite, max_skipped_steps, model, process_group: as of ``APOLLO``.
+        options: those of the rules; keywords of other optimizers where they ask for what is done anyway; all others are
+            errors.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
     """
 
-    rules = Rules(apollo.APOLLO(), adamw.AdamW())
+    rules: Rules
 
     def __init__(
         self,
         params: Any,
-        lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
+        lr: float | Tensor = 1e-3,
         *,
-        rank: int = 256,
-        scale: float = 1.0,
-        scale_type: str = "channel",
-        update_proj_gap: int = 200,
-        seed: int = 0,
-        proj: str = "random",
-        proj_type: str = "std",
-        scale_front: bool = False,
-        disable_nl: bool = False,
+        weight_decay: float = 0.0,
         maximize: bool = False,
+        seed: int = 0,
         exclude: str | None = None,
         cache_projection: bool | str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
         model: nn.Module | None = None,
         process_group: dist.ProcessGroup | None = None,
-        **unknown: Any,
+        **options: Any,
     ) -> None:
-        options = {
-            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "rank": rank, "scale": scale,
-            "scale_type": scale_type, "update_proj_gap": update_proj_gap, "proj": proj, "proj_type": proj_type,
-            "scale_front": scale_front, "disable_nl": disable_nl, "maximize": maximize,
-        }  # fmt: skip
+        declared = {key: options.pop(key, option.default) for key, option in self.rules.options.items()}
+        common = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
         self._choice = KeptChoice(exclude)
         self._process_group = process_group
@@ -121,7 +88,7 @@ class APOLLO(GroupedOptimizer):
         self._driver = None
         self._constructed = False
         self._failures = Failures(process_group)
-        run_together(lambda: self._construct(params, options, unknown), process_group)
+        run_together(lambda: self._construct(params, common | declared, options), process_group)
         agree(self._facts, process_group, self._explain)
         self._constructed = True
 
@@ -250,13 +217,21 @@ class APOLLO(GroupedOptimizer):
             "skip_nonfinite": self._guard.enabled,
             "max_skipped_steps": self._guard.limit,
         }
-        return facts | fingerprint(self.seed, self.param_groups, self._members_of_groups())
+        return facts | fingerprint(self.seed, self.param_groups, self._members_of_groups(), self.rules)
 
     def _key(self) -> tuple[Any, ...]:
         # With the groups' own ids, since a build reads their hyperparameters. Under ZeRO-3 each sub-group has a build,
         # and at each call one group holds its flat tensor and the others are empty.
-        options = ("rank", *self.rules.matrix.spec_options)
-        return tuple((id(g), tuple(map(id, g["params"])), *(g[key] for key in options)) for g in self.param_groups)
+        # Options without a value are refused when the changes of options are looked at.
+        return tuple(
+            (
+                id(g),
+                tuple(map(id, g["params"])),
+                g.get(RULE),
+                *(g.get(key) for key in rules_of(g, self.rules).spec_options),
+            )
+            for g in self.param_groups
+        )
 
     def _follow_model(self, engine: zero.Engine) -> None:
         """Take the parameters that the model has now; local, may fail on one rank only."""
@@ -281,25 +256,3 @@ class APOLLO(GroupedOptimizer):
             trained=self._trained,
             generation=self._generation,
         )
-
-
-class APOLLOMini(APOLLO):
-    """APOLLO-Mini: rank 1 with one scaling factor for each matrix, and scale 128.
-
-    Takes the arguments of ``APOLLO``; only the defaults of rank, scale and scale_type differ.
-    """
-
-    def __init__(
-        self,
-        params: Any,
-        lr: float | Tensor = 1e-2,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-6,
-        weight_decay: float = 0.0,
-        *,
-        rank: int = 1,
-        scale: float = 128.0,
-        scale_type: str = "tensor",
-        **options: Any,
-    ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, rank=rank, scale=scale, scale_type=scale_type, **options)

@@ -9,13 +9,32 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..distributed import agree, rank_of, run_together
+from ..rules.base import Rules
+from ..rules.registry import RULE, rules_of
 from ..selection.choice import Parameter, check_matrix, name_pattern
 from ..sharding.deepspeed import zero
 from ..state.identity import NAMES, check_seed_of_group
 from ..step.plan import check_unique, fingerprint
 from .following import FollowingOptimizer
-from .options import OPTIONS, check_group_keys, check_known, drop_other_keywords, make_plain, plain, validate_options
-from .param_groups import CHOOSE, Member, check_named_alike, member, param_groups, split_params
+from .options import (
+    COMMON,
+    check_group_keys,
+    check_known,
+    drop_other_keywords,
+    make_plain,
+    options_of,
+    plain,
+    validate_options,
+)
+from .param_groups import (
+    CHOOSE,
+    Member,
+    check_named_alike,
+    chosen_groups,
+    member,
+    named_parameters,
+    split_params,
+)
 from .stateful import given_twice
 
 logger = logging.getLogger("apollo_dist")
@@ -31,9 +50,9 @@ class GroupedOptimizer(FollowingOptimizer):
     def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
         """The local part of construction; may fail on one rank only."""
         drop_other_keywords(unknown, type(self).__name__)
-        check_known(unknown, [*OPTIONS, *_ARGUMENTS], "argument")
-        make_plain(options)
-        validate_options(options, type(self).__name__)
+        check_known(unknown, [*options_of(self.rules), *_ARGUMENTS], "argument")
+        make_plain(options, self.rules)
+        validate_options(options, type(self).__name__, self.rules)
         self._guard.check()
         self.seed, self.cache_projection = plain(self.seed), plain(self.cache_projection)
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
@@ -43,21 +62,35 @@ class GroupedOptimizer(FollowingOptimizer):
         name_pattern(self.exclude)
         given_model = isinstance(params, nn.Module)
         self._model.check(params)
+        self._from_model = given_model
+        if not _is_chosen(self.rules):
+            if self.exclude is not None:
+                kind = type(self).__name__
+                raise ValueError(f"exclude={self.exclude!r} is for low-rank matrices, of which {kind} has none")
+            self._choose = False
+            super().__init__(named_parameters(params) if given_model else _as_groups(params), options)
+            return
         # A group that says rank=None is AdamW's, unless no group says anything else.
         if given_model:
-            groups = [{"rank": None, **group} for group in param_groups(params, exclude=self.exclude, **options)]
+            low = {key: value for key, value in options.items() if key != "rank"}
+            found = chosen_groups(params, self.rules, options["rank"], self.exclude, low)
+            groups = [{"rank": None, **group} for group in found]
         else:
-            groups = [_without_choice(group, options["rank"]) for group in _as_groups(params)]
-        self._from_model = given_model
-        self._choose = given_model or all(group.get("rank") is None for group in groups)
-        if self._choose and not given_model and all("rank" in group for group in groups):
-            groups = [{key: value for key, value in group.items() if key != "rank"} for group in groups]
+            groups = [
+                _without_choice(group, options["rank"]) if group.get(RULE) is None else group
+                for group in _as_groups(params)
+            ]
+        mine = [group for group in groups if group.get(RULE) is None]
+        self._choose = given_model or (bool(mine) and all(group.get("rank") is None for group in mine))
+        if self._choose and not given_model and all("rank" in group for group in mine):
+            for group in mine:
+                del group["rank"]
         if self.exclude is not None and not self._choose:
             raise ValueError(
                 f"exclude={self.exclude!r} has no effect on groups with a rank; put the parameters that it is to "
                 "exclude into a group without rank"
             )
-        super().__init__(groups, options if self._choose else {**options, "rank": None})
+        super().__init__(groups, options)
         if self._choose and not given_model:
             if self._model.module is not None:
                 self._decide({key: m.name for key, m in self._members.items()}, zero.Engine())
@@ -75,6 +108,8 @@ class GroupedOptimizer(FollowingOptimizer):
         Raises:
             ValueError: if parameters cannot be named, or if nothing is low-rank.
         """
+        if not self._choose:
+            return self._choice.low_rank
         module = engine.module if engine.module is not None else self._model.module
         parameters = self._to_choose(names)
         unnamed = [p for p in parameters if not p.named]
@@ -96,7 +131,7 @@ class GroupedOptimizer(FollowingOptimizer):
     def _expected_choice(self) -> Mapping[str, bool]:
         """By name whether a parameter is low-rank, as far as it is known before the first step."""
         parameters = self._to_choose({})
-        if not all(p.named for p in parameters):
+        if not self._choose or not all(p.named for p in parameters):
             return self._choice.low_rank
         return self._choice.expected(parameters, self.defaults["rank"], self._model.module)
 
@@ -126,7 +161,7 @@ class GroupedOptimizer(FollowingOptimizer):
         try:
             run_together(lambda: self._add_group(param_group), self._process_group)
             agree(
-                lambda: fingerprint(self.seed, self.param_groups, self._members_of_groups()),
+                lambda: fingerprint(self.seed, self.param_groups, self._members_of_groups(), self.rules),
                 self._process_group,
                 self._explain,
             )
@@ -140,29 +175,34 @@ class GroupedOptimizer(FollowingOptimizer):
     def _add_group(self, param_group: dict[str, Any]) -> None:
         """The local part of ``add_param_group``."""
         group = dict(param_group)
-        if self._constructed and self._choose:
-            group = _without_choice(group, self.defaults["rank"])
         number = len(self.param_groups)
-        check_seed_of_group(group, self.seed, f"parameter group {number}")
-        drop_other_keywords(group, f"parameter group {number}")
-        others = check_group_keys(group, f"parameter group {number}")
-        make_plain(group)
+        where = f"parameter group {number}"
+        rules = rules_of(group, self.rules)
+        own = rules == self.rules
+        if group.get(RULE) is None and self._constructed and self._choose:
+            group = _without_choice(group, self.defaults["rank"])
+        check_seed_of_group(group, self.seed, where)
+        drop_other_keywords(group, where)
+        others = check_group_keys(group, where, options_of(rules))
+        make_plain(group, rules)
         pairs = self._model.named(split_params(group["params"], group.pop(NAMES, None)))
         named = next((m.named for m in self._members.values()), None)
-        check_named_alike(pairs, f"parameter group {number}", named)
-        explicit = group.get("rank") is not None
-        choose = self._choose and "rank" not in group
-        group["rank"] = group.get("rank", self.defaults["rank"] if self._choose else None)
+        check_named_alike(pairs, where, named)
+        choose = group.get(RULE) is None and self._choose and "rank" not in group
+        if group.get(RULE) is None and not self._choose and _is_chosen(rules):
+            group.setdefault("rank", None)
         if choose:
             group[CHOOSE] = True
-        validate_options({**self.defaults, **group}, f"parameter group {number}")
+        declared = {key: option.default for key, option in rules.options.items()}
+        group = {**declared, **{k: self.defaults[k] for k in (options_of(rules) if own else COMMON)}, **group}
+        validate_options(group, where, rules)
         found = [member(len(self._given) + i, name, tensor, choose=choose) for i, (name, tensor) in enumerate(pairs)]
         tensors = [tensor for _, tensor in pairs]
         self._leave_groups(tensors)
         given_twice(zip((m.name for m in found), tensors, strict=True), self._members)
         added = dict(zip(map(id, tensors), found, strict=True))
         check_unique(m.name for m in [*self._members.values(), *added.values()])
-        if explicit:
+        if not choose and group.get("rank") is not None:
             if not pairs:
                 raise ValueError(f"parameter group {number} asks for rank={group['rank']} but holds no matrix")
             for m in added.values():
@@ -172,7 +212,10 @@ class GroupedOptimizer(FollowingOptimizer):
             group[NAMES] = [m.name for m in found]
             for earlier in self.param_groups:  # empty so far, as this one may be
                 earlier.setdefault(NAMES, [])
+        read = {key: value for key, value in group.items() if key not in self.defaults or key in options_of(rules)}
         super().add_param_group(group)
+        for key in self.defaults.keys() - read.keys():  # which torch has added
+            del group[key]
         self._members.update(added)
         self._given += tensors
         self._frozen_once.update(m.name for m, p in zip(found, tensors, strict=True) if not p.requires_grad)
@@ -218,6 +261,11 @@ class GroupedOptimizer(FollowingOptimizer):
 
     def _members_of_groups(self) -> list[list[Member]]:
         return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]
+
+
+def _is_chosen(rules: Rules) -> bool:
+    """Whether the matrices of these rules are chosen: by a group's rank, else by the library."""
+    return rules.matrix is not None and rules.matrix.chosen
 
 
 def _without_choice(group: dict[str, Any], rank: int) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..step.elementwise import ElementwiseTensor
 from ..step.failing import Steps
 from ..step.plan import StepPlan
 from ..step.shard_group import ShardGroupStep
-from .base import APOLLO, APOLLOMini
+from .apollo import APOLLO, APOLLOMini
 from .model_changes import any_trains
 from .model_ref import PresentModel
 

@@ -4,22 +4,17 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 import torch
 
-# Options of a parameter group that only low-rank matrices read. A group whose ``rank`` is None takes AdamW.
-LOW_RANK_DEFAULTS: dict[str, Any] = {
-    "scale": 1.0,
-    "scale_type": "channel",
-    "update_proj_gap": 200,
-    "proj": "random",
-    "proj_type": "std",
-    "scale_front": False,
-    "disable_nl": False,
-}
-COMMON = ("lr", "betas", "eps", "weight_decay", "maximize")
-OPTIONS = (*COMMON, "rank", *LOW_RANK_DEFAULTS)
+from ..rules.base import Rules
+from ..rules.options import flag, not_negative
+from ..rules.registry import RULE
+
+# Options that the step reads, whatever the rule.
+COMMON = ("lr", "weight_decay", "maximize")
 # Keys of parameter groups that mean something to torch or its schedulers, and nothing here.
 _TORCH_KEYS = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 # Other optimizers' names for these options: a group that has one is taken for a mistake, not for another tool's key.
@@ -48,6 +43,13 @@ _OTHER_KEYWORDS: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+@lru_cache
+def options_of(rules: Rules) -> tuple[str, ...]:
+    """The options of a parameter group that follows ``rules``: what its rules declare, and what all have."""
+    first = tuple(rules.element.options)
+    return "lr", *first, "weight_decay", "maximize", *(key for key in rules.options if key not in first)
+
+
 def plain(value: Any) -> Any:
     """A number as Python's own, whatever library it comes from; lists and tuples by their items; all else as it is.
 
@@ -69,12 +71,17 @@ def plain(value: Any) -> Any:
     return float(value) if isinstance(value, numbers.Real) else value
 
 
-def make_plain(options: dict[str, Any]) -> None:
+def make_plain(options: dict[str, Any], rules: Rules) -> None:
     """Make the numbers among the options of a group ``plain``, in place, with ``betas`` as a tuple.
 
     A tensor as ``lr`` stays one, since its owner may change it in place. Cheap where there is nothing to do: it is
     called at every step, because schedulers write what they like.
+
+    Args:
+        options: a parameter group.
+        rules: that it follows; of other tools' values only numbers are made plain.
     """
+    known = options_of(rules)
     for key, value in options.items():
         kind = type(value)
         if kind in _PLAIN or key in ("params", "param_names"):
@@ -83,7 +90,7 @@ def make_plain(options: dict[str, Any]) -> None:
             continue
         if isinstance(value, torch.Tensor) and key == "lr":
             continue
-        if key not in OPTIONS and not _is_number(value):
+        if key not in known and not _is_number(value):
             continue
         options[key] = tuple(map(plain, value)) if key == "betas" and kind is list else plain(value)
 
@@ -110,12 +117,13 @@ def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
             raise ValueError(f"unknown {what} {key!r}.{hint} Supported: {', '.join(known)}")
 
 
-def check_group_keys(group: Iterable[str], where: str) -> list[str]:
+def check_group_keys(group: Iterable[str], where: str, options: Iterable[str]) -> list[str]:
     """Tell the keys of a parameter group that belong to other tools from misspelled options.
 
     Args:
         group: the keys.
         where: for the message.
+        options: those of the group's rules.
 
     Returns:
         The keys that mean nothing here (``lr_scale``, ``group_name``, ...); torch's own are not among them.
@@ -124,13 +132,14 @@ def check_group_keys(group: Iterable[str], where: str) -> list[str]:
         ValueError: for a key that is nearly an option's name.
     """
     others = []
+    options = (*options, RULE)
     for key in group:
-        if key in OPTIONS or key in _TORCH_KEYS:
+        if key in options or key in _TORCH_KEYS:
             continue
-        meant = misspelling_of(key, OPTIONS)
+        meant = misspelling_of(key, options)
         if meant is not None:
             raise ValueError(
-                f"{where}: unknown key {key!r}. Did you mean {meant!r}? Options are {', '.join(OPTIONS)}; any other "
+                f"{where}: unknown key {key!r}. Did you mean {meant!r}? Options are {', '.join(options)}; any other "
                 "key is kept for the tool that reads it, unless it looks like one of these"
             )
         others.append(key)
@@ -192,16 +201,17 @@ def drop_other_keywords(given: dict[str, Any], where: str) -> None:
                 raise ValueError(f"{where}: {key}={value!r} is not supported: {reason}. Leave it out, or pass {hint}")
 
 
-def validate_options(options: Mapping[str, Any], where: str, *, step: bool = False) -> None:
+def validate_options(options: Mapping[str, Any], where: str, rules: Rules, *, step: bool = False) -> None:
     """Raise ValueError, naming the value and ``where`` it stands, if a group's options make no sense.
 
     Args:
         options: a parameter group.
+        rules: that it follows.
         where: for the message.
         step: between steps, where a tensor is not waited for, and a schedule may overshoot to below zero.
     """
     options = dict(options)
-    make_plain(options)
+    make_plain(options, rules)
 
     def refuse(key: str, want: str) -> None:
         value = options[key]
@@ -210,48 +220,23 @@ def validate_options(options: Mapping[str, Any], where: str, *, step: bool = Fal
             f"{where}: {key} must be {want}, got {value!r}{hint if type(value) is str and value == 'auto' else ''}"
         )
 
-    def number(key: str) -> float:
-        value = options[key]
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            refuse(key, "a number")
-        return float(value)
-
-    missing = [key for key in OPTIONS if key not in options]
+    missing = [key for key in options_of(rules) if key not in options]
     if missing:
         raise ValueError(f"{where}: it has no {missing[0]} any more; a parameter group keeps its options")
     lr = options["lr"]
     if isinstance(lr, torch.Tensor):
         if lr.numel() != 1 or not lr.is_floating_point():
             refuse("lr", "a number, or a tensor of one floating-point number")
-        number_of_lr = 0.0 if step else float(lr)
-    else:
-        number_of_lr = number("lr")
-    if not step and not number_of_lr >= 0.0:
-        refuse("lr", ">= 0")
-    betas = options["betas"]
-    two = isinstance(betas, tuple) and len(betas) == 2 and all(type(beta) in (int, float) for beta in betas)
-    if not (two and all(0.0 <= beta < 1.0 for beta in betas)):
-        refuse("betas", "two numbers in [0, 1)")
-    for key in ("eps", "weight_decay"):
-        if not number(key) >= 0.0:
-            refuse(key, ">= 0")
-    if not isinstance(options["maximize"], bool):
-        refuse("maximize", "True or False")
-    rank = options["rank"]
-    if rank is None:
-        return
-    for key in ("rank", "update_proj_gap"):
-        value = options[key]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            refuse(key, "an integer >= 1")
-    if not number("scale") > 0.0:
-        refuse("scale", "> 0")
-    if options["scale_type"] not in ("channel", "tensor"):
-        refuse("scale_type", '"channel" or "tensor"')
-    if options["proj"] != "random":
-        refuse("proj", '"random" (the only projection of APOLLO that needs no SVD)')
-    if options["proj_type"] != "std":
-        refuse("proj_type", '"std" (rows or columns by shape, the smaller dimension is projected)')
-    for key in ("scale_front", "disable_nl"):
-        if not isinstance(options[key], bool):
-            refuse(key, "True or False")
+        lr = 0.0 if step else float(lr)
+    # A schedule may overshoot to below zero.
+    want = not_negative(abs(lr) if step and isinstance(lr, (int, float)) and not isinstance(lr, bool) else lr)
+    if want:
+        refuse("lr", want)
+    declared = rules.options
+    for key in options_of(rules)[1:]:
+        want = _CHECKS[key](options[key]) if key in _CHECKS else declared[key].check(options[key])
+        if want:
+            refuse(key, want)
+
+
+_CHECKS = {"weight_decay": not_negative, "maximize": flag}

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..rules.base import Rules
+from ..rules.registry import RULE, rules_named
 from ..selection.choice import check_any, of_model, tell
 from ..sharding import detect, fsdp1
 from ..sharding.local_shard import canonical_name
-from .options import COMMON, OPTIONS, check_known
+from .options import check_known, options_of
 
 # Set by the optimizer on groups whose members the library chooses: they came without a rank.
 CHOOSE = "choose_by_name"
@@ -54,43 +56,67 @@ def member(index: int, name: str | None, tensor: torch.Tensor, *, choose: bool =
     return Member(name, detect.logical_shape(tensor), tensor.dtype, named, choose=choose)
 
 
-def param_groups(
-    model: nn.Module, rank: int = 256, *, exclude: str | None = None, **options: Any
-) -> list[dict[str, Any]]:
-    """Two parameter groups for ``APOLLO``: attention and MLP matrices low-rank, everything else AdamW, with names.
+def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The parameters of a model that train or may do so later, by canonical name."""
+    # One that is frozen has no state until it trains; of integers (quantized) it never does.
+    return [
+        (canonical_name(name), parameter)
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad or parameter.is_floating_point()
+    ]
 
-    The choice is that of ``APOLLO(model)``; ``apollo_dist.describe(model)`` prints it with the reasons.
+
+def param_groups(
+    model: nn.Module, rank: int | None = None, *, rule: str = "apollo", exclude: str | None = None, **options: Any
+) -> list[dict[str, Any]]:
+    """Parameter groups of a model's parameters, with names.
+
+    For APOLLO two: attention and MLP matrices low-rank, everything else AdamW. The choice is that of ``APOLLO(model)``;
+    ``apollo_dist.describe(model)`` prints it with the reasons. For any other rule one, which names the rule.
 
     Args:
         model: the model, wrapped or not. Parameters that are frozen at present are in the groups as well: they have no
             state, and train once they require a gradient.
-        rank: r of the low-rank group. Matrices with a smaller side go to AdamW, and the log names them.
-        exclude: a regular expression; matching names go to AdamW.
-        options: further options of both groups (lr, betas, eps, weight_decay, maximize) or of the low-rank group
-            (scale, scale_type, update_proj_gap, proj, proj_type, scale_front, disable_nl).
+        rank: r of the low-rank group, by default 256. Matrices with a smaller side go to AdamW, and the log names them.
+        rule: the rule's name, such as "scale".
+        exclude: a regular expression; matching names go to AdamW. For APOLLO only.
+        options: further options of the groups: lr, weight_decay, maximize, and what the rule has (for APOLLO betas and
+            eps, and of the low-rank group scale, scale_type, update_proj_gap, proj, proj_type, scale_front,
+            disable_nl).
 
     Returns:
         Groups whose ``params`` are (name, parameter) pairs.
 
     Raises:
-        ValueError: for an unknown option, or if no matrix is found.
+        ValueError: for an unknown option or rule, or if no matrix is found for APOLLO.
     """
-    check_known(options, [key for key in OPTIONS if key != "rank"], "option")
+    rules = rules_named(rule)
+    if rules.matrix is not None and rules.matrix.chosen:
+        return chosen_groups(model, rules, 256 if rank is None else rank, exclude, options)
+    check_known(options, options_of(rules), "option")
+    if rank is not None or exclude is not None:
+        raise ValueError(f"rank and exclude are for low-rank matrices, which rule={rule!r} does not have")
+    return [{"params": named_parameters(model), RULE: rule, **options}]
+
+
+def chosen_groups(
+    model: nn.Module, rules: Rules, rank: int, exclude: str | None, options: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The groups of rules whose matrices are chosen: low-rank ones, and the others; see ``param_groups``."""
+    check_known(options, [key for key in options_of(rules) if key != "rank"], "option")
     choice = of_model(model, rank, exclude)
     low: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
-    for name, parameter in model.named_parameters():
-        # One that is frozen has no state until it trains; of integers (quantized) it never does.
-        if parameter.requires_grad or parameter.is_floating_point():
-            name = canonical_name(name)
-            (low if choice[name].low_rank else rest).append((name, parameter))
+    for name, parameter in named_parameters(model):
+        (low if choice[name].low_rank else rest).append((name, parameter))
     told = {name: choice[name] for name, _ in (*low, *rest)}
     trainable = sum(parameter.requires_grad for _, parameter in (*low, *rest))
     check_any(told, f"{type(model).__name__} with {trainable} trainable parameters", rank)
     tell(told, rank)
     groups: list[dict[str, Any]] = [{"params": low, "rank": rank, **options}]
     if rest:
-        groups.append({"params": rest, **{key: value for key, value in options.items() if key in COMMON}})
+        shared = options_of(Rules(None, rules.element))
+        groups.append({"params": rest, **{key: value for key, value in options.items() if key in shared}})
     return groups
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ..distributed import agree, rank_of, run_together
 from ..rules.base import Rules
+from ..rules.registry import rules_of
 from ..selection.kept import KeptChoice
 from ..sharding import fsdp1
 from ..state import parameter_state
@@ -27,7 +28,7 @@ from ..step.plan import StepPlan
 from .model_changes import Planned, Watch
 from .model_ref import PresentModel
 from .option_changes import OptionChanges
-from .options import OPTIONS, make_plain, validate_options
+from .options import make_plain, options_of, validate_options
 from .param_groups import CHOOSE, Member
 from .targets import targets
 
@@ -93,7 +94,7 @@ class StatefulOptimizer(Optimizer):
     def _init_state(self) -> None:
         """Set the attributes of an optimizer without state."""
         self._slots, self._pending, self._builds = {}, {}, {}
-        self._trained, self._generation, self._option_changes = {}, 0, OptionChanges()
+        self._trained, self._generation, self._option_changes = {}, 0, OptionChanges(self.rules)
         self._idle, self._outside, self._watch, self._unreduced = [], [], None, set()
         self._updated, self._planned, self._unheld, self._bare = [], [], [], None
         self._restored, self._by_parameter = None, False
@@ -151,7 +152,7 @@ class StatefulOptimizer(Optimizer):
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         for group in self.param_groups:
-            make_plain(group)
+            make_plain(group, rules_of(group, self.rules))
         if (self._slots or self._pending) and any(map(fsdp1.is_flattened, self._tensors())):
             raise ValueError(
                 "FSDP1's optimizer state dict holds tensors in the shapes of parameters only, and would lose APOLLO's "
@@ -274,10 +275,16 @@ class StatefulOptimizer(Optimizer):
             self._targets(),
             seed=self.seed,
             accepted=self._accepted,
-            validate=_validate,
+            validate=self._validate,
             decided_here=(CHOOSE,),
-            options=OPTIONS,
+            options_of=lambda group: options_of(rules_of(group, self.rules)),
         )
+
+    def _validate(self, group: dict[str, Any], where: str) -> None:
+        """Make a loaded group's options Python's own numbers, and check them."""
+        rules = rules_of(group, self.rules)
+        make_plain(group, rules)
+        validate_options(group, where, rules)
 
     def _targets(self) -> list[list[Target]] | None:
         """The parameters that a state may be loaded for; None where an engine has put its own tensors into groups."""
@@ -360,12 +367,6 @@ class StatefulOptimizer(Optimizer):
                 view[tensor] = state
                 self._counted.append((state, slot))
         self.state = defaultdict(dict, view)
-
-
-def _validate(group: dict[str, Any], where: str) -> None:
-    """Make a loaded group's options Python's own numbers, and check them."""
-    make_plain(group)
-    validate_options(group, where)
 
 
 def _stack(name: str) -> str:

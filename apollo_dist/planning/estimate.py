@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from ..exchange.plan import MatrixSpec, Plan, make_plan
-from ..rules.adamw import AdamW
-from ..rules.apollo import APOLLO
 from ..rules.base import ElementRule, MatrixRule, Rules
+from ..rules.registry import rules_named
 from ..selection.choice import check_any, check_matrix, low_rank_names, of_names
 from ..sharding.local_shard import Cover, matrices, matrix_name
 from ..sharding.regions import FlatCover, Range, Tile, cut_ranges, even_ranges, row_ranges
@@ -22,7 +21,7 @@ NUMBER = 4  # bytes: states and exchanges are fp32
 _FSDP1_ALIGNMENT = 16
 
 Shapes = Mapping[str, Sequence[int]]
-RULES = Rules(APOLLO(), AdamW())
+RULES = rules_named("apollo")
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ def estimate(
         check_any(choice, f"{len(shapes)} parameters", rank)
         low_rank = low_rank_names(choice)
     chosen = set(low_rank)
+    assert rules.matrix is not None
     options = {"rank": rank, "scale_type": scale_type, "disable_nl": disable_nl}
     ranks = 1 if layout == "whole" else world
     low = {name: tuple(shape) for name, shape in shapes.items() if name in chosen}

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..exchange.plan import Plan
-from ..optimizers.base import APOLLO
+from ..optimizers.apollo import APOLLO
 from ..pretrain.config import ModelConfig
 from ..sharding.local_shard import Cover
 

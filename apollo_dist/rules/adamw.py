@@ -1,11 +1,18 @@
-r"""AdamW as APOLLO's authors use it for parameters without a low rank: Hugging Face's form.
+r"""AdamW, element by element, in two forms.
+
+Both keep :math:`M = \beta_1 M + (1 - \beta_1) G` and :math:`V = \beta_2 V + (1 - \beta_2) G \odot G`. The authors of
+APOLLO use Hugging Face's form for parameters without a low rank (``AdamW``), with the bias corrections outside of
+:math:`\epsilon`, and weight decay last:
 
 .. math::
-    M &= \beta_1 M + (1 - \beta_1) G, \qquad V = \beta_2 V + (1 - \beta_2) G \odot G \\
-    W &\leftarrow W - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} M / (\sqrt{V} + \epsilon), \qquad
+    W \leftarrow W - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} M / (\sqrt{V} + \epsilon), \qquad
     W \leftarrow W - \eta \lambda W
 
-The bias corrections are outside of :math:`\epsilon`; torch's AdamW puts them inside, and decays the weight first.
+PyTorch's form (``TorchAdamW``) decays first, and has the correction of V inside:
+
+.. math::
+    W \leftarrow W - \eta \lambda W, \qquad
+    W \leftarrow W - \frac{\eta}{1 - \beta_1^t} M / (\sqrt{V / (1 - \beta_2^t)} + \epsilon)
 """
 
 from __future__ import annotations
@@ -17,13 +24,15 @@ from torch import Tensor
 
 from ..kernels.adam import adam_step
 from .base import ElementRule, Group
+from .options import BETAS, Option, not_negative
 
 
 class AdamW(ElementRule):
-    """Options read: lr, betas, eps, maximize."""
+    """Hugging Face's form."""
 
     name = "AdamW"
     state = ("exp_avg", "exp_avg_sq")
+    options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-6, not_negative)}
 
     def update(
         self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
@@ -37,5 +46,29 @@ class AdamW(ElementRule):
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"] / math.sqrt(1.0 - group["betas"][1] ** step),
+            maximize=group["maximize"],
+        )
+
+
+class TorchAdamW(ElementRule):
+    """PyTorch's form."""
+
+    name = "torch's AdamW"
+    decay_first = True
+    state = AdamW.state
+    options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-8, not_negative)}
+
+    def update(
+        self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
+    ) -> None:
+        """One fused pass."""
+        adam_step(
+            weights,
+            grads,
+            *(state[name] for name in self.state),
+            step=step,
+            lr=group["lr"],
+            betas=group["betas"],
+            eps=group["eps"],
             maximize=group["maximize"],
         )

@@ -21,7 +21,7 @@ Moments, scales and norms are float32 (float64 for float64 weights).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,39 @@ from torch import Tensor
 from ..kernels.adam import adam_direction
 from .base import Group, MatrixRule, Reduce, Reply, Seen, Spec, State, Update
 from .limiter import NORM_EPS, limit
+from .options import BETAS, Option, flag, integer, not_negative, one_of, optional, positive
 
 
 class APOLLO(MatrixRule):
-    """Options read: rank, scale, scale_type, disable_nl, betas, eps, and update_proj_gap for the projection."""
+    """APOLLO's update of a matrix; ``rank=None`` leaves a group's parameters to the other rule."""
 
     name = "APOLLO"
+    chosen = True
     spec_options = ("rank", "scale_type", "disable_nl")
+    options: Mapping[str, Option] = {
+        "betas": BETAS,
+        "eps": Option(1e-6, not_negative),
+        "rank": Option(256, optional(integer(1))),
+        "scale": Option(1.0, positive),
+        "scale_type": Option("channel", one_of(("channel", "tensor"), '"channel" or "tensor"')),
+        "update_proj_gap": Option(200, integer(1)),
+        "proj": Option("random", one_of(("random",), '"random" (the only projection of APOLLO that needs no SVD)')),
+        "proj_type": Option("std", one_of(("std",), '"std" (the smaller dimension is projected)')),
+        "scale_front": Option(False, flag),
+        "disable_nl": Option(False, flag),
+    }
+
+    def takes(self, shape: Sequence[int], group: Group) -> bool:
+        """All that is in a group with a rank; whether that is a matrix is checked when the step is planned."""
+        return group["rank"] is not None
+
+    def refuses_change(self, before: Group, now: Group) -> str:
+        """Moments of one rank say nothing of another."""
+        old, new = before["rank"], now["rank"]
+        what = {True: "AdamW's, in the shape of a parameter", False: "low-rank"}[old is None]
+        if None not in (old, new):
+            what = f"of rank {old}, which say nothing of another projection"
+        return "" if old == new else f"rank was {old} and is now {new}, but the moments of its matrices are {what}"
 
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """By channel the limiter needs sum_c s_c^2 ||G_c||^2; by tensor ||N||^2, ||R||^2, and for it ||G||^2."""
@@ -79,8 +105,7 @@ class APOLLO(MatrixRule):
 
     def gain(self, group: Group) -> float:
         """The square root of ``scale``, as the authors' code has it."""
-        root: float = group["scale"] ** 0.5
-        return root
+        return float(group["scale"] ** 0.5)
 
 
 def bias_correction(step: int, betas: tuple[float, float]) -> float:

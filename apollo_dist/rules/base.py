@@ -13,12 +13,14 @@ host. A rule keeps nothing between calls; hyperparameters come from the paramete
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .options import Option
 
 Group = Mapping[str, Any]  # a parameter group's options
 
@@ -117,13 +119,26 @@ class MatrixRule:
 
     Attributes:
         name: for logs and checkpoints.
+        options: that it reads from a parameter group, besides lr, weight_decay and maximize.
+        chosen: whether its matrices are chosen: by a group's ``rank``, else by the library. Other rules take every
+            matrix of their groups that ``takes`` accepts.
         decay_first: whether weight decay acts on the weight before the update, and not on the new weight.
-        spec_options: the options that ``spec`` reads; when one changes, the step is planned anew.
+        spec_options: the options that ``spec`` and ``takes`` read; when one changes, the step is planned anew.
     """
 
     name: str
+    options: Mapping[str, Option] = {}
+    chosen = False
     decay_first = False
     spec_options: tuple[str, ...] = ()
+
+    def takes(self, shape: Sequence[int], group: Group) -> bool:
+        """Whether it updates a parameter of that shape in a group; else the element rule does."""
+        return len(shape) in (2, 3) and 0 not in shape
+
+    def refuses_change(self, before: Group, now: Group) -> str:
+        """Why the options of a group with state cannot change so; "" if they can."""
+        return ""
 
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """What an m x n matrix needs under a group's options."""
@@ -162,13 +177,19 @@ class ElementRule:
 
     Attributes:
         name: for logs and checkpoints.
+        options: as of ``MatrixRule``.
         state: names of the tensors that it keeps, each like the parameter, zeros at first.
         decay_first: as of ``MatrixRule``.
     """
 
     name: str
+    options: Mapping[str, Option] = {}
     state: tuple[str, ...] = ()
     decay_first = False
+
+    def refuses_change(self, before: Group, now: Group) -> str:
+        """As of ``MatrixRule``."""
+        return ""
 
     def update(
         self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
@@ -185,7 +206,37 @@ class ElementRule:
 
 
 class Rules(NamedTuple):
-    """The rules of one optimizer."""
+    """The rules of a parameter group: ``matrix`` for the matrices that it takes (None: for none), ``element`` for all
+    other parameters."""
 
-    matrix: MatrixRule
+    matrix: MatrixRule | None
     element: ElementRule
+
+    @property
+    def name(self) -> str:
+        """For checkpoints, which continue only under rules of the same name."""
+        return self.element.name if self.matrix is None else self.matrix.name
+
+    @property
+    def options(self) -> dict[str, Option]:
+        """The options that either of them reads; where both read one, it is the matrix rule's."""
+        return {**self.element.options, **(self.matrix.options if self.matrix is not None else {})}
+
+    @property
+    def matrix_options(self) -> set[str]:
+        """The options that the matrix rule reads, and the element rule does not."""
+        return set(self.options) - set(self.element.options)
+
+    @property
+    def spec_options(self) -> tuple[str, ...]:
+        """The options by which a step is planned."""
+        return self.matrix.spec_options if self.matrix is not None else ()
+
+    def refuses_change(self, before: Group, now: Group) -> str:
+        """Why the options of a group with state cannot change so; "" if they can."""
+        rules = (rule for rule in self if rule is not None)
+        return next(filter(None, (rule.refuses_change(before, now) for rule in rules)), "")
+
+    def rule_of(self, shape: Sequence[int], group: Group) -> MatrixRule | ElementRule:
+        """The one that updates a parameter of that shape in a group."""
+        return self.matrix if self.matrix is not None and self.matrix.takes(shape, group) else self.element

@@ -90,7 +90,7 @@ def read(
     accepted: Collection[str],
     validate: Callable[[dict[str, Any], str], None],
     decided_here: Collection[str],
-    options: Sequence[str],
+    options_of: Callable[[Mapping[str, Any]], Sequence[str]],
 ) -> Loaded:
     """Read a state dict, and judge whether it continues here.
 
@@ -102,7 +102,7 @@ def read(
         accepted: of "seed", "names" what may differ.
         validate: makes options plain numbers, in place; raises ValueError for bad ones.
         decided_here: keys of groups that are not loaded.
-        options: keys of groups whose change is told.
+        options_of: for a group the keys whose change is told.
 
     Raises:
         ValueError: for a state of another seed, of other names, ranks, shapes, or of another optimizer.
@@ -118,8 +118,8 @@ def read(
     keys = _keys(saved, targets, version, "names" in accepted, result.notes)
     saved = [saved[number] for number, _ in keys]
     for number, (group, live) in enumerate(zip(saved, groups, strict=True)):
-        _check_rank(group, live, number)
-        result.groups.append(_merged(group, live, number, options, decided_here, result.notes))
+        _check_rule(group, live, number)
+        result.groups.append(_merged(group, live, number, options_of(live), decided_here, result.notes))
         validate(result.groups[-1], f"parameter group {number} of the loaded state")
     _read_state(state_dict["state"], [listed for _, listed in keys], targets, result)
     if version is None and (result.pending or result.slots):
@@ -153,8 +153,15 @@ def _keys(
     return [(number, [saved[number]["params"][i] for i in positions]) for number, positions in found]
 
 
-def _check_rank(saved: Mapping[str, Any], live: Mapping[str, Any], number: int) -> None:
-    if "rank" in saved and saved["rank"] != live["rank"]:
+def _check_rule(saved: Mapping[str, Any], live: Mapping[str, Any], number: int) -> None:
+    # A state of before rules had names has none.
+    was, now = saved.get("rule"), live.get("rule")
+    if was != now:
+        raise ValueError(
+            f"the rule of parameter group {number} was {was!r} when the state was saved, and here it is {now!r} (None: "
+            "the optimizer's own). Build the optimizer with the groups that were saved, or go on without its state"
+        )
+    if "rank" in saved and "rank" in live and saved["rank"] != live["rank"]:
         was, now = ("none, so AdamW" if rank is None else rank for rank in (saved["rank"], live["rank"]))
         raise ValueError(
             f"the rank of parameter group {number} was {was} when the state was saved, and here it is {now}: moments "

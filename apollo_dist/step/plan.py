@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..integrations.deepspeed import refuse
-from ..optimizers.options import OPTIONS
+from ..optimizers.options import options_of
 from ..optimizers.param_groups import CHOOSE, Member
-from ..rules.base import Rules
+from ..rules.base import ElementRule, MatrixRule, Rules
+from ..rules.registry import RULE, rules_of
 from ..selection.choice import check_matrix
 from ..selection.verdict import abbreviate
 from ..sharding import detect
@@ -22,7 +23,7 @@ from ..sharding.local_shard import PARAMETER_LAYOUTS, Holding, canonical_name
 from ..state.slots import Slot
 from .elementwise import ElementwiseTensor
 from .failing import Steps
-from .matrix import specs_of
+from .matrix import Matrix, specs_of
 from .shard_group import Entry, ShardGroupStep
 
 
@@ -32,10 +33,10 @@ class StepPlan:
 
     Attributes:
         tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
-        rules: of matrices, and of other parameters.
-        shard_groups: the low-rank matrices by part (``Member.part``) and shard group.
+        shard_groups: the matrices that matrix rules update, by part (``Member.part``) and shard group.
         elementwise: the other parameters, as far as this rank holds any of them.
-        elementwise_shapes: shapes of the other parameters, wherever they are held.
+        elementwise_shapes, element_rules: of the other parameters, wherever they are held, rules and shapes, and rules
+            by name.
         holdings: of every parameter, also those of which this rank holds nothing, with its group.
         facts: what all ranks must agree on before the first exchange.
         chosen: for the log, which matrices the library chose; "" where groups with a rank say it.
@@ -46,10 +47,10 @@ class StepPlan:
     """
 
     tensors: list[Tensor]
-    rules: Rules
     shard_groups: list[ShardGroupStep] = field(default_factory=list)
     elementwise: list[ElementwiseTensor] = field(default_factory=list)
-    elementwise_shapes: list[tuple[int, ...]] = field(default_factory=list)
+    elementwise_shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
+    element_rules: dict[str, str] = field(default_factory=dict)
     holdings: list[tuple[Holding, dict[str, Any]]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     chosen: str = ""
@@ -79,19 +80,30 @@ class StepPlan:
     def summary(self) -> str:
         """One line: what is low-rank, what is not, which layout, what is exchanged."""
         matrices = [m for group_step in self.shard_groups for m in group_step.matrices]
-        elements = sum(m.spec.m * m.spec.n for m in matrices)
-        rest = sum(torch.Size(shape).numel() for shape in self.elementwise_shapes)
         layouts = sorted({m.holding.layout for m in matrices} | {a.holding.layout for a in self.elementwise})
         shared = sum(group_step.plan.shared_channels for group_step in self.shard_groups)
         first, second = (sum(group_step.exchange.bytes_sent[i] for group_step in self.shard_groups) for i in (0, 1))
-        ranks = sorted({m.spec.rank for m in matrices})
+        said = [*self._matrices(matrices), *self._tensors()]
         return (
-            f"{len(matrices)} matrices with {elements:,} elements are low-rank "
-            f"(rank {', '.join(map(str, ranks)) or '-'}), "
-            f"{len(self.elementwise_shapes)} tensors with {rest:,} elements take {self.rules.element.name}; "
-            f"layout {', '.join(layouts)}; "
+            f"{', '.join(said)}; layout {', '.join(layouts)}; "
             f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step{self.chosen}{self._idle()}"
         )
+
+    @staticmethod
+    def _matrices(matrices: Sequence[Matrix]) -> Iterator[str]:
+        """What becomes of matrices, by rule: those with a projection are low-rank."""
+        for name in dict.fromkeys(m.rule.name for m in matrices):
+            mine = [m for m in matrices if m.rule.name == name]
+            elements = sum(m.spec.m * m.spec.n for m in mine)
+            ranks = sorted({m.spec.rank for m in mine})
+            what = f"are low-rank (rank {', '.join(map(str, ranks))})" if any(ranks) else f"take {name}"
+            yield f"{len(mine)} matrices with {elements:,} elements {what}"
+
+    def _tensors(self) -> Iterator[str]:
+        """What becomes of other parameters, by rule."""
+        for name in dict.fromkeys(name for name, _ in self.elementwise_shapes):
+            shapes = [torch.Size(shape) for rule, shape in self.elementwise_shapes if rule == name]
+            yield f"{len(shapes)} tensors with {sum(shape.numel() for shape in shapes):,} elements take {name}"
 
     def _idle(self) -> str:
         if not self.idle:
@@ -101,12 +113,16 @@ class StepPlan:
 
 
 def fingerprint(
-    seed: int, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]]
+    seed: int, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]], own: Rules
 ) -> dict[str, object]:
-    """What ranks must have in common from the start: seed, hyperparameters, names, shapes and dtypes."""
+    """What ranks must have in common from the start: seed, rules, hyperparameters, names, shapes and dtypes.
+
+    ``own`` are the rules of groups that name none.
+    """
     facts: dict[str, object] = {"seed": seed, "number of parameter groups": len(groups)}
     for i, (group, held) in enumerate(zip(groups, members, strict=True)):
-        for key in OPTIONS:
+        facts[f"rule of parameter group {i}"] = group.get(RULE)
+        for key in options_of(rules_of(group, own)):
             value = group[key]
             facts[f"{key} of parameter group {i}"] = value.item() if isinstance(value, Tensor) else value
         for m in held:
@@ -135,7 +151,7 @@ def plan_step(
         members: the parameters that the optimizer was given, by ``id``.
         engine: DeepSpeed's part in this step.
         slots: returns the state of a matrix or tensor by name: empty, or filled by an earlier build or a load.
-        rules: of matrices, and of other parameters.
+        rules: of groups that name none.
         decide: takes the names of the members by ``id`` and the engine, and returns by name whether a parameter of a
             group without a rank of its own is low-rank.
         seed: of the projections.
@@ -153,7 +169,7 @@ def plan_step(
     trained = {} if trained is None else trained
     names = _names(members, engine)
     chosen = decide(names, engine)
-    result = StepPlan([], rules)
+    result = StepPlan([])
     if any(group.get(CHOOSE) for group in groups):
         result.chosen = f"; chosen: {abbreviate(name for name in names.values() if chosen.get(name))}"
     parts = {names[key]: m.part for key, m in members.items()}
@@ -169,19 +185,22 @@ def plan_step(
         for holding in detect.read(working, partial(_name_of, names), engine):
             seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
             result.holdings.append((holding, group))
-            if is_low_rank(group, holding.name, chosen):
-                check_matrix(holding.name, holding.shape, group["rank"])
+            rule = rule_of(group, holding.name, holding.shape, rules, chosen)
+            if isinstance(rule, MatrixRule):
+                if rule.chosen:
+                    check_matrix(holding.name, holding.shape, group["rank"])
                 began = trained.get(holding.name, generation)
                 key = (parts.get(holding.name, 0), began, id(holding.group.process_group), holding.device)
-                listed = specs_of(holding, rules.matrix, group)
-                entries.setdefault(key, []).extend(Entry(holding, *pair, rules.matrix, group) for pair in listed)
+                listed = specs_of(holding, rule, group)
+                entries.setdefault(key, []).extend(Entry(holding, *pair, rule, group) for pair in listed)
                 continue
-            result.elementwise_shapes.append(tuple(holding.shape))
+            result.element_rules[holding.name] = rule.name
+            result.elementwise_shapes.append((rule.name, tuple(holding.shape)))
             # Of a parameter in ``param_groups`` every rank counts the steps, also where it has no element of it.
             if holding.numel or holding.layout in PARAMETER_LAYOUTS:
-                result.elementwise.append(ElementwiseTensor(holding, rules.element, group, slots(holding.name)))
+                result.elementwise.append(ElementwiseTensor(holding, rule, group, slots(holding.name)))
     result.groups = list(groups)
-    result.facts = fingerprint(seed, groups, seen)
+    result.facts = fingerprint(seed, groups, seen, rules)
     for i, members_of_group in enumerate(entries.values()):
         result.shard_groups.append(_shard_group_step(members_of_group, slots, cache_projection))
         result.facts[f"exchange plan {i}"] = result.shard_groups[-1].plan.digest
@@ -205,11 +224,19 @@ def _shard_group_step(
     return group_step
 
 
-def is_low_rank(group: Mapping[str, Any], name: str, chosen: Mapping[str, bool]) -> bool:
-    """Whether a parameter of a group is low-rank: by the group's rank, or as chosen where it has none of its own."""
-    if group["rank"] is None:
-        return False
-    return not group.get(CHOOSE) or chosen[name]
+def rule_of(
+    group: Mapping[str, Any], name: str, shape: Sequence[int], own: Rules, chosen: Mapping[str, bool]
+) -> MatrixRule | ElementRule:
+    """The rule that updates a parameter.
+
+    Args:
+        group: its parameter group.
+        name, shape: of the parameter.
+        own: the optimizer's rules, for groups that name none.
+        chosen: of parameters that the library decides on, by name whether the matrix rule takes them.
+    """
+    rules = rules_of(group, own)
+    return rules.element if group.get(CHOOSE) and not chosen[name] else rules.rule_of(shape, group)
 
 
 def _names(members: Mapping[int, Member], engine: zero.Engine) -> dict[int, str]:

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from apollo_dist import APOLLO, APOLLOMini, checkpoint
-from apollo_dist.optimizers.options import OPTIONS, misspelling_of
+from apollo_dist.optimizers.options import misspelling_of, options_of
+from apollo_dist.rules.registry import rules_named
 
 from ..models import gradients, relative_error
 from ..reference import Reference
@@ -130,7 +131,7 @@ def test_a_hint_never_changes_the_update():
         "project",
         "norm",
     ):
-        assert misspelling_of(key, OPTIONS) is None
+        assert misspelling_of(key, options_of(rules_named("apollo"))) is None
         with pytest.raises(ValueError, match=f"unknown argument '{key}'. Supported") as error:
             APOLLO(Network(), rank=3, **{key: 1.0})
         assert "Did you mean" not in str(error.value)

@@ -13,7 +13,8 @@ PACKAGE = Path(apollo_dist.__file__).parent
 # Module prefix -> what of apollo_dist it may import (itself is always allowed).
 ALLOWED = {
     "kernels": (),
-    "rules.base": (),
+    "rules.options": (),
+    "rules.base": ("rules.options",),
     "rules": ("kernels",),
     "projections.philox": (),
     "projections.gaussian": ("projections.philox",),
@@ -25,9 +26,9 @@ ALLOWED = {
     "exchange.ownership": ("exchange.channels", "sharding.regions"),
     "exchange.plan": ("exchange.channels", "exchange.ownership", "sharding.regions"),
     "exchange": ("distributed", "sharding.local_shard", "sharding.regions"),
-    "optimizers.options": (),
+    "optimizers.options": ("rules",),
     "selection": ("sharding",),
-    "optimizers.param_groups": ("optimizers.options", "selection", "sharding"),
+    "optimizers.param_groups": ("optimizers.options", "rules", "selection", "sharding"),
     "state.slots": (),
     "state.callers": (),
     "state.identity": ("sharding.local_shard",),

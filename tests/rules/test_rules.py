@@ -16,7 +16,8 @@ import pytest
 import torch
 
 import apollo_dist
-from apollo_dist import APOLLO, checkpoint
+from apollo_dist import checkpoint
+from apollo_dist.optimizers.base import ShardedOptimizer
 from apollo_dist.rules import adamw, apollo
 from apollo_dist.rules.base import MatrixRule, Reduce, Reply, Rules, Seen, Spec, State, Update
 
@@ -50,15 +51,15 @@ class Smoothed(MatrixRule):
         return 1 / (1 + peak), {"peak": peak}
 
 
-class ByRows(APOLLO):
+class ByRows(ShardedOptimizer):
     rules = Rules(Smoothed("rows"), adamw.AdamW())
 
 
-class ByColumns(APOLLO):
+class ByColumns(ShardedOptimizer):
     rules = Rules(Smoothed("columns"), adamw.AdamW())
 
 
-class ByLarger(APOLLO):
+class ByLarger(ShardedOptimizer):
     rules = Rules(Smoothed("larger"), adamw.AdamW())
 
 
@@ -101,6 +102,14 @@ class Dense:
         return U / (1 + peak)
 
 
+def groups_by_rule(model, matrices):
+    """Parameter groups, with names: the matrices follow the optimizer's rule, and all else AdamW."""
+    low, rest = [], []
+    for group in groups_of(model, matrices):
+        (rest if group["rank"] is None else low).extend(group["params"])
+    return [{"params": low}, {"params": rest, "rule": "hf_adamw"}]
+
+
 WRAPS = {"plain": lambda model, world: model}
 WRAPS |= {
     "fsdp2": lambda model, world: fsdp2(model, "", world),
@@ -116,7 +125,7 @@ def train(axis, engines, rank, world, folder):
         shapes, ranks = shapes_of(model), low_rank(model, 1)
         dense = dense or Dense(axis, dict(model.named_parameters()), ranks)
         wrapped = WRAPS[engine](model, world)
-        optimizer = OWN[axis](groups_of(wrapped, ranks), model=wrapped, **OPTIONS)
+        optimizer = OWN[axis](groups_by_rule(wrapped, ranks), model=wrapped, **OPTIONS)
         if number:
             checkpoint.load(folder, wrapped, optimizer)
         for step in range(6 * number, 6 * number + 6):
@@ -137,7 +146,7 @@ def train_zero(axis, stage, rank, world):
     model = Bag()
     shapes, ranks = shapes_of(model), low_rank(model, 1)
     dense = Dense(axis, dict(model.named_parameters()), ranks)
-    optimizer = OWN[axis](groups_of(model, ranks), **OPTIONS)
+    optimizer = OWN[axis](groups_by_rule(model, ranks), **OPTIONS)
     # DeepSpeed asks for this with every optimizer that it does not know.
     config = zero_config(stage, zero_allow_untested_optimizer=True)
     engine = initialize(model, config, optimizer=optimizer)
@@ -168,7 +177,7 @@ def test_the_documented_rule_is_this_one():
     models = []
     for kind in (ByRows, documented["SmoothedOptimizer"]):
         models.append(Bag())
-        optimizer = kind(groups_of(models[-1], low_rank(models[-1], 1)), **OPTIONS)
+        optimizer = kind(groups_by_rule(models[-1], low_rank(models[-1], 1)), **OPTIONS)
         for step in range(3):
             models[-1](gradients(shapes_of(models[-1]), step, 0, torch.float32)).backward()
             optimizer.step()

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...optimizers.base import APOLLO, APOLLOMini
+from ...optimizers.apollo import APOLLO, APOLLOMini
 from ...selection.choice import name_pattern
 from .faults import installed, not_yet
 from .keys import DEEPSPEED_AUTO, HUGGING_FACE_AUTO, LENIENT, MESH, OUTDATED, STRICT, TOP_LEVEL

@@ -1,0 +1,101 @@
+"""APOLLO and APOLLO-Mini as ``torch.optim.Optimizer``; their arithmetic is in ``rules/apollo.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..rules.registry import rules_named
+from .base import ShardedOptimizer
+from .signatures import with_defaults
+
+
+class APOLLO(ShardedOptimizer):
+    r"""APOLLO (arXiv 2412.05270), exact under every layout: plain, DDP, FSDP2, HSDP and DeepSpeed ZeRO.
+
+    Low-rank matrices follow the rule in ``apollo_dist.rules.apollo``; all other parameters take AdamW with the same
+    lr, betas, eps, bias correction and decay.
+
+    Args:
+        params: a model, which is best: linear maps inside repeated blocks become low-rank (``docs/choice.md`` has the
+            rule, ``apollo_dist.describe(model)`` prints the choice). Or parameter groups, where a group with ``rank``
+            is low-rank and one without is AdamW; if no group has ``rank``, or for parameters without groups, they are
+            chosen as for a model where it is known, else by name (without names, every matrix). Parameters may come
+            as (name, parameter) pairs, or with ``param_names`` in their group; all of them or none.
+        lr: learning rate, a number or a tensor of one (which a step never waits for).
+        betas, eps, weight_decay: as in AdamW; the decay is decoupled and acts on the new weight.
+        rank: r, where the library chooses. Matrices (m, n) with min(m, n) < r go to AdamW, and the log names them.
+        scale: the update is multiplied by its square root.
+        scale_type: "channel" for one scaling factor for each channel, "tensor" for one for each matrix.
+        update_proj_gap: steps between redraws of the projections.
+        seed: of the projections; equal on all ranks.
+        proj: "random".
+        proj_type: "std".
+        scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
+            a ratio.
+        disable_nl: turn the norm-growth limiter off.
+        maximize: follow the negated gradients.
+        exclude: where the library chooses, a regular expression of names to leave to AdamW.
+        cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
+            keep them on CPU, redraw on accelerators. The results are identical.
+        skip_nonfinite: leave a step out, on all ranks, with weights and states untouched, where a gradient on any of
+            them is infinite or NaN. Costs a pass over the gradients, an all-reduce of one number, and a wait for the
+            device. Under ZeRO-1, 2 and 3 DeepSpeed's own check does this.
+        max_skipped_steps: with ``skip_nonfinite``, a RuntimeError after more left out in a row; None for no limit.
+        model: the model that ``params`` belong to, where that is not the model itself. Parameters without names get
+            their names from it, FSDP1's their shapes and places, and parameters that ``fully_shard`` makes after the
+            optimizer was built are found in it. It is not kept alive.
+        process_group: the ranks that train the same parameters, by default all. They are compared when the optimizer
+            is built and at the first step, so every one of them must build it.
+        unknown: keywords of other optimizers (foreach, fused, capturable, differentiable, amsgrad, correct_bias,
+            no_deprecation_warning, ...) where they ask for what is done anyway; all others are errors.
+
+    Raises:
+        ValueError: for bad or unknown arguments, on all ranks alike.
+    """
+
+    rules = rules_named("apollo")
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-2,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0.0,
+        *,
+        rank: int = 256,
+        scale: float = 1.0,
+        scale_type: str = "channel",
+        update_proj_gap: int = 200,
+        seed: int = 0,
+        proj: str = "random",
+        proj_type: str = "std",
+        scale_front: bool = False,
+        disable_nl: bool = False,
+        maximize: bool = False,
+        exclude: str | None = None,
+        cache_projection: bool | str = "auto",
+        skip_nonfinite: bool = False,
+        max_skipped_steps: int | None = 10,
+        model: nn.Module | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        **unknown: Any,
+    ) -> None:
+        super().__init__(
+            params, lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
+            scale_type=scale_type, update_proj_gap=update_proj_gap, seed=seed, proj=proj, proj_type=proj_type,
+            scale_front=scale_front, disable_nl=disable_nl, maximize=maximize, exclude=exclude,
+            cache_projection=cache_projection, skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps,
+            model=model, process_group=process_group, **unknown,
+        )  # fmt: skip
+
+
+@with_defaults(rank=1, scale=128.0, scale_type="tensor")
+class APOLLOMini(APOLLO):
+    """APOLLO-Mini: rank 1 with one scaling factor for each matrix, and scale 128.
+
+    Takes the arguments of ``APOLLO``; only the defaults of rank, scale and scale_type differ.
+    """
