@@ -122,7 +122,8 @@ def ranks(output: Path) -> dict[int, psutil.Process]:
             # Rank processes alone: launchers have the same words behind their own.
             head = words[1:4] if words[1:2] == ["-u"] else ["-u", *words[1:3]]
             if head == ["-u", "-m", "apollo_dist.pretrain"] and str(output) in " ".join(words):
-                found[int(process.environ()["RANK"])] = process
+                # A new object: psutil keeps those it has listed, and a number may be another process's by now.
+                found[int(process.environ()["RANK"])] = psutil.Process(process.pid)
         except (psutil.Error, KeyError):
             continue
     return found
