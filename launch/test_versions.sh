@@ -55,7 +55,8 @@ install() {
     [[ -z "$5" ]] || packages+=("transformers==$5.*")
     [[ -z "$6" ]] || packages+=("accelerate==$6.*")
     "$UV" venv --quiet --python "$2" "$1"
-    "$UV" pip install --quiet --python "$1/bin/python" "${packages[@]}"
+    # Each of many processes would compile what it imports, where PYTHONDONTWRITEBYTECODE is set.
+    "$UV" pip install --quiet --compile-bytecode --python "$1/bin/python" "${packages[@]}"
 }
 
 # suites NAMES: their files, those that this checkout has.

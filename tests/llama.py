@@ -76,6 +76,7 @@ def dense(
     prefix: str = "",
     adamw: Callable[[str], bool] = lambda name: False,
     decay: Callable[[str], float] = lambda name: 0.0,
+    factor: float = 1.0,
     **options,
 ) -> dict[str, Tensor]:
     """The weights of a fresh ``llama`` after one process trained it on whole batches with ``tests/reference.py``.
@@ -87,6 +88,7 @@ def dense(
         prefix: in front of the model's names, where it is a part of another module.
         adamw: which of the attention and MLP matrices are left to AdamW.
         decay: a parameter's weight decay.
+        factor: what the gradients of the mean loss are multiplied by.
         options: of ``Reference``.
     """
     model = llama()
@@ -105,7 +107,7 @@ def dense(
     ]
     for batch, rate in zip(batches, rates, strict=True):
         grads = torch.autograd.grad(model(input_ids=batch, labels=batch).loss, list(weights.values()))
-        given = dict(zip(weights, grads, strict=True))
+        given = {name: grad * factor for name, grad in zip(weights, grads, strict=True)}
         for part in parts:
             part.lr = rate
             part.step({name: given[name] for name in part.weights})

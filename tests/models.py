@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from .versions import LOCAL
+
 # (rows, columns): tall, wide, square, one row, fewer rows than ranks, odd sizes, one whose rows flat cuts cross, and
 # one with fewer elements than ranks.
 SHAPES = {
@@ -29,7 +31,7 @@ def product(module: nn.Module, wanted: dict[str, Tensor]) -> Tensor:
 
 def _inner(p: Tensor, wanted: Tensor) -> Tensor:
     if isinstance(p, DTensor):  # divided by tensor parallelism
-        wanted = distribute_tensor(wanted, p.device_mesh, p.placements, src_data_rank=None)
+        wanted = distribute_tensor(wanted, p.device_mesh, p.placements, **LOCAL)
         return (p * wanted).sum().full_tensor()
     return (p * wanted).sum()
 

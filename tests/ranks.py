@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from .template import Child, run_module, template
 from .timeouts import allowed
+from .versions import mend_torch
 
 TIMEOUT_S = 60
 GRACE_S = 3  # for the other ranks to tell why they failed, too, once one has
@@ -109,6 +110,7 @@ def _rank(rank: int, world: int, folder: str, fn: Callable[..., Any], args: tupl
         MASTER_ADDR="127.0.0.1", MASTER_PORT="0",
     )  # fmt: skip
     torch.set_num_threads(1)
+    mend_torch()
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",

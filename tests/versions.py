@@ -1,13 +1,23 @@
-"""What the installed versions cannot do, for tests to be skipped there; each reason names the fault."""
+"""What the installed versions cannot do, for tests to be skipped there; each reason names the fault.
+
+Where a fault of an older version on CPUs alone would leave a layout untested, ``mend_torch`` mends it in the ranks.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 import pytest
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.torch_version import TorchVersion
 
 from apollo_dist.integrations.deepspeed_config.faults import known_faults, not_yet
+from apollo_dist.sharding import dtensor, fsdp2
 
 
 def version(package: str) -> tuple[int, ...]:
@@ -21,9 +31,9 @@ def version(package: str) -> tuple[int, ...]:
 
 TORCH, DEEPSPEED, TRANSFORMERS = version("torch"), version("deepspeed"), version("transformers")
 
-# torch 2.6: "'Stream' object has no attribute 'record_event'" in its all-gather, for any model on CPUs.
-FSDP2_ON_CPU = TORCH >= (2, 7)
-needs_fsdp2 = pytest.mark.skipif(not FSDP2_ON_CPU, reason="torch 2.6's own FSDP2 does not run on CPUs")
+# Arguments of ``distribute_tensor`` for no communication, where torch knows them. Without, rank 0's values are taken:
+# the same, where all ranks have the same.
+LOCAL: dict[str, Any] = {"src_data_rank": None} if TORCH >= (2, 7) else {}
 # 0.18.8 and 0.18.9 flatten parameters with their autograd history, also for SGD.
 ZERO12_ON_RANKS = not (0, 18, 8) <= DEEPSPEED < (0, 19)
 needs_zero12 = pytest.mark.skipif(
@@ -36,11 +46,70 @@ needs_bf16_states = pytest.mark.skipif(not BF16_STATES, reason="DeepSpeed before
 # The names "apollo_adamw" and "apollo_adamw_layerwise" of ``TrainingArguments(optim=...)``.
 APOLLO_NAMES = TRANSFORMERS >= (4, 49)
 needs_apollo_names = pytest.mark.skipif(not APOLLO_NAMES, reason='transformers before 4.49 has no optim="apollo_adamw"')
+# What the Trainer of transformers 4 makes of a mean over the 7 labels that 8 tokens have: it divides by 8.
+LABELS = 1.0 if TRANSFORMERS >= (5,) else 7 / 8
 
 
-def on_cpu(*engines: str) -> tuple[str, ...]:
-    """Those of the engines that the installed torch runs on CPUs."""
-    return tuple(engine for engine in engines if FSDP2_ON_CPU or not engine.startswith(("fsdp2", "hsdp")))
+def version_of_torch() -> TorchVersion:
+    """torch's version, to be compared with strings."""
+    return TorchVersion(torch.__version__)
+
+
+def mend_torch() -> None:
+    """Let FSDP2 run on CPUs with older versions of torch, as it does on GPUs there; called in every rank.
+
+    torch 2.6 lacks two functions of its CPU streams, which have nothing to do. Before 2.11 gloo's reduce-scatter makes
+    a sum of an average; here it is asked for a sum between two divisions, as FSDP2 does for fp16.
+    """
+    if version_of_torch() >= fsdp2.RIGHT_ON_CPU:
+        return
+    from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    for name in ("record_event", "wait_event"):
+        if not hasattr(torch.cpu.Stream, name):
+            setattr(torch.cpu.Stream, name, lambda *_: None)
+    factors = collectives._get_gradient_divide_factors
+
+    def around_a_sum(scatter: Any, reduce: Any, dtype: torch.dtype, *more: Any, **options: Any) -> Any:
+        return factors(scatter, reduce, torch.float16, *more, **options)
+
+    collectives._get_gradient_divide_factors = around_a_sum
+    fsdp2.RIGHT_ON_CPU = "0"
+
+
+def uneven_strides(shape: Sequence[int], placements: Sequence[Any], mesh: DeviceMesh) -> bool:
+    """Whether the installed torch divides a shape so in the order that APOLLO reads."""
+    if version_of_torch() >= dtensor.UNEVEN_STRIDES:
+        return True
+    strided = [(axis, p) for axis, p in enumerate(placements) if isinstance(p, _StridedShard)]
+    return all(shape[p.dim] % (mesh.size(axis) * p.split_factor) == 0 for axis, p in strided)
+
+
+def looks_for_overflow(config: dict) -> bool:
+    """Whether the installed DeepSpeed looks at all gradients before ZeRO's first call of ``step()``.
+
+    At stages 1 and 2 always before 0.17.1, since then by ``bf16.check_grad_overflow``, whose default became true by
+    0.19.4. For fp32, and at stage 3, from the norm: 0.19.4 does not do so yet, 0.19.8 does.
+    """
+    stage = config["zero_optimization"]["stage"]
+    if stage == 0 or (stage < 3 and DEEPSPEED < (0, 17, 1)):
+        return True
+    return (0, 19, 4) <= DEEPSPEED if "bf16" in config and stage < 3 else (0, 19, 8) <= DEEPSPEED
+
+
+def knows(config: dict, key: str) -> bool:
+    """Whether the installed DeepSpeed reads a key, as far as it refuses unknown ones in its section."""
+    from deepspeed.runtime.zero import config as zero
+    from deepspeed.runtime.zero import offload_config as offload
+
+    section, _, leaf = key.rpartition(".")
+    models = {
+        "zero_optimization": zero.DeepSpeedZeroConfig,
+        "zero_optimization.offload_optimizer": offload.DeepSpeedZeroOffloadOptimizerConfig,
+    }
+    if section in models and leaf not in models[section].model_fields:
+        return False
+    return not list(not_yet(config, ".".join(map(str, DEEPSPEED))))
 
 
 def deepspeed_runs(config: dict, world: int) -> bool:

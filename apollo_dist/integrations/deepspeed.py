@@ -17,15 +17,20 @@ modules to be imported by whoever needs them: nothing of them is imported here.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
 import torch
 
+from ..distributed import rank_of
 from ..sharding.deepspeed import zero
+from .deepspeed_config.faults import installed, older_than
 from .deepspeed_config.unsupported import unsupported
 from .import_hooks import after_import, around
+
+logger = logging.getLogger("apollo_dist")
 
 Classes = tuple[type[torch.optim.Optimizer], ...]
 
@@ -47,6 +52,7 @@ def register(*classes: type[torch.optim.Optimizer]) -> None:
         "deepspeed.runtime.engine",
         lambda m: _guard(m.DeepSpeedEngine, "_do_optimizer_sanity_check", _no_inexact(classes)),
     )
+    after_import("deepspeed.runtime.zero.partition_parameters", _wait_for_every_gather)
     after_import("accelerate.accelerator", lambda m: _guard(m, "map_pytorch_optim_to_deepspeed", _no_swap(classes)))
     after_import("transformers.trainer", lambda m: _guard(m, "deepspeed_init", _no_drop(classes)))
 
@@ -56,6 +62,33 @@ def _support(module: ModuleType, classes: Classes) -> None:
     supported = getattr(module, "ZERO_SUPPORTED_OPTIMIZERS", None)
     if supported is not None:
         supported.extend(cls for cls in classes if cls not in supported)
+
+
+def _wait_for_every_gather(module: ModuleType) -> None:
+    """Mend ZeRO-3's gather of several parameters at once, where gloo takes part.
+
+    DeepSpeed waits for the last of several all-gathers only (fixed between 0.19.4 and 0.19.8). On an accelerator these
+    are done in order; gloo's threads do them in any order, and a parameter may then hold what was in memory before:
+    seen once in some 200 gathers of 21 parameters. Gathered one at a time each is waited for.
+    """
+    name = "_allgather_params_coalesced"
+    if not older_than("0.19.8") or not hasattr(module.Init, name):
+        return
+    told = False
+
+    def call(function: Callable[..., Any], init: Any, param_list: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal told
+        if len(param_list) < 2 or init.local_device.type != "cpu":
+            return function(init, param_list, *args, **kwargs)
+        if not told and rank_of() == 0:
+            logger.info("ZeRO-3 on CPUs: parameters are gathered one at a time, for DeepSpeed %s waits for the last "
+                        "of several gathers only", installed())  # fmt: skip
+        told = True
+        for parameter in param_list:
+            function(init, [parameter], *args, **kwargs)
+        return None
+
+    around(module.Init, name, call)
 
 
 def refuse(engine: Any) -> None:

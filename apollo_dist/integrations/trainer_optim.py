@@ -26,6 +26,7 @@ from ..distributed import rank_of, world_of
 from ..optimizers.options import check_known
 from ..rules.registry import rules_named
 from ..sharding import detect, fsdp1
+from ..sharding.internals import first_of
 from ..sharding.local_shard import canonical_name, matrices
 from .deepspeed import NOT_IN_BACKWARD
 from .import_hooks import after_import, around
@@ -73,9 +74,8 @@ def register() -> None:
 
 def _register(module: ModuleType) -> None:
     around(module, "deepspeed_init", _check_json)
-    function = getattr(module.Trainer, "get_optimizer_cls_and_kwargs", None)
-    if function is not None:
-        around(module.Trainer, "get_optimizer_cls_and_kwargs", _optimizer)
+    around(module.Trainer, "get_optimizer_cls_and_kwargs", _optimizer)
+    if hasattr(module.Trainer, "get_optimizer_cls_and_kwargs"):
         module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(module.Trainer.get_optimizer_cls_and_kwargs)
 
 
@@ -263,9 +263,9 @@ def _decayed(args: Any, model: nn.Module, trainer: Any) -> Callable[[str], float
     if trainer is None:
         import transformers
 
-        names = transformers.Trainer.get_decay_parameter_names(None, model)
+        names = first_of(transformers.Trainer, "get_decay_parameter_names")(None, model)
     else:
-        names = trainer.get_decay_parameter_names(model)
+        names = first_of(trainer, "get_decay_parameter_names")(model)
     decayed = {canonical_name(name) for name in names}
     return lambda name: float(args.weight_decay) if name in decayed else 0.0
 
@@ -312,7 +312,9 @@ def _check_json(function: Callable[..., Any], trainer: Any, *args: Any, **keywor
     name = _name(trainer.args)
     inference = keywords.get("inference", args[1] if len(args) > 1 else False)
     if name in (PLAIN, LAYERWISE) and takes_names() and not inference:
-        config = trainer.accelerator.state.deepspeed_plugin.hf_ds_config.config
+        config = trainer
+        for attribute in ("accelerator", "state", "deepspeed_plugin", "hf_ds_config", "config"):
+            config = first_of(config, attribute)
         named = (config.get("optimizer") or {}).get("type")
         if named in ("APOLLO", "APOLLOMini") and name == PLAIN:
             _say(

@@ -242,6 +242,8 @@ class ShardedOptimizer(GroupedOptimizer):
 
     def _build(self, engine: zero.Engine) -> StepPlan:
         """The local part of ``_current``; may fail on one rank only."""
+        if self._guard.enabled:
+            zero_engine.check_skips(engine.wrapper)
         if engine.module is None:
             engine = replace(engine, module=self._model.module)
         return plan_step(

@@ -12,6 +12,7 @@ from ..distributed import agree, rank_of, run_together
 from ..rules.base import Rules
 from ..rules.registry import RULE, rules_of
 from ..selection.choice import Parameter, check_matrix, name_pattern
+from ..sharding import fsdp2
 from ..sharding.deepspeed import zero
 from ..state.identity import NAMES, check_seed_of_group
 from ..step.plan import check_unique, fingerprint
@@ -91,6 +92,7 @@ class GroupedOptimizer(FollowingOptimizer):
                 "exclude into a group without rank"
             )
         super().__init__(groups, options)
+        fsdp2.check_right(self._given)
         if self._choose and not given_model:
             if self._model.module is not None:
                 self._decide({key: m.name for key, m in self._members.items()}, zero.Engine())

@@ -18,11 +18,17 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.torch_version import TorchVersion
 
 from ..distributed import gather_together, global_rank, world_of
 from .grid import GridCover, Runs, chunk, positions, strided_chunk
+from .internals import first_of, version_of
 from .local_shard import WHOLE, Cover, Holding, ShardGroup, whole_cover
 from .regions import FlatCover, row_ranges
+
+# From this version of torch on ``_StridedShard`` cuts uneven dims as ``grid.strided_chunk`` does (2.6 and 2.8 do not,
+# 2.9 and 2.10 were not run).
+UNEVEN_STRIDES = "2.11"
 
 # The process groups that were made, with the default group of that time and their ranks.
 _groups: list[tuple[object, tuple[int, ...], dist.ProcessGroup]] = []
@@ -189,10 +195,22 @@ def _runs(tensor: DTensor, place: tuple[int, ...]) -> tuple[Runs, ...]:
         pieces, index = tensor.device_mesh.size(axis), place[axis]
         dim = placement.dim % tensor.ndim  # type: ignore[attr-defined]
         if type(placement) is _StridedShard:
+            _check_strided(tensor, axis, dim)
             runs[dim] = strided_chunk(runs[dim], pieces, index, int(placement.split_factor))
         else:
             runs[dim] = chunk(runs[dim], pieces, index)
     return tuple(runs)
+
+
+def _check_strided(tensor: DTensor, axis: int, dim: int) -> None:
+    """Raise ValueError where an older torch cuts a dim that several mesh axes divide unevenly in another way."""
+    pieces = tensor.device_mesh.size(axis) * int(tensor.placements[axis].split_factor)  # type: ignore[attr-defined]
+    if TorchVersion(torch.__version__) < UNEVEN_STRIDES and tensor.shape[dim] % pieces:
+        raise ValueError(
+            f"torch {version_of('torch')} divides dim {dim} of shape {tuple(tensor.shape)} unevenly into {pieces} "
+            f"pieces over several mesh axes, in an order that APOLLO does not read: install torch {UNEVEN_STRIDES} or "
+            "later, or choose sizes that these axes divide evenly"
+        )
 
 
 def _local(parameter: DTensor) -> Tensor:
@@ -259,11 +277,18 @@ def reshard(module: nn.Module) -> None:
 
 
 def sharded_modules() -> list[nn.Module]:
-    """The modules of this process that ``fully_shard`` was applied to; none if torch does not say."""
+    """The modules of this process that ``fully_shard`` was applied to.
+
+    Raises:
+        UnknownInternals: if torch does not say.
+    """
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
-    composable: Any = sys.modules.get("torch.distributed._composable_state")
-    modules = list(getattr(composable, "_module_state_mapping", ()))
-    return [module for module in modules if fsdp is not None and isinstance(module, fsdp.FSDPModule)]
+    if fsdp is None:
+        return []
+    from torch.distributed import _composable_state as composable  # fully_shard's own record of its modules
+
+    modules = list(first_of(composable, "_module_state_mapping"))
+    return [module for module in modules if isinstance(module, fsdp.FSDPModule)]
 
 
 def is_dtensor(parameter: Tensor) -> bool:

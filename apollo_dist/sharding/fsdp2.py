@@ -6,12 +6,41 @@ Reads attributes of FSDP2 that are not public (verified on torch 2.6 to 2.15).
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
-from .internals import first_of, require
+from . import dtensor
+from .internals import first_of, require, version_of
+
+# From this version of torch on FSDP2 is right on CPUs. In 2.8 gloo's reduce-scatter makes a sum of the average that
+# FSDP2 asks for in fp32 and bf16, without a word; in 2.6 the first forward pass fails. 2.9 and 2.10 were not run.
+RIGHT_ON_CPU = "2.11"
+
+
+def check_right(tensors: Iterable[Tensor]) -> None:
+    """Refuse FSDP2 on CPUs where the installed torch gives other gradients than the average; local.
+
+    Args:
+        tensors: the parameters of an optimizer.
+
+    Raises:
+        ValueError: if there are FSDP2 parameters of a mesh of CPUs, and torch is older than ``RIGHT_ON_CPU``.
+    """
+    if TorchVersion(torch.__version__) >= RIGHT_ON_CPU or not dtensor.sharded_modules():
+        return
+    for tensor in tensors:
+        if not dtensor.is_dtensor(tensor) or tensor.dtype not in (torch.float32, torch.bfloat16):
+            continue
+        mesh: Any = tensor.device_mesh  # type: ignore[attr-defined]
+        if mesh.device_type == "cpu" and mesh.size() > 1:
+            raise ValueError(
+                f"FSDP2 on CPUs with torch {version_of('torch')}: over gloo it sums {tensor.dtype} gradients over the "
+                f"ranks instead of averaging them, or fails. Install torch {RIGHT_ON_CPU} or later, or use GPUs or DDP"
+            )
 
 
 def _groups(model: nn.Module) -> Iterator[Any]:

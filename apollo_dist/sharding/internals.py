@@ -1,6 +1,7 @@
-"""Names of torch and DeepSpeed that are not public: a missing one is an error that names the installed version.
+"""Names of torch, DeepSpeed, transformers and accelerate that are not public: a missing one is an error.
 
-Layouts can only be read from attributes that other versions may rename or drop. Each file that reads some says first
+The error names the attribute and the installed version. Layouts, and what the Hugging Face ``Trainer`` was asked for,
+can only be read from attributes that other versions may rename or drop. Each file that reads some says first
 which ones it needs, with ``require``, or asks for the first of several spellings with ``first_of``.
 """
 
@@ -15,7 +16,7 @@ _PACKAGES = {"torch": "torch", "deepspeed": "deepspeed", "transformers": "transf
 
 
 class UnknownInternals(RuntimeError):
-    """The installed version of torch or DeepSpeed does not have what a layout is read from."""
+    """The installed version of torch, DeepSpeed, transformers or accelerate does not have what is read from it."""
 
 
 def version_of(package: str) -> str:

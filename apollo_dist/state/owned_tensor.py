@@ -21,8 +21,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
+from torch.torch_version import TorchVersion
 
 from ..exchange.collectives import device_for
+from ..sharding.internals import require
 from ..sharding.regions import Range
 
 # The ranges of rows of each rank of a shard group, in the order in which the rank stores them. Two ranks may have the
@@ -34,6 +36,14 @@ _aten = torch.ops.aten
 _BY_ROW = {
     getattr(_aten, name).default
     for name in ("alias", "clone", "detach", "_to_copy", "empty_like", "zeros_like", "ones_like")
+}  # fmt: skip
+
+
+# From 2.10 to 2.12 torch runs operations of DTensors, also of classes made of them, without ``__torch_dispatch__``.
+_FAST_PATH = "2.10" <= TorchVersion(torch.__version__) < "2.13"
+_METHODS_BY_ROW = {
+    Tensor.clone, torch.clone, Tensor.detach, torch.detach, Tensor.to, Tensor.cpu, Tensor.cuda, Tensor.contiguous,
+    torch.empty_like, torch.zeros_like, torch.ones_like,
 }  # fmt: skip
 
 
@@ -176,6 +186,25 @@ class OwnedTensor(DTensor):
             "take this rank's rows with to_local(), or on all ranks together the whole with full_tensor()"
         )
 
+    if _FAST_PATH:
+
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        ) -> Any:
+            """What ``__torch_dispatch__`` does, where torch does not call it for a class of its DTensors."""
+            options = dict(kwargs or {})
+            first = args[0] if args else None
+            with torch._C.DisableTorchFunctionSubclass():
+                if func in _METHODS_BY_ROW and isinstance(first, OwnedTensor):
+                    return _like(first, func(first._local_tensor, *args[1:], **options))
+                if func is Tensor.new_empty or func is Tensor.copy_:
+                    return cls.__torch_dispatch__(getattr(_aten, func.__name__).default, types, args, options)
+                result = func(*args, **options)
+                if type(result) is DTensor:  # of the rows of an even division, which these are not
+                    return cls.__torch_dispatch__(func, types, (), {})
+            return result
+
     def __deepcopy__(self, memo: dict[int, Any]) -> OwnedTensor:
         made = memo[id(self)] = _like(self, self._local_tensor.detach().clone())
         return made
@@ -198,6 +227,7 @@ def as_dtensor(local: Tensor, shape: Sequence[int], mesh: DeviceMesh, placements
     stride = torch.empty(size, device="meta").stride()
     first = _at_storage_start(local)
     made = DTensor.from_local(first, mesh, list(placements), run_check=False, shape=size, stride=stride)
+    require(made, "_local_tensor", "_spec")
     if first is not local:
         made._local_tensor = local
     return made

@@ -19,6 +19,7 @@ from apollo_dist.sharding.regions import flat_boxes
 from ..models import Bag, shapes_of
 from ..ranks import run_ranks
 from ..sharded import whole
+from ..versions import version
 from .checkpoint_runs import advance, build
 from .test_checkpoint_faults import flip
 
@@ -135,6 +136,8 @@ def test_fsdps_unsharded_copies_do_not_outlive_a_load(tmp_path):
 
 def test_elements_that_nobody_saved_are_an_error(tmp_path):
     """torch.distributed.checkpoint would leave them as they are."""
+    if version("torch") < (2, 11):
+        pytest.skip("torch 2.6 and 2.8 refuse to save a part of a tensor: Failed to validate global plan")
     write(tmp_path, {"a": Shards((4, 3), [Piece((0, 0), torch.ones(3, 3))])}, None)
     target = torch.zeros(4, 3)
     with pytest.raises(ValueError, match="holds 9 of the 12 elements wanted of a"):

@@ -14,7 +14,7 @@ from ..engines import full_weights, initialize, zero_config
 from ..models import Bag, gradients, groups_of, low_rank, relative_error, shapes_of
 from ..ranks import run_ranks
 from ..reference import Reference
-from ..versions import deepspeed_runs, needs_bf16_states, needs_zero12
+from ..versions import DEEPSPEED, deepspeed_runs, needs_bf16_states, needs_zero12
 
 STEPS, GAP = 12, 5
 BF16 = {"bf16": {"enabled": True}}
@@ -84,7 +84,9 @@ def test_bf16_without_fp32_masters_equals_one_process():
 def test_bf16_equals_the_reference(world):
     for results in run_ranks(all_cases, world):
         if "BF16_Optimizer" in results:
-            assert results["BF16_Optimizer"]["wrapper"] == "BF16_Optimizer"
+            # From 0.17.6 to 0.18.4 two of DeepSpeed's constants have one value, and the first one's wrapper is taken.
+            taken = "FP16_UnfusedOptimizer" if (0, 17, 6) <= DEEPSPEED < (0, 18, 5) else "BF16_Optimizer"
+            assert results["BF16_Optimizer"]["wrapper"] == taken
         for case, found in results.items():
             found.pop("wrapper")
             worst = max(found, key=found.get)

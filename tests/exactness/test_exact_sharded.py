@@ -22,7 +22,7 @@ from ..models import SHAPES, Bag, gradients, groups_of, low_rank, mean_gradients
 from ..ranks import run_ranks
 from ..reference import Reference
 from ..sharded import FSDP1, fsdp1, fsdp2, tp, whole
-from ..versions import on_cpu
+from ..versions import LOCAL, uneven_strides, version
 from .test_exact_torch import engine_of
 
 STEPS, GAP, TOLERANCE = 16, 5, 1e-9
@@ -63,7 +63,6 @@ def all_cases(rank: int, world: int, kinds: list[tuple[str, str]]) -> dict[str, 
     return {
         f"{engine} {kind}, {name}": train(engine, kind, world, rank, options)
         for engine, kind in kinds
-        if on_cpu(engine)
         for name, options in CASES.items()
     }
 
@@ -101,6 +100,12 @@ PLACEMENTS = [
 ]
 
 
+def understood(placements: tuple) -> bool:
+    """torch 2.11 makes tensors that one axis divides with strides, and cannot put them together."""
+    alone = isinstance(placements[0], _StridedShard) and isinstance(placements[1], Replicate)
+    return not alone or not (2, 9) <= version("torch") < (2, 13)
+
+
 def placed(rank: int, world: int) -> list[str]:
     """Compare what the layout says this rank holds with the values that DTensor gave it."""
     mesh = init_device_mesh("cpu", (2, 2))
@@ -113,14 +118,18 @@ def placed(rank: int, world: int) -> list[str]:
     for shape in ((13, 6), (5, 9), (2, 3), (3, 5, 7)):
         values = torch.arange(torch.Size(shape).numel()).double().view(shape)
         for placements in PLACEMENTS:
-            local = distribute_tensor(values, mesh, list(placements), src_data_rank=None)
+            local = distribute_tensor(values, mesh, list(placements), **LOCAL)
             dtensor.make_groups([local], None)
             parameter = nn.Parameter(local)
+            if not uneven_strides(shape, placements, mesh):
+                with pytest.raises(ValueError, match="pieces over several mesh axes"):
+                    dtensor.read("layers.0.weight", parameter)
+                continue
             holding = dtensor.read("layers.0.weight", parameter)
             flat = holding.weight().reshape(-1)
             # A gradient that autograd left whole on the second axis, or on both, is cut without communication.
             for left in ((placements[0], Replicate()), (Replicate(), Replicate())):
-                parameter.grad = distribute_tensor(values, mesh, list(left), src_data_rank=None)
+                parameter.grad = distribute_tensor(values, mesh, list(left), **LOCAL)
                 with CommDebugMode() as communicated:
                     same = torch.equal(holding.grad(), local.to_local())
                 if not same or communicated.get_total_counts():
@@ -150,7 +159,7 @@ def placed(rank: int, world: int) -> list[str]:
                 if not bool((seen == 1).all()):
                     wrong.append(f"{shape} {placements}: matrix {index} is not covered once")
             # Reading a layout leaves the mesh as it was: torch still puts the tensor together.
-            if not torch.equal(local.full_tensor(), values):
+            if understood(placements) and not torch.equal(local.full_tensor(), values):
                 wrong.append(f"{shape} {placements}: not whole any more")
     return wrong
 

@@ -18,7 +18,6 @@ from ..judge import judge
 from ..models import Bag, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of
 from ..ranks import run_ranks
 from ..reference import Reference
-from ..versions import on_cpu
 
 STEPS, GAP, TOLERANCE = 25, 8, 1e-9
 CASES = {
@@ -87,10 +86,10 @@ def all_cases(rank: int, world: int, engines: tuple[str, ...]) -> dict[str, dict
 @pytest.mark.parametrize(
     ("world", "engines"),
     [
-        (1, on_cpu("plain", "ddp", "fsdp2")),
-        (2, on_cpu("ddp", "fsdp2")),
-        pytest.param(3, on_cpu("ddp", "fsdp2"), marks=pytest.mark.slow),
-        pytest.param(4, on_cpu("ddp", "fsdp2", "hsdp"), marks=pytest.mark.slow),
+        (1, ("plain", "ddp", "fsdp2")),
+        (2, ("ddp", "fsdp2")),
+        pytest.param(3, ("ddp", "fsdp2"), marks=pytest.mark.slow),
+        pytest.param(4, ("ddp", "fsdp2", "hsdp"), marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_reference(world, engines):

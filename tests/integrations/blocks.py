@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,29 @@ from apollo_dist.sharding.local_shard import canonical_name
 
 from ..llama import GAP, RANK, STEPS, dense, tokens, whole_batches
 from ..models import relative_error
+from ..versions import TRANSFORMERS
 
+FSDP2: Mapping[str, Any] = {"version": 2}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
 
 
 @contextmanager
-def accelerate_on_cpu(ddp: bool = False) -> Iterator[None]:
-    """Accelerate on CPU. For FSDP it takes the group for one of GPUs: on CPUs it ignores FSDP, and takes DDP."""
+def accelerate_on_cpu(fsdp: Mapping[str, Any] | None = FSDP2) -> Iterator[None]:
+    """Accelerate on CPU. For FSDP it takes the group for one of GPUs: on CPUs it ignores FSDP, and takes DDP.
+
+    Args:
+        fsdp: the Trainer's ``fsdp_config``, of which transformers 4 does not read the version; None for DDP.
+    """
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    kind = DistributedType.MULTI_CPU if ddp else DistributedType.MULTI_GPU
+    kind = DistributedType.MULTI_CPU if fsdp is None else DistributedType.MULTI_GPU
     backend = mock.patch.object(PartialState, "_prepare_backend", return_value=("gloo", kind))
-    device = mock.patch.dict(os.environ, ACCELERATE_TORCH_DEVICE="cpu")
+    environment = {"ACCELERATE_TORCH_DEVICE": "cpu"}
+    if TRANSFORMERS < (5,) and fsdp is not None:
+        environment["FSDP_VERSION"] = str(fsdp["version"])  # as accelerate's launcher
+    device = mock.patch.dict(os.environ, environment)
     try:
         with backend, device:
             yield

@@ -82,7 +82,9 @@ def trainer_of(
     )  # fmt: skip
     data = [{"input_ids": row} for row in tokens(0, 99, rows=64)]
     arguments.setdefault("model", llama())
-    return Trainer(args=settings, train_dataset=data, data_collator=collate, **arguments)
+    made = Trainer(args=settings, train_dataset=data, data_collator=collate, **arguments)
+    made.model_accepts_loss_kwargs = False  # transformers 4 divides the sum of losses by how many labels are unshifted
+    return made
 
 
 def trainer(config: dict[str, Any], schedule: list[float] = LINEAR, by_code: bool = False) -> dict[str, float]:

@@ -25,7 +25,7 @@ from ..judge import judge
 from ..llama import RANK, STAGES, assert_equal_to_one_process, llama, low_rank_names
 from ..ranks import run_ranks
 from ..timeouts import allowed
-from ..versions import needs_apollo_names
+from ..versions import TRANSFORMERS, needs_apollo_names
 from .by_name_runs import everything
 
 TOLERANCE = 1e-5
@@ -86,7 +86,11 @@ def test_the_choice_is_that_of_the_model(results: list[dict[str, Any]]) -> None:
         ],
         "mixtral": [],
     }  # fmt: skip
-    for part in (*heads, *(f"mlp.experts.{one}" for one in experts)):
+    if TRANSFORMERS >= (5,):
+        stacked = [f"mlp.experts.{one}" for one in experts]
+    else:
+        stacked = [f"block_sparse_moe.experts.{i}.w{j}.weight" for i in range(4) for j in (1, 2, 3)]
+    for part in (*heads, *stacked):
         wanted["mixtral"] += [f"model.layers.{i}.{part}" for i in range(2)]
     for result in results:
         for name, found in result["choices"].items():

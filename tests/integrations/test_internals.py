@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from apollo_dist.integrations.deepspeed_config import faults
 from apollo_dist.integrations.deepspeed_config.faults import ADDED, FAULTS, known_faults, not_yet
 from apollo_dist.integrations.deepspeed_config.lint import check
 from apollo_dist.integrations.deepspeed_config.unsupported import unsupported
@@ -33,6 +34,129 @@ def test_fsdp2s_groups_in_either_spelling(spelling):
     del state.__dict__[spelling]
     with pytest.raises(internals.UnknownInternals, match="has no _fsdp_param_groups or _fsdp_param_group"):
         fsdp2._groups_of(module)
+
+
+def test_a_torch_that_does_not_say_what_it_sharded(monkeypatch):
+    import torch.distributed.fsdp  # noqa: F401
+    from torch.distributed import _composable_state
+
+    from apollo_dist.sharding import dtensor
+
+    monkeypatch.delattr(_composable_state, "_module_state_mapping")
+    with pytest.raises(internals.UnknownInternals, match="_composable_state has no _module_state_mapping"):
+        dtensor.sharded_modules()
+
+
+def test_a_trainer_that_keeps_deepspeeds_json_elsewhere():
+    from apollo_dist.integrations import trainer_optim
+
+    trainer = types.SimpleNamespace(
+        args=types.SimpleNamespace(optim="apollo_adamw"), accelerator=types.SimpleNamespace(state=object())
+    )
+    with pytest.raises(internals.UnknownInternals, match="object has no deepspeed_plugin, which APOLLO reads"):
+        trainer_optim._check_json(lambda *_: None, trainer, 1)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "refused"),
+    [
+        ({}, False),  # before 0.17.1
+        ({"check_grad_overflow": True}, False),
+        ({"check_grad_overflow": False}, True),
+        ({"check_grad_overflow": False, "compute_grad_norm": True, "dtype": torch.bfloat16}, True),
+        ({"check_grad_overflow": False, "single_partition_of_fp32_groups": [1]}, False),  # one call
+        ({"fp32_partitioned_groups_flat": [1, 2]}, True),
+        ({"fp32_partitioned_groups_flat": [1]}, False),
+        ({"fp32_partitioned_groups_flat": [1, 2], "dtype": torch.float16}, False),
+    ],
+)
+def test_steps_of_which_a_part_could_be_skipped(attributes, refused):
+    wrapper = types.SimpleNamespace(**{"single_partition_of_fp32_groups": [1, 2], "dtype": torch.float32, **attributes})
+    if not refused:
+        zero_engine.check_skips(wrapper)
+        return
+    with pytest.raises(ValueError, match="for each of 2 parameter groups"):
+        zero_engine.check_skips(wrapper)
+
+
+def test_an_uneven_dim_of_several_axes_with_an_older_torch(monkeypatch):
+    from torch.distributed.tensor import Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    from apollo_dist.sharding import dtensor
+
+    monkeypatch.setattr(dtensor, "UNEVEN_STRIDES", "99")
+    mesh = types.SimpleNamespace(size=lambda axis: (2, 3)[axis])
+    divided = (_StridedShard(0, split_factor=3), Shard(0))
+    for rows in (12, 13):
+        tensor = types.SimpleNamespace(device_mesh=mesh, placements=divided, shape=(rows, 5))
+        if rows == 12:
+            dtensor._check_strided(tensor, 0, 0)
+            continue
+        with pytest.raises(ValueError, match=r"dim 0 of shape \(13, 5\) unevenly into 6 pieces over several mesh axes"):
+            dtensor._check_strided(tensor, 0, 0)
+
+
+FP16, CHECKED = {"fp16": {"enabled": True}}, {"bf16": {"enabled": True, "check_grad_overflow": True}}
+
+
+@pytest.mark.parametrize(
+    ("version", "given", "faulty"),
+    [
+        ("0.17.0", {**FP16}, False), ("0.17.1", {**FP16}, True), ("0.18.1", {**CHECKED}, True),
+        ("0.18.1", {"bf16": {"enabled": True}}, False), ("0.18.2", {**FP16}, False),
+    ],
+)  # fmt: skip
+def test_overflow_that_only_one_rank_sees(version, given, faulty):
+    for stage in (0, 1, 2, 3):
+        found = [
+            line for line in known_faults({**config(stage, 1), **given}, version) if "in its own gradients" in line
+        ]
+        assert len(found) == (faulty and stage == 1)
+
+
+def test_gathers_on_cpus_one_at_a_time(monkeypatch, caplog):
+    """Where DeepSpeed waits for the last of several only."""
+    from apollo_dist.integrations import deepspeed
+
+    def gathers(installed: str, device: str) -> list[list[int]]:
+        class Init:
+            def __init__(self):
+                self.local_device, self.calls = torch.device(device), []
+
+            def _allgather_params_coalesced(self, param_list, hierarchy=0):
+                self.calls.append(list(param_list))
+
+        monkeypatch.setattr(faults, "installed", lambda: installed)
+        deepspeed._wait_for_every_gather(types.SimpleNamespace(Init=Init))
+        init = Init()
+        init._allgather_params_coalesced([1, 2, 3], hierarchy=0)
+        init._allgather_params_coalesced([4])
+        return init.calls
+
+    with caplog.at_level("INFO", logger="apollo_dist"):
+        assert gathers("0.19.4", "cpu") == [[1], [2], [3], [4]]
+    assert caplog.text.count("ZeRO-3 on CPUs: parameters are gathered one at a time") == 1
+    assert gathers("0.19.8", "cpu") == gathers("0.19.4", "cuda:0") == [[1, 2, 3], [4]]
+
+
+SUMS = {"data_types": {"grad_accum_dtype": "fp32"}}
+BF16 = {"bf16": {"enabled": True}}
+
+
+@pytest.mark.parametrize(
+    ("version", "stage", "given", "faulty"),
+    [
+        ("0.18.2", 0, FP16, False), ("0.18.3", 0, FP16, True), ("0.19.8", 0, FP16, True), ("0.19.8", 1, FP16, False),
+        ("0.19.8", 0, {"fp16": {"enabled": True, "loss_scale": 1}}, False), ("0.19.8", 0, {"fp16": "auto"}, False),
+        ("0.18.5", 0, BF16, True), ("0.18.6", 0, BF16, False), ("0.18.5", 2, BF16, False),
+        ("0.18.4", 1, {**BF16, **SUMS}, True), ("0.18.5", 1, {**BF16, **SUMS}, False), ("0.18.4", 1, BF16, False),
+    ],
+)  # fmt: skip
+def test_gradients_divided_by_a_scale_that_the_loss_never_had(version, stage, given, faulty):
+    found = [line for line in known_faults({**config(stage, 1), **given}, version) if "divided by the loss" in line]
+    assert len(found) == faulty
+    assert all(line in unsupported({**config(stage, 1), **given}, version) for line in found)
 
 
 def test_a_wrapper_that_is_not_known_is_an_error():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,22 @@ import pytest
 
 from apollo_dist.__main__ import main
 from apollo_dist.integrations.deepspeed_config import keys as ds_keys
+from apollo_dist.integrations.deepspeed_config import lint, unsupported
 from apollo_dist.integrations.deepspeed_config.lint import check
 
 from ..timeouts import allowed
 
 ROOT = Path(__file__).resolve().parents[2]
 GONE = object()
+# The DeepSpeed of the tables, whichever is installed.
+VERSION = (ROOT / "constraints.txt").read_text(encoding="utf-8").partition("\ndeepspeed==")[2].partition("\n")[0]
+
+
+@pytest.fixture(autouse=True)
+def as_constrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faults of other versions are no findings here: ``test_internals.py``."""
+    for module in (lint, unsupported):
+        monkeypatch.setattr(module, "installed", lambda: VERSION)
 
 
 def config(**changes: Any) -> dict[str, Any]:
@@ -197,6 +208,8 @@ def test_the_command_needs_no_deepspeed() -> None:
 
 def test_tables_are_deepspeeds() -> None:
     pytest.importorskip("deepspeed")
+    if metadata.version("deepspeed") != VERSION:
+        pytest.skip(f"the tables are those of DeepSpeed {VERSION}")
     from deepspeed.runtime import config as deepspeed_config
     from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig

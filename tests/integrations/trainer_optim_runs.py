@@ -16,7 +16,7 @@ from torch import nn
 import apollo_dist
 
 from ..llama import GAP, RANK, RATE, STAGES, dense, errors, llama, whole_batches
-from ..versions import APOLLO_NAMES, FSDP2_ON_CPU, deepspeed_runs
+from ..versions import APOLLO_NAMES, LABELS, deepspeed_runs
 from .blocks import accelerate_on_cpu, dataset, resumes_exactly, run_documented, watched, whole_weights
 
 LINEAR = [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]  # the Trainer's schedule: two steps up, four down
@@ -50,7 +50,7 @@ def decay(name: str) -> float:
 def torch_run(fsdp: dict[str, Any] | None, *given: Any, adamw: str = "nothing", **options: Any) -> dict[str, float]:
     """A run without DeepSpeed; without a config for FSDP it takes DDP. ``options`` are the reference's."""
     model = llama()
-    with accelerate_on_cpu(ddp=fsdp is None), watched(model) as watch:
+    with accelerate_on_cpu(fsdp), watched(model) as watch:
         running = named(model, *given, fsdp=fsdp is not None, fsdp_config=fsdp)
         running.train()
         assert isinstance(watch.optimizer, apollo_dist.APOLLO)
@@ -64,15 +64,13 @@ def documented_run() -> dict[str, float]:
     with accelerate_on_cpu(), watched(model) as watch:
         found = run_documented("Trainer, by name", model=model, dataset=dataset(), folder=tempfile.mkdtemp())
         assert len(set(watch.rates)) == 6
-        return watch.errors(found["trainer"].model, decay=decay, eps=1e-8)
+        return watch.errors(found["trainer"].model, decay=decay, eps=1e-8, factor=LABELS)
 
 
 def torch_cases() -> dict[str, dict[str, float]]:
     fsdp1 = {"version": 1, "sync_module_states": False}
     layerwise = ("apollo_adamw_layerwise",)
     found = {"DDP": torch_run(None), "FSDP1": torch_run(fsdp1)}
-    if not FSDP2_ON_CPU:
-        return found
     return {
         **found,
         "FSDP2": torch_run({"version": 2}),
@@ -96,17 +94,18 @@ def refused(**settings: Any) -> str:
 
 def torch_refused() -> dict[str, str]:
     found = {}
-    with accelerate_on_cpu(ddp=True):
+    with accelerate_on_cpu(None):
         found["DDP"] = refused()
-    with accelerate_on_cpu():
-        found["FSDP1"] = refused(fsdp=True, fsdp_config={"version": 1, "sync_module_states": False})
+    fsdp1 = {"version": 1, "sync_module_states": False}
+    with accelerate_on_cpu(fsdp1):
+        found["FSDP1"] = refused(fsdp=True, fsdp_config=fsdp1)
     return found
 
 
 def torch_resumed(fsdp: dict[str, Any] | None, *given: Any) -> bool:
     """Whether the Trainer's own checkpoint resumes exactly."""
     return resumes_exactly(
-        lambda: accelerate_on_cpu(ddp=fsdp is None),
+        lambda: accelerate_on_cpu(fsdp),
         lambda **settings: named(llama(), *given, fsdp=fsdp is not None, fsdp_config=fsdp, **settings),
         whole_weights,
     )
@@ -119,11 +118,7 @@ def by_torch() -> dict[str, Any]:
     return {
         "cases": torch_cases(),
         "refused": torch_refused(),
-        "resumed": {
-            name: torch_resumed({"version": 2}, name)
-            for name in ("apollo_adamw", "apollo_adamw_layerwise")
-            if FSDP2_ON_CPU
-        },
+        "resumed": {name: torch_resumed({"version": 2}, name) for name in ("apollo_adamw", "apollo_adamw_layerwise")},
     }
 
 

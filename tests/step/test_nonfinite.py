@@ -19,6 +19,7 @@ from apollo_dist import APOLLO
 from ..engines import full_weights, initialize, zero_config
 from ..models import Bag, gradients, groups_of, low_rank, shapes_of
 from ..ranks import run_ranks
+from ..versions import deepspeed_runs, looks_for_overflow, version
 
 GOOD, BAD_AFTER = 5, (0, 2, 3)  # steps; after how many of them a bad one comes
 # The last parameter of rank 1 is in nobody else's shard, the first is one that takes AdamW.
@@ -92,6 +93,10 @@ def both(rank: int, world: int, kind: str, names: tuple[str, ...]) -> dict[str, 
     run = deepspeed if kind == "deepspeed" else native
     results = {}
     for name in names:
+        if kind == "deepspeed" and not looks_for_overflow(DEEPSPEED[name]) and not name.endswith("optimizer"):
+            with pytest.raises(ValueError, match="does not look for gradients that are not finite here, and calls"):
+                run(name, rank, world, False)
+            continue
         (good, none), (bad, skipped) = run(name, rank, world, False), run(name, rank, world, True)
         same = all(torch.equal(good[n], bad[n]) for n in good)
         finite = all(bool(torch.isfinite(w).all()) for w in bad.values())
@@ -99,13 +104,23 @@ def both(rank: int, world: int, kind: str, names: tuple[str, ...]) -> dict[str, 
     return results
 
 
+def engines() -> tuple[str, ...]:
+    """Those of ``DEEPSPEED`` that the installed version runs: BF16_Optimizer's norm was an assertion in older ones."""
+    return tuple(
+        name
+        for name, config in DEEPSPEED.items()
+        if deepspeed_runs(config, 2) and (name != "bf16 optimizer" or version("deepspeed") >= (0, 17, 6))
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "world", "names"),
-    [("native", 1, ("plain",)), ("native", 2, ("ddp", "fsdp2")), ("deepspeed", 2, tuple(DEEPSPEED))],
+    [("native", 1, ("plain",)), ("native", 2, ("ddp", "fsdp2")), ("deepspeed", 2, engines())],
 )
 def test_every_rank_leaves_the_step_out(kind, world, names):
     for results in run_ranks(both, world, kind, names):
-        assert set(results) == set(names)
+        assert set(results) <= set(names)
+        assert len(results) == len(names) or version("deepspeed") < (0, 19, 8)
         for name, (same, finite, none, skipped) in results.items():
             assert finite and same, name
             assert (none, skipped) == (0, len(BAD_AFTER)), name

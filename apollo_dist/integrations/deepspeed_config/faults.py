@@ -18,10 +18,13 @@ Version = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Fault:
-    """What is wrong in the DeepSpeed versions ``first`` <= version < ``mended``, where ``hits(config)``."""
+    """What is wrong in the DeepSpeed versions ``first`` <= version < ``mended``, where ``hits(config)``.
+
+    ``mended`` is None where the newest version that was run has the fault.
+    """
 
     first: str
-    mended: str
+    mended: str | None
     hits: Callable[[Config], bool]
     key: str
     reason: str
@@ -44,7 +47,64 @@ def accumulation(config: Config) -> int:
     return value if isinstance(value, int) else 1
 
 
+def _checks_overflow(config: Config) -> bool:
+    return _enabled(config, "fp16") or (_enabled(config, "bf16") and config["bf16"].get("check_grad_overflow") is True)
+
+
+def _enabled(config: Config, key: str) -> bool:
+    section = config.get(key)
+    return isinstance(section, Mapping) and section.get("enabled") is True
+
+
+def _stage(config: Config) -> Any:
+    return _zero(config).get("stage", 0)
+
+
+def _scales_loss(config: Config) -> bool:
+    return _enabled(config, "fp16") and config["fp16"].get("loss_scale") != 1
+
+
+def _sums_in_fp32(config: Config) -> bool:
+    types = config.get("data_types")
+    return isinstance(types, Mapping) and types.get("grad_accum_dtype") == "fp32"
+
+
+_UNSCALED = "gradients are divided by the loss scale, by which the loss was not multiplied"
+
 FAULTS = (
+    Fault(
+        "0.18.3",
+        None,
+        lambda c: _stage(c) == 0 and _scales_loss(c),
+        "fp16.enabled",
+        f"at stage 0 {_UNSCALED}",
+        'write a stage from 1 to 3, use bf16, or write "loss_scale": 1',
+    ),
+    Fault(
+        "0.18.3",
+        "0.18.6",
+        lambda c: _stage(c) == 0 and _enabled(c, "bf16"),
+        "bf16.enabled",
+        f"at stage 0 {_UNSCALED}",
+        "write a stage from 1 to 3, or install another version",
+    ),
+    Fault(
+        "0.18.3",
+        "0.18.5",
+        lambda c: _stage(c) == 1 and _enabled(c, "bf16") and _sums_in_fp32(c) and not _offloads(c),
+        "data_types.grad_accum_dtype",
+        f"at stage 1 with fp32 sums {_UNSCALED}",
+        "remove it, write another stage, or install another version",
+    ),
+    Fault(
+        "0.17.1",
+        "0.18.2",
+        lambda c: _zero(c).get("stage") == 1 and not _offloads(c) and _checks_overflow(c),
+        "zero_optimization.stage",
+        "at stage 1 each rank looks for overflow in its own gradients alone, so that one rank leaves a step out and "
+        "the others take it",
+        "write 2, use bf16 without check_grad_overflow, or install another version",
+    ),
     Fault(
         "0.17.6",
         "0.18.3",
@@ -90,6 +150,12 @@ def installed() -> str | None:
         return None
 
 
+def older_than(version: str) -> bool:
+    """Whether the installed DeepSpeed is older than a version; False if none is installed."""
+    numbers = _numbers(installed())
+    return bool(numbers) and numbers < _numbers(version)
+
+
 def known_faults(config: Config, version: str | None) -> Iterator[str]:
     """One line for each fault of a DeepSpeed version that a configuration meets.
 
@@ -99,11 +165,13 @@ def known_faults(config: Config, version: str | None) -> Iterator[str]:
     """
     numbers = _numbers(version)
     for fault in FAULTS if numbers else ():
-        if _numbers(fault.first) <= numbers < _numbers(fault.mended) and fault.hits(config):
-            wrong = f"DeepSpeed {fault.first} to {fault.mended}" if fault.first != "0" else f"before {fault.mended}"
+        since, mended = _numbers(fault.first) <= numbers, fault.mended and _numbers(fault.mended) <= numbers
+        if since and not mended and fault.hits(config):
+            wrong = "" if fault.first == "0" else f"from {fault.first} "
+            wrong += f"to {fault.mended} exclusively" if fault.mended else "on"
             yield (
-                f"{fault.key}: DeepSpeed {version} is wrong here with every optimizer, without a word ({wrong} "
-                f"exclusively): {fault.reason}; {fault.remedy}"
+                f"{fault.key}: DeepSpeed {version} is wrong here with every optimizer, without a word ({wrong.strip()}"
+                f"): {fault.reason}; {fault.remedy}"
             )
 
 

@@ -60,6 +60,34 @@ def step_calls(wrapper: Any, groups: Sequence[Group]) -> list[list[tuple[Group, 
     return [[(group, group["params"]) for group in groups]]
 
 
+def check_skips(wrapper: Any) -> None:
+    """Raise ValueError where ``skip_nonfinite`` could leave out a part of a step only.
+
+    ZeRO calls ``step()`` once for each parameter group or, at stage 3, sub-group. When a later one's gradients turn out
+    not to be finite, weights of earlier ones have changed, unless DeepSpeed has looked at all gradients before. It does
+    so in fp16; at stages 1 and 2 before 0.17.1 always, and since then where ``check_grad_overflow`` is on; in fp32 and
+    at stage 3 in the versions whose norm tells gradients that are not finite.
+    """
+    if is_stage3(wrapper):
+        calls = len(wrapper.fp32_partitioned_groups_flat)
+        checked = wrapper.dtype is torch.float16
+    else:
+        calls = len(getattr(wrapper, "single_partition_of_fp32_groups", ()))
+        checked = getattr(wrapper, "check_grad_overflow", True)
+    if checked or calls < 2:
+        return
+    bf16 = wrapper.dtype is torch.bfloat16 and not is_stage3(wrapper)
+    by_norm = hasattr(sys.modules[type(wrapper).__module__], "is_invalid_grad_norm")
+    if by_norm and not bf16 and getattr(wrapper, "compute_grad_norm", True):
+        return
+    remedy = 'write "check_grad_overflow": true into the "bf16" section' if bf16 else "use stage 0"
+    raise ValueError(
+        f"skip_nonfinite: DeepSpeed {version_of('deepspeed')} does not look for gradients that are not finite here, "
+        f"and calls step() for each of {calls} parameter groups or sub-groups: a part of a step could be taken; "
+        f"{remedy}, or install another version"
+    )
+
+
 @contextmanager
 def as_in_step(optimizer: Any, call: Sequence[tuple[Group, list[Tensor]]]) -> Iterator[None]:
     """Give ``optimizer`` the ``param_groups`` of one of ``step_calls``, and its own back in the end."""
