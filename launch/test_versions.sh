@@ -31,8 +31,9 @@ done
 ((${#VERSIONS[@]})) || VERSIONS=(2.6.0:0.16.9:4.48:1.6 2.8.0:0.17.6:4.55 2.11.0:0.18.5:5.17 2.13.0:0.19.8:5.23 2.15.0:0.19.8:5.24)
 
 # Every engine, named parameters by name, the optimizer's contract, state dicts and checkpoints.
-QUICK=(exact_torch exact_sharded exact_zero exact_zero3 exact_bf16 layerwise optim_contract optim_contract_state
-    optim_contract_ranks dcp checkpoint_fits checkpoint_ranks nonfinite traps unsupported lint without_engines internals)
+QUICK=(exact_torch exact_sharded exact_zero exact_zero3 exact_bf16 layerwise in_backward optim_contract optim_contract_load
+    optim_contract_state optim_contract_ranks state_local dcp checkpoint_fits checkpoint_ranks nonfinite traps unsupported
+    lint without_engines internals)
 # Real LLaMAs under the Trainer and Accelerate: slow, but what people run.
 SLOW=(by_name hugging_face_fsdp)
 

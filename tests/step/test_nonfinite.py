@@ -105,12 +105,12 @@ def both(rank: int, world: int, kind: str, names: tuple[str, ...]) -> dict[str, 
 
 
 def engines() -> tuple[str, ...]:
-    """Those of ``DEEPSPEED`` that the installed version runs: BF16_Optimizer's norm was an assertion in older ones."""
-    return tuple(
-        name
-        for name, config in DEEPSPEED.items()
-        if deepspeed_runs(config, 2) and (name != "bf16 optimizer" or version("deepspeed") >= (0, 17, 6))
-    )
+    """Those of ``DEEPSPEED`` that the installed version runs.
+
+    Before 0.19.8 (0.18.5 was run) BF16_Optimizer asserts that the norm of gradients is positive, and gives up.
+    """
+    asserts = version("deepspeed") < (0, 19, 8)
+    return tuple(n for n, c in DEEPSPEED.items() if deepspeed_runs(c, 2) and not (asserts and n == "bf16 optimizer"))
 
 
 @pytest.mark.parametrize(
