@@ -149,7 +149,8 @@ BF16 = {"bf16": {"enabled": True}}
     [
         ("0.18.2", 0, FP16, False), ("0.18.3", 0, FP16, True), ("0.19.8", 0, FP16, True), ("0.19.8", 1, FP16, False),
         ("0.19.8", 0, {"fp16": {"enabled": True, "loss_scale": 1}}, False), ("0.19.8", 0, {"fp16": "auto"}, False),
-        ("0.18.5", 0, BF16, True), ("0.18.6", 0, BF16, False), ("0.18.5", 2, BF16, False),
+        ("0.17.5", 0, BF16, False), ("0.17.6", 0, BF16, True), ("0.18.5", 0, BF16, True),
+        ("0.18.6", 0, BF16, False), ("0.18.5", 2, BF16, False),
         ("0.18.4", 1, {**BF16, **SUMS}, True), ("0.18.5", 1, {**BF16, **SUMS}, False), ("0.18.4", 1, BF16, False),
     ],
 )  # fmt: skip

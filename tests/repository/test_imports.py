@@ -33,7 +33,7 @@ ALLOWED = {
     "state.callers": (),
     "state.identity": ("sharding.local_shard",),
     "state.loaded": ("sharding.local_shard", "state"),
-    "state.owned_tensor": ("exchange.collectives", "sharding.regions"),
+    "state.owned_tensor": ("exchange.collectives", "sharding.internals", "sharding.regions"),
     "state.reshard": ("exchange", "rules.base", "sharding", "state.owned_tensor", "step.matrix"),
     "state": (
         "distributed",
@@ -46,7 +46,7 @@ ALLOWED = {
         "step.shard_group",
     ),
     "integrations.import_hooks": (),
-    "integrations.deepspeed": ("integrations", "sharding"),
+    "integrations.deepspeed": ("distributed", "integrations", "sharding"),
     "integrations.deepspeed_config.faults": (),
     "integrations.deepspeed_config.unsupported": ("integrations.deepspeed_config.faults",),
     "integrations.extras": (),

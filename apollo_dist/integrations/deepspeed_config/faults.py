@@ -81,11 +81,12 @@ FAULTS = (
         'write a stage from 1 to 3, use bf16, or write "loss_scale": 1',
     ),
     Fault(
-        "0.18.3",
+        "0.17.6",
         "0.18.6",
         lambda c: _stage(c) == 0 and _enabled(c, "bf16"),
         "bf16.enabled",
-        f"at stage 0 {_UNSCALED}",
+        "at stage 0 gradients are never cleared, so that each step adds those of all earlier ones, and from 0.18.3 on "
+        + _UNSCALED,
         "write a stage from 1 to 3, or install another version",
     ),
     Fault(
