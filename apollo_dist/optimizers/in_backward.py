@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.torch_version import TorchVersion
 
 from ..distributed import run_together, world_of
 from ..integrations.deepspeed import NOT_IN_BACKWARD
 from ..sharding import dtensor, fsdp1, fsdp2
 from ..sharding.deepspeed import zero_engine
+from ..sharding.internals import version_of
 from ..state.callers import called_to_make_state
 from ..step.elementwise import ElementwiseTensor
 from ..step.failing import Steps
@@ -27,6 +29,9 @@ from ..step.shard_group import ShardGroupStep
 from .apollo import APOLLO, APOLLOMini
 from .model_changes import any_trains
 from .model_ref import PresentModel
+
+# Updates inside backward under FSDP2 were seen to be wrong with torch 2.6 (on CPUs), and right with 2.8; 2.7 was not run.
+FSDP2_SINCE = "2.8"
 
 
 def attach(model: nn.Module, params: Any = None, *, mini: bool = False, **options: Any) -> LayerwiseAPOLLO:
@@ -362,6 +367,11 @@ def _check_parameter(name: str, parameter: Tensor, sharded: bool, world: int) ->
         )
     if hasattr(parameter, "ds_id"):
         raise ValueError(NOT_IN_BACKWARD)
+    if sharded and TorchVersion(torch.__version__) < FSDP2_SINCE:
+        raise ValueError(
+            f"updates inside backward under FSDP2 with torch {version_of('torch')}: they were seen to be wrong with "
+            f"2.6. Install torch {FSDP2_SINCE} or later, or use APOLLO"
+        )
     if parameter.dtype == torch.float16:
         raise ValueError(_fp16(f"{name} is float16"))
     if not sharded and (world > 1 or dtensor.is_dtensor(parameter)):

@@ -118,6 +118,8 @@ def placed(rank: int, world: int) -> list[str]:
     for shape in ((13, 6), (5, 9), (2, 3), (3, 5, 7)):
         values = torch.arange(torch.Size(shape).numel()).double().view(shape)
         for placements in PLACEMENTS:
+            if version("torch") < (2, 7) and not uneven_strides(shape, placements, mesh):
+                continue  # torch's own error
             local = distribute_tensor(values, mesh, list(placements), **LOCAL)
             dtensor.make_groups([local], None)
             parameter = nn.Parameter(local)

@@ -13,6 +13,7 @@ from ..judge import judge
 from ..models import Bag, Block, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of
 from ..ranks import run_ranks
 from ..reference import Reference
+from ..versions import backward_on_cpu, needs_fsdp2
 from .test_exact_torch import CASES, GAP, STEPS, TOLERANCE, engine_of, whole, wrap
 
 HALF = STEPS // 2
@@ -111,10 +112,10 @@ def all_cases(rank: int, world: int, engines: tuple[str, ...], folder: str) -> d
 @pytest.mark.parametrize(
     ("world", "engines"),
     [
-        (1, ("plain", "fsdp2")),
-        (2, ("fsdp2",)),
-        pytest.param(3, ("fsdp2",), marks=pytest.mark.slow),
-        pytest.param(4, ("fsdp2", "hsdp"), marks=pytest.mark.slow),
+        (1, backward_on_cpu("plain", "fsdp2")),
+        pytest.param(2, ("fsdp2",), marks=needs_fsdp2),
+        pytest.param(3, ("fsdp2",), marks=[pytest.mark.slow, needs_fsdp2]),
+        pytest.param(4, ("fsdp2", "hsdp"), marks=[pytest.mark.slow, needs_fsdp2]),
     ],
 )
 def test_equals_the_reference(world, engines, tmp_path):

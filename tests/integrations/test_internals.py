@@ -160,6 +160,17 @@ def test_gradients_divided_by_a_scale_that_the_loss_never_had(version, stage, gi
     assert all(line in unsupported({**config(stage, 1), **given}, version) for line in found)
 
 
+def test_updates_inside_backward_with_an_older_torch(monkeypatch):
+    from apollo_dist.optimizers import in_backward
+
+    parameter = nn.Parameter(torch.ones(2))
+    in_backward._check_parameter("p", parameter, sharded=False, world=1)
+    monkeypatch.setattr(in_backward, "FSDP2_SINCE", "99")
+    in_backward._check_parameter("p", parameter, sharded=False, world=1)
+    with pytest.raises(ValueError, match="Install torch 99 or later"):
+        in_backward._check_parameter("p", parameter, sharded=True, world=2)
+
+
 def test_a_wrapper_that_is_not_known_is_an_error():
     class Wrapper:
         pass

@@ -17,6 +17,7 @@ from apollo_dist.optimizers import in_backward as layerwise
 
 from ..exactness.test_exact_torch import whole
 from ..ranks import run_ranks
+from ..versions import backward_on_cpu, needs_fsdp2
 
 
 class Layer(nn.Module):
@@ -109,7 +110,9 @@ def real_networks(rank: int, world: int, engines: tuple[str, ...]) -> dict[str, 
     return found
 
 
-@pytest.mark.parametrize(("world", "engines"), [(1, ("plain", "fsdp2")), (2, ("fsdp2",))])
+@pytest.mark.parametrize(
+    ("world", "engines"), [(1, backward_on_cpu("plain", "fsdp2")), pytest.param(2, ("fsdp2",), marks=needs_fsdp2)]
+)
 def test_with_recomputed_activations_and_in_one_layers_memory(world, engines):
     for found in run_ranks(real_networks, world, engines):
         for case, value in found.items():
@@ -219,6 +222,7 @@ def refusals(rank: int, world: int) -> dict[str, str]:
     return found
 
 
+@needs_fsdp2
 def test_what_cannot_be_exact_is_refused_on_every_rank():
     wanted = {
         "ddp": "the model is wrapped in DistributedDataParallel",
