@@ -30,7 +30,7 @@ from .apollo import APOLLO, APOLLOMini
 from .model_changes import any_trains
 from .model_ref import PresentModel
 
-# Updates inside backward under FSDP2 were seen to be wrong with torch 2.6 (on CPUs), and right with 2.8; 2.7 was not run.
+# Updates inside backward under FSDP2 were wrong with torch 2.6 (on CPUs), and right with 2.8; 2.7 was not run.
 FSDP2_SINCE = "2.8"
 
 
