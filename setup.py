@@ -37,9 +37,14 @@ PRETRAIN = [
     *DEEPSPEED,
 ]
 
+# Tests run Triton's kernels in its interpreter, also without a GPU. constraints.txt names no version, since builds of
+# PyTorch for CUDA require one of their own.
+TRITON = ["triton>=3.4; platform_system == 'Linux'"]
+
 DEV = [
     "accelerate>=1.6",
     *LIGHTNING,
+    *TRITON,
     "pytest>=8.0",
     "pytest-xdist>=3.6",
     "ruff",

@@ -8,7 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+
+# Where no GPU is, Triton's kernels run in its interpreter, which Triton must know before anybody imports it.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from .launch.slurm_cluster import Cluster, fetch, reason_to_skip
 

@@ -12,11 +12,13 @@ import apollo_dist
 PACKAGE = Path(apollo_dist.__file__).parent
 # Module prefix -> what of apollo_dist it may import (itself is always allowed).
 ALLOWED = {
-    "kernels": (),
+    "kernels": ("projections.philox",),
+    "kernels.triton": ("kernels.parts",),
     "rules.options": (),
     "rules.base": ("rules.options",),
     "rules": ("kernels",),
     "projections.philox": (),
+    "projections.quantiles": (),
     "projections.gaussian": ("projections.philox",),
     "projections": ("kernels", "sharding.regions"),
     "distributed": (),
@@ -67,6 +69,7 @@ PUBLIC = {
 }
 NO_DISTRIBUTED = (
     "kernels",
+    "kernels.triton",
     "rules",
     "projections",
     "sharding.regions",

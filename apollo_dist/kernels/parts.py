@@ -1,0 +1,46 @@
+"""Arguments that kernels over many matrices take: which rectangles of which tensors belong together."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class ProjectPart(NamedTuple):
+    """A rectangle of a gradient, and where its projection goes.
+
+    Attributes:
+        grad: (channels, inner extent), any strides, bf16, fp16 or fp32: a wide matrix's comes transposed.
+        columns: P^T of the inner extent, (inner extent, r), any strides, bf16.
+        first: the row of the output that its first channel is. Parts of one channel are summed in the order given.
+    """
+
+    grad: Tensor
+    columns: Tensor
+    first: int
+
+
+class ApplyPart(NamedTuple):
+    """A rectangle of a weight, and what it is updated with.
+
+    Attributes:
+        weight: (channels, inner extent), any strides, bf16, fp16 or fp32; written.
+        grad: like ``weight``, of any of these dtypes.
+        scale: (channels,) in fp32, or None for 1.
+        matrix: the row of the coefficients.
+    """
+
+    weight: Tensor
+    grad: Tensor
+    scale: Tensor | None
+    matrix: int
+
+
+class AdamWPart(NamedTuple):
+    """A tensor that AdamW updates: all 1-D, contiguous and of one length; moments in fp32."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor

@@ -1,0 +1,123 @@
+"""The definition, in torch operations, of the kernels over many matrices; ``triton/`` has the same signatures.
+
+Arithmetic is in fp32, whatever gradients and weights are stored in, and rounds once where a weight is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ..projections.philox import philox_4x32_10
+from .parts import AdamWPart, ApplyPart, ProjectPart
+
+
+def draw(keys: Tensor, table: Tensor, out: Tensor) -> None:
+    """Generate slabs of projections, unscaled N(0, 1) in bf16.
+
+    The counter is (column, row // 8, two words of the slab's hash). One Philox call makes eight rows of one column: the
+    low and the high half of each word are an index into ``table``.
+
+    Args:
+        keys: (slabs, 5) in int64: two words of key, two of counter, the first column.
+        table: ``projections.quantiles``, (65536,) in bf16.
+        out: (slabs, r, columns) in bf16, written.
+    """
+    slabs, rank, length = out.shape
+    k0, k1, c2, c3, start = keys[:, :, None, None].unbind(1)
+    octets = -(-rank // 8)
+    columns, rows = start + torch.arange(length, device=out.device), torch.arange(octets, device=out.device)[:, None]
+    words = philox_4x32_10((columns, rows, c2, c3), (k0, k1))
+    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=2)
+    out.copy_(table[halves].view(slabs, octets * 8, length)[:, :rank])
+
+
+def project(parts: Sequence[ProjectPart], alpha: float, out: Tensor, squares: Tensor | None) -> None:
+    """R = alpha G P^T of many rectangles, and the squared norms of their channels.
+
+    Args:
+        parts: the rectangles; every row of ``out`` must be a channel of at least one.
+        alpha: multiplies the sums: 1 / sqrt(r), negative to follow the negated gradient.
+        out: (channels, r) in fp32, contiguous, written.
+        squares: (channels,) in fp32, written; None where they are not needed.
+    """
+    out.zero_()
+    if squares is not None:
+        squares.zero_()
+    for grad, columns, first in parts:
+        rows = slice(first, first + grad.shape[0])
+        values = grad.float()
+        out[rows].addmm_(values, columns.float())
+        if squares is not None:
+            squares[rows] += values.square().sum(1)
+    out.mul_(alpha)
+
+
+def moments(
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    low_rank: Tensor,
+    normalized_squares: Tensor,
+    low_rank_squares: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+) -> None:
+    r"""Update both moments with R, and write squared norms by channel: of :math:`N = M / (\sqrt{V} + \epsilon)` and R.
+
+    Args:
+        exp_avg, exp_avg_sq: (channels, r) in fp32, contiguous, updated.
+        low_rank: R, like them.
+        normalized_squares, low_rank_squares: (channels,) in fp32, written.
+        betas, eps: Adam's.
+    """
+    exp_avg.lerp_(low_rank, 1.0 - betas[0])
+    exp_avg_sq.mul_(betas[1]).addcmul_(low_rank, low_rank, value=1.0 - betas[1])
+    normalized = exp_avg / (exp_avg_sq.sqrt() + eps)
+    torch.sum(normalized.square(), 1, out=normalized_squares)
+    torch.sum(low_rank.square(), 1, out=low_rank_squares)
+
+
+def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool = False) -> None:
+    """W = (W + c s G) d, or W = W d + c s G with ``decay_first``.
+
+    Args:
+        parts: rectangles of weights.
+        coefficients: (matrices, 2) in fp32: c and d of each matrix.
+        decay_first: whether d acts on the old weight.
+    """
+    for weight, grad, scale, matrix in parts:
+        factor, kept = coefficients[matrix].unbind()
+        by = factor if scale is None else (factor * scale)[:, None]
+        old = weight.float()
+        weight.copy_(old * kept + by * grad.float() if decay_first else (old + by * grad.float()) * kept)
+
+
+def adamw(
+    parts: Sequence[AdamWPart],
+    coefficients: Tensor,
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    maximize: bool = False,
+    decay_first: bool = False,
+) -> None:
+    r"""AdamW on many tensors: moments, then :math:`W = (W - c M / (\sqrt{V} + \epsilon)) d`.
+
+    Args:
+        parts: the tensors.
+        coefficients: (2,) in fp32: c, which is the learning rate with Adam's bias corrections, and d.
+        betas, eps: Adam's; epsilon is added outside of the bias correction.
+        maximize: negate the gradients.
+        decay_first: whether d acts on the old weight.
+    """
+    size, kept = coefficients.unbind()
+    for weight, grad, exp_avg, exp_avg_sq in parts:
+        values = -grad.float() if maximize else grad.float()
+        exp_avg.lerp_(values, 1.0 - betas[0])
+        exp_avg_sq.mul_(betas[1]).addcmul_(values, values, value=1.0 - betas[1])
+        change = size * (exp_avg / (exp_avg_sq.sqrt() + eps))
+        old = weight.float()
+        weight.copy_(old * kept - change if decay_first else (old - change) * kept)

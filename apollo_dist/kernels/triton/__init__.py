@@ -1,0 +1,13 @@
+"""Triton kernels over many matrices a launch; the same names and signatures as ``kernels.reference``.
+
+They run on whatever Triton compiles for, and on CPU tensors in Triton's interpreter (``TRITON_INTERPRET=1``), which the
+tests use. Nothing here is tuned at run time: block sizes follow from shapes, and each file says how.
+"""
+
+from .adamw import adamw
+from .apply import apply
+from .draw import draw
+from .moments import moments
+from .project import project
+
+__all__ = ["adamw", "apply", "draw", "moments", "project"]

@@ -1,0 +1,89 @@
+"""Update weights with scaled gradients: one read of each, one write of the weight, no fp32 copy of either."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..parts import ApplyPart
+from .dtypes import DTYPES
+from .tables import blocks_of, layout, on_device
+
+# Elements of a program across and along the direction in which memory is contiguous.
+_ACROSS, _ALONG = 8, 1024
+
+
+@triton.jit
+def _apply(
+    programs, parts, coefficients,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, SCALED: tl.constexpr, ALIGNED: tl.constexpr, DECAY_FIRST: tl.constexpr,
+    CHANNELS: tl.constexpr, INNER: tl.constexpr, UNIT: tl.constexpr,
+):  # fmt: skip
+    program = programs + tl.program_id(0) * 3
+    row = parts + tl.load(program) * 10
+    weight = tl.load(row).to(tl.pointer_type(WEIGHT))
+    grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
+    channels, inner = tl.load(row + 4), tl.load(row + 5)
+    w_c, w_k, g_c, g_k = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), tl.load(row + 9)
+    if ALIGNED:
+        weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
+    c = tl.load(program + 1) * CHANNELS + tl.arange(0, CHANNELS)
+    k = tl.load(program + 2) * INNER + tl.arange(0, INNER)
+    mask = (c < channels)[:, None] & (k < inner)[None, :]
+    # UNIT says which stride is known to be 1, so that the compiler sees it: 0 none, 1 the channels', 2 the inner one.
+    if UNIT == 1:
+        w_at = c[:, None] + k[None, :] * w_k
+        g_at = c[:, None] + k[None, :] * g_k
+    elif UNIT == 2:
+        w_at = c[:, None] * w_c + k[None, :]
+        g_at = c[:, None] * g_c + k[None, :]
+    else:
+        w_at = c[:, None] * w_c + k[None, :] * w_k
+        g_at = c[:, None] * g_c + k[None, :] * g_k
+    matrix = coefficients + tl.load(row + 3) * 2
+    factor, kept = tl.load(matrix), tl.load(matrix + 1)
+    by = tl.zeros([CHANNELS], dtype=tl.float32) + factor
+    if SCALED:
+        scale = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+        by = by * tl.load(scale + c, mask=c < channels, other=0.0)
+    w = tl.load(weight + w_at, mask=mask, other=0.0).to(tl.float32)
+    g = tl.load(grad + g_at, mask=mask, other=0.0).to(tl.float32)
+    change = by[:, None] * g
+    w = w * kept + change if DECAY_FIRST else (w + change) * kept
+    tl.store(weight + w_at, w.to(WEIGHT), mask=mask)
+
+
+def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool = False) -> None:
+    """As ``kernels.reference.apply``; one launch for each kind of dtypes and memory layout."""
+    alike: dict[tuple[Any, ...], list[ApplyPart]] = {}
+    for part in parts:
+        if part.weight.numel():
+            transposed, aligned = layout(part.weight, part.grad)
+            unit = 1 if transposed else 2 if part.weight.stride(1) == part.grad.stride(1) == 1 else 0
+            key = (part.weight.dtype, part.grad.dtype, part.scale is not None, aligned, unit)
+            alike.setdefault(key, []).append(part)
+    for (weight, grad, scaled, aligned, unit), members in alike.items():
+        channels, inner = (_ALONG, _ACROSS) if unit == 1 else (_ACROSS, _ALONG)
+        rows = [
+            [
+                w.data_ptr(), g.data_ptr(), 0 if s is None else s.data_ptr(), matrix, *w.shape,
+                *w.stride(), *g.stride(),
+            ]
+            for w, g, s, matrix in members
+        ]  # fmt: skip
+        programs = [
+            [i, a, b]
+            for i, part in enumerate(members)
+            for a in range(blocks_of(part.weight.shape[0], channels))
+            for b in range(blocks_of(part.weight.shape[1], inner))
+        ]
+        device = coefficients.device
+        _apply[(len(programs),)](
+            on_device(programs, device), on_device(rows, device), coefficients,
+            WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SCALED=scaled, ALIGNED=aligned, DECAY_FIRST=decay_first,
+            CHANNELS=channels, INNER=inner, UNIT=unit,
+        )  # fmt: skip

@@ -1,0 +1,196 @@
+"""R = G P^T and the squared norms of channels, in one read of G as it is stored.
+
+P is bf16. A bf16 G is multiplied by it as it is: the products are exact, and only the fp32 sums round. Any other G is
+split into bf16 parts that sum to it exactly: two for fp16 (11 bits in 8 + 3), three for fp32 (24 bits in 8 + 8 + 8). A
+part is cut off and not rounded, so that it never becomes infinite. The parts' products are exact as well, so that the
+result has the accuracy of fp32 sums. Only what lies below 2**-133, the smallest bf16 number, is lost.
+
+With r = 1 there is nothing for tensor cores to do: the product is a sum over the tile that is read for the norms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..parts import ProjectPart
+from .dtypes import DTYPES
+from .tables import blocks_of, interpreted, layout, on_device
+
+# Parts that a gradient is split into.
+_SPLIT = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
+# Most columns of R that one program sums; a larger rank reads G again, mostly from the second-level cache.
+_RANK = 256
+
+
+@triton.jit
+def _dot(a, b, acc, INTERPRETED: tl.constexpr):
+    """``acc`` + a b of fp32 numbers that are bf16 numbers; Triton's interpreter cannot multiply bf16."""
+    if INTERPRETED:
+        return tl.dot(a, b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        return tl.dot(a.to(tl.bfloat16), b, acc)
+
+
+@triton.jit
+def _cut(g):
+    """The leading 8 bits of fp32 numbers; infinities and NaN as they are."""
+    bits = g.to(tl.int32, bitcast=True) & -65536
+    return tl.where(g == g, bits.to(tl.float32, bitcast=True), g)
+
+
+@triton.jit
+def _project(
+    programs, segments, out, squares, rank, alpha,
+    GRAD: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, NORMS: tl.constexpr,
+    CHANNELS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, INTERPRETED: tl.constexpr,
+):  # fmt: skip
+    program = programs + tl.program_id(0) * 4
+    row, count, first, last = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
+    j = tl.program_id(1) * RANK + tl.arange(0, RANK)
+    channel = tl.arange(0, CHANNELS)
+    c = channel.to(tl.int64)
+    acc = tl.zeros([CHANNELS, RANK], dtype=tl.float32)
+    sums = tl.zeros([CHANNELS], dtype=tl.float32)
+    for s in range(first, last):
+        segment = segments + s * 8
+        grad = tl.load(segment).to(tl.pointer_type(GRAD))
+        columns = tl.load(segment + 1).to(tl.pointer_type(tl.bfloat16))
+        inner, start = tl.load(segment + 2), tl.load(segment + 3)
+        g_c, g_k, p_k, p_r = tl.load(segment + 4), tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
+        if ALIGNED:
+            grad = tl.multiple_of(grad, 16)
+        for at in range(0, inner, INNER):
+            k = at + tl.arange(0, INNER).to(tl.int64)
+            # As in apply.py: 1 the channels' stride is 1, 2 the inner one, 0 neither is known.
+            if UNIT == 1:
+                place = (row - start + c)[:, None] + k[None, :] * g_k
+            elif UNIT == 2:
+                place = (row - start + c)[:, None] * g_c + k[None, :]
+            else:
+                place = (row - start + c)[:, None] * g_c + k[None, :] * g_k
+            g = tl.load(grad + place, mask=(c < count)[:, None] & (k < inner)[None, :], other=0.0).to(tl.float32)
+            p = tl.load(
+                columns + k[:, None] * p_k + j[None, :] * p_r,
+                mask=(k < inner)[:, None] & (j < rank)[None, :],
+                other=0.0,
+            )
+            if NORMS:
+                sums += tl.sum(g * g, 1)
+            if RANK == 1:
+                acc += tl.sum(g * tl.reshape(p.to(tl.float32), [1, INNER]), 1, keep_dims=True)
+            elif SPLIT == 1:
+                acc = _dot(g, p, acc, INTERPRETED)
+            else:
+                high = _cut(g)
+                # Nothing is left of an infinity or NaN, of which inf - inf would make NaN.
+                rest = tl.where(tl.abs(high) < float("inf"), g - high, 0.0)
+                acc = _dot(high, p, acc, INTERPRETED)
+                middle = _cut(rest)
+                acc = _dot(middle, p, acc, INTERPRETED)
+                if SPLIT == 3:
+                    acc = _dot(rest - middle, p, acc, INTERPRETED)
+    mask = (c < count)[:, None] & (j < rank)[None, :]
+    tl.store(out + (row + c)[:, None] * rank + j[None, :], acc * alpha, mask=mask)
+    if NORMS:  # noqa: SIM102
+        if tl.program_id(1) == 0:  # NORMS is known at compile time, this is not
+            tl.store(squares + row + c, sums, mask=c < count)
+
+
+def project(parts: Sequence[ProjectPart], alpha: float, out: Tensor, squares: Tensor | None) -> None:
+    """As ``kernels.reference.project``; one launch for each dtype and memory layout of gradients."""
+    rank = out.shape[1]
+    width = 1 if rank == 1 else max(16, min(_RANK, triton.next_power_of_2(rank)))
+    # Fewer channels where they are summed in more columns; 64 along the inner extent, as tensor cores take them.
+    channels, inner = (128, 128) if rank == 1 else (128 if width <= 128 else 64, 64)
+    used = [part for part in parts if part.grad.numel()]
+    for (dtype, unit, aligned), members in _alike(used).items():
+        programs, order = _programs(tuple((part.first, part.grad.shape[0]) for part in members), channels)
+        segments = [_segment(members[i]) for i in order]
+        grid = (len(programs), blocks_of(rank, width))
+        _project[grid](
+            on_device(programs, out.device), on_device(segments, out.device), out, out if squares is None else squares,
+            rank, alpha, GRAD=DTYPES[dtype], SPLIT=_SPLIT[dtype], UNIT=unit, ALIGNED=aligned,
+            NORMS=squares is not None, CHANNELS=channels, INNER=inner, RANK=width, INTERPRETED=interpreted(),
+        )  # fmt: skip
+    _nothing(parts, out, squares)
+
+
+def _alike(parts: Sequence[ProjectPart]) -> dict[tuple[Any, int, bool], list[ProjectPart]]:
+    """Parts by dtype, unit stride and alignment; parts of one channel stay together, as one program sums them."""
+    kinds: dict[tuple[Any, int, bool], list[ProjectPart]] = {}
+    for members in _connected(parts):
+        known = {layout(part.grad) for part in members}
+        units = {1 if part.grad.stride(0) == 1 and part.grad.stride(1) != 1 else 2 for part in members}
+        plain = all(1 in part.grad.stride() for part in members) and len(units) == 1
+        unit = units.pop() if plain else 0
+        aligned = all(one for _, one in known)
+        kinds.setdefault((members[0].grad.dtype, unit, aligned), []).extend(members)
+    return kinds
+
+
+def _connected(parts: Sequence[ProjectPart]) -> list[list[ProjectPart]]:
+    """Parts by runs whose rows overlap, each in the order given."""
+    ordered = sorted(range(len(parts)), key=lambda i: (parts[i].first, i))
+    runs: list[list[int]] = []
+    end = -1
+    for i in ordered:
+        if runs and parts[i].first < end:
+            runs[-1].append(i)
+        else:
+            runs.append([i])
+        end = max(end, parts[i].first + parts[i].grad.shape[0])
+    return [[parts[i] for i in sorted(run)] for run in runs]
+
+
+def _segment(part: ProjectPart) -> list[int]:
+    grad, columns = part.grad, part.columns
+    return [grad.data_ptr(), columns.data_ptr(), grad.shape[1], part.first, *grad.stride(), *columns.stride()]
+
+
+@lru_cache(maxsize=64)
+def _programs(rows: tuple[tuple[int, int], ...], block: int) -> tuple[list[list[int]], list[int]]:
+    """Blocks of channels, and which parts each sums.
+
+    Args:
+        rows: of each part its first row of the output, and how many.
+        block: most channels of a program.
+
+    Returns:
+        Of each program the first row, how many, and its range in the list of parts that is returned as well.
+    """
+    programs: list[list[int]] = []
+    order: list[int] = []
+    edges = sorted({edge for first, count in rows for edge in (first, first + count)})
+    starts: dict[int, list[int]] = {}
+    for i, (first, _) in enumerate(rows):
+        starts.setdefault(first, []).append(i)
+    alive: list[int] = []
+    for low, high in pairwise(edges):
+        alive = sorted([i for i in alive if sum(rows[i]) > low] + starts.get(low, []))
+        if not alive:
+            continue
+        begin = len(order)
+        order += alive
+        programs += [[a, min(block, high - a), begin, len(order)] for a in range(low, high, block)]
+    return programs, order
+
+
+def _nothing(parts: Sequence[ProjectPart], out: Tensor, squares: Tensor | None) -> None:
+    """Zero the rows of which there are no elements: parts without an inner extent."""
+    for part in parts:
+        if part.grad.shape[0] and not part.grad.shape[1]:
+            rows = slice(part.first, part.first + part.grad.shape[0])
+            if not any(
+                p.grad.numel() and p.first < rows.stop and p.first + p.grad.shape[0] > rows.start for p in parts
+            ):
+                out[rows].zero_()
+                if squares is not None:
+                    squares[rows].zero_()
