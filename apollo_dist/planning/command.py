@@ -12,7 +12,7 @@ from typing import Any
 from ..pretrain.config import ApolloConfig
 from ..pretrain.settings import load_settings
 from .memory import forecast
-from .options import ATTENTIONS, ENGINES, OFFLOADS, PRECISIONS, Options, parse_bytes
+from .options import ATTENTIONS, CHECKPOINTING, ENGINES, LOSSES, OFFLOADS, PRECISIONS, Options, parse_bytes
 from .plot import draw
 from .report import as_json, table
 
@@ -41,11 +41,24 @@ def add_parser(subparsers: Any) -> None:
     add("--scale-type", help="of APOLLO: channel or tensor (default: the recipe's)")
     add("--precision", help=", ".join(PRECISIONS) + " (default: the recipe's); docs/planning.md says what they mean")
     add("--gradient-dtype", help="fp32 or bf16, of the gradients that ZeRO keeps (default: the weights')")
-    add("--attention", default=defaults.attention, help=" or ".join(ATTENTIONS) + f" (default {defaults.attention})")
-    add("--checkpointing", action="store_true", help="recompute decoder layers in the backward pass")
+    add("--attention", help=", ".join(ATTENTIONS) + " (default: the recipe's)")
+    add(
+        "--checkpointing",
+        nargs="?",
+        const="full",
+        metavar="KIND",
+        help="recompute decoder layers in the backward pass: " + ", ".join(CHECKPOINTING) + " (default: the recipe's; "
+        "full if no kind is given)",
+    )
+    add("--loss", help=", ".join(LOSSES) + " (default: the recipe's)")
+    add("--loss-chunk", type=int, help="tokens of a chunk (default: the recipe's)")
     add("--offload", default=defaults.offload, help=", ".join(OFFLOADS) + f" (default {defaults.offload})")
     add("--layerwise", action="store_true", help="update inside the backward pass, so that one gradient is kept")
-    add("--bucket-view", action="store_true", help="DDP with gradient_as_bucket_view=True")
+    add(
+        "--bucket-view",
+        action=argparse.BooleanOptionalAction,
+        help="DDP with gradient_as_bucket_view, as the trainer has it, or without, as torch has it by default",
+    )
     add("--json", type=Path, metavar="FILE", help="write everything, rank by rank")
     add("--png", type=Path, metavar="FILE", help="draw stacked bars (needs matplotlib)")
     parser.set_defaults(run=run)
@@ -61,6 +74,10 @@ def options_of(arguments: argparse.Namespace) -> tuple[str, Any, Options]:
         "rank": config.optimizer.rank,
         "scale_type": config.optimizer.scale_type,
         "precision": config.precision,
+        "attention": config.attention,
+        "checkpointing": config.activation_checkpointing,
+        "loss": config.loss,
+        "loss_chunk": config.loss_chunk,
     }
     known = {field.name for field in dataclasses.fields(Options)}
     found |= {key: value for key, value in vars(arguments).items() if key in known and value is not None}

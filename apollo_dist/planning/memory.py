@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,7 +15,7 @@ from ..selection.choice import check_any, low_rank_names, of_model
 from .activations import Activations, activations
 from .estimate import Estimate, divide, estimate, estimate_plans, shard_numel, units
 from .fake import meta_model, read_fsdp2
-from .options import Options
+from .options import CHECKPOINTING, Options
 
 OPTIMIZERS = ("apollo", "apollo-mini", "adamw")
 MINI: dict[str, Any] = {"rank": 1, "scale_type": "tensor"}
@@ -69,7 +70,8 @@ class Forecast:
         exchange_bytes: for each optimizer what leaves each of those ranks in a step.
         collectives: for each optimizer how many a step makes.
         gradient_traffic: bytes that leave a rank when one step's gradients are reduced, by a ring.
-        activations: of one sequence, without and with checkpointing.
+        activations: of one sequence, by kind of checkpointing.
+        model: its shape.
     """
 
     name: str
@@ -79,7 +81,8 @@ class Forecast:
     exchange_bytes: Mapping[str, tuple[int, ...]]
     collectives: Mapping[str, int]
     gradient_traffic: int
-    activations: Mapping[bool, Activations]
+    activations: Mapping[str, Activations]
+    model: ModelConfig
 
     def worst(self, optimizer: str) -> tuple[int, Memory]:
         """The rank that needs most, and what it needs."""
@@ -91,17 +94,16 @@ class Forecast:
         """Whether the worst rank's memory fits beside the reserve."""
         return self.worst(optimizer)[1].total <= self.options.gpu_memory - self.options.reserve
 
-    def largest_micro_batch(self, optimizer: str, checkpointing: bool | None = None) -> int:
-        """The largest micro-batch that fits on every rank; 0 if none does. Activations grow linearly with it."""
+    def largest_micro_batch(self, optimizer: str, checkpointing: str | None = None) -> int:
+        """The largest micro-batch that fits on every rank; 0 if none does."""
         chosen = self.options.checkpointing if checkpointing is None else checkpointing
         budget = self.options.gpu_memory - self.options.reserve
-        each = self.activations[chosen].peak
-        most = []
-        for memory in self.ranks[optimizer]:
-            if replace(memory, activations=0).total > budget:
-                return 0
-            most.append((budget - memory.kept - memory.gathered) // each)
-        return min(most)
+        if any(replace(memory, activations=0).total > budget for memory in self.ranks[optimizer]):
+            return 0
+        room = min(budget - memory.kept - memory.gathered for memory in self.ranks[optimizer])
+        # Activations grow with the micro-batch, in a chunked loss not in proportion.
+        sizes = range(1, room + 2)
+        return bisect_right(sizes, room, key=lambda size: _activations(self.model, self.options, chosen, size).peak)
 
     def traffic_share(self, optimizer: str) -> float:
         """What the busiest rank sends in a step's exchange, as a share of the gradients' reduction; 0 on one rank."""
@@ -124,19 +126,8 @@ def forecast(name: str, model: ModelConfig, options: Options) -> Forecast:
     low = {kind: _low_rank(module, rank) for kind, rank in (("apollo", options.rank), ("apollo-mini", MINI["rank"]))}
     low["adamw"] = low["apollo"]
     estimates = _estimates(module, shapes, low, options)
-    each = {
-        chosen: activations(
-            model,
-            micro_batch=1,
-            sequence_length=options.sequence_length,
-            compute_bytes=options.compute_bytes,
-            autocast=options.engine == "ddp" and options.precision == "bf16",
-            attention=options.attention,
-            checkpointing=chosen,
-        )
-        for chosen in (False, True)
-    }
-    activation_bytes = options.micro_batch * each[options.checkpointing].peak
+    each = {chosen: _activations(model, options, chosen, 1) for chosen in CHECKPOINTING}
+    activation_bytes = _activations(model, options, options.checkpointing, options.micro_batch).peak
     common = {kind: _common(shapes, chosen, options, activation_bytes) for kind, chosen in low.items()}
     return Forecast(
         name=name,
@@ -153,6 +144,20 @@ def forecast(name: str, model: ModelConfig, options: Options) -> Forecast:
         collectives={optimizer: found.collectives for optimizer, found in estimates.items()},
         gradient_traffic=_gradient_traffic(_numel(shapes), options),
         activations=each,
+        model=model,
+    )
+
+
+def _activations(model: ModelConfig, options: Options, checkpointing: str, micro_batch: int) -> Activations:
+    return activations(
+        model,
+        micro_batch=micro_batch,
+        sequence_length=options.sequence_length,
+        compute_bytes=options.compute_bytes,
+        autocast=options.engine == "ddp" and options.precision == "bf16",
+        attention=options.attention,
+        checkpointing=checkpointing,
+        loss_chunk=options.loss_chunk if options.loss == "chunked" else None,
     )
 
 

@@ -20,7 +20,9 @@ ENGINES = {
 }
 PRECISIONS = ("fp32", "bf16", "bf16-pure")
 OFFLOADS = ("none", "optimizer", "all")
-ATTENTIONS = ("sdpa", "eager")
+ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
+CHECKPOINTING = ("none", "full", "selective")
+LOSSES = ("plain", "chunked")
 _UNITS: dict[str, int] = {unit: 10 ** (3 * i) for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _UNITS |= {unit: 2 ** (10 * i) for i, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1)}
 
@@ -70,11 +72,13 @@ class Options:
         scale_type: APOLLO's scaling, "channel" or "tensor".
         sequence_length: tokens of a sequence.
         micro_batch: sequences of a forward pass.
-        attention: "sdpa" (flash or memory-efficient kernels) or "eager".
-        checkpointing: whether decoder layers are recomputed in the backward pass.
+        attention: "sdpa" (flash or memory-efficient kernels), "flash_attention_2" or "eager".
+        checkpointing: what of decoder layers is recomputed in the backward pass: "none", "full" or "selective" (all but
+            matrix products and attention).
+        loss: "plain", or "chunked" with ``loss_chunk`` tokens at a time.
         offload: "optimizer" (ZeRO: masters and states in host memory) or "all" (ZeRO-3, FSDP: the parameters too).
         layerwise: whether every matrix is updated inside the backward pass, so that one gradient at a time is kept.
-        bucket_view: DDP's ``gradient_as_bucket_view``; without it gradients exist twice.
+        bucket_view: DDP's ``gradient_as_bucket_view``, which the trainer has; without it gradients exist twice.
         bucket_elements: ZeRO's ``reduce_bucket_size``.
         max_live: ZeRO-3's ``stage3_max_live_parameters``.
         sub_group_size: ZeRO-3's option of that name.
@@ -93,10 +97,12 @@ class Options:
     sequence_length: int = 256
     micro_batch: int = 1
     attention: str = "sdpa"
-    checkpointing: bool = False
+    checkpointing: str = "none"
+    loss: str = "plain"
+    loss_chunk: int = 1024
     offload: str = "none"
     layerwise: bool = False
-    bucket_view: bool = False
+    bucket_view: bool = True
     bucket_elements: int = 50_000_000
     max_live: int = 1_000_000_000
     sub_group_size: int = 1_000_000_000
@@ -106,10 +112,12 @@ class Options:
         one_of(PRECISIONS, "precision", self.precision)
         one_of(OFFLOADS, "offload", self.offload)
         one_of(ATTENTIONS, "attention", self.attention)
+        one_of(CHECKPOINTING, "checkpointing", self.checkpointing)
+        one_of(LOSSES, "loss", self.loss)
         one_of(("channel", "tensor"), "scale type", self.scale_type)
         if self.gradient_dtype is not None:
             one_of(("fp32", "bf16"), "gradient dtype", self.gradient_dtype)
-        for key in ("world", "gpus_per_node", "rank", "sequence_length", "micro_batch", "gpu_memory"):
+        for key in ("world", "gpus_per_node", "rank", "sequence_length", "micro_batch", "loss_chunk", "gpu_memory"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, got {getattr(self, key)}")
         if self.reserve < 0 or self.reserve >= self.gpu_memory:
@@ -147,8 +155,8 @@ class Options:
                 f"pass, so an update there would not be exact; use fsdp2 or one process, not {self.engine} on "
                 f"{self.world} ranks"
             )
-        if self.bucket_view and self.engine != "ddp":
-            raise ValueError(f"bucket_view is an option of DDP; got engine {self.engine!r}")
+        if not self.bucket_view and self.engine != "ddp":
+            raise ValueError(f"bucket_view is an option of DDP alone; got engine {self.engine!r}")
 
     @property
     def layout(self) -> str:

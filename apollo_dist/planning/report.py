@@ -20,6 +20,8 @@ ROWS = {
     "step_gradients": "fp32 gradients in the step",
     "exchange": "exchange buffers in the step",
 }
+# Kind of checkpointing -> in words before "checkpointing".
+WORDS = {"none": "without", "full": "with", "selective": "with selective"}
 TITLES = {"apollo": "APOLLO", "apollo-mini": "APOLLO-Mini", "adamw": "AdamW"}
 
 
@@ -44,7 +46,7 @@ def table(forecast: Forecast) -> str:
     if any(memory.host for _, memory in worst.values()):
         rows.append(["in host memory", *(gigabytes(memory.host) for _, memory in worst.values())])
     rows.append([f"fits {gigabytes(options.gpu_memory)}", *("yes" if forecast.fits(o) else "no" for o in OPTIMIZERS)])
-    for chosen, word in ((False, "without"), (True, "with")):
+    for chosen, word in WORDS.items():
         most = [str(forecast.largest_micro_batch(o, chosen)) for o in OPTIMIZERS]
         rows.append([f"largest micro-batch, {word} checkpointing", *most])
     rows.append(["worst rank", *(str(rank) for rank, _ in worst.values())])
@@ -69,7 +71,9 @@ def _title(forecast: Forecast) -> str:
         f"{forecast.name}: {forecast.parameters:,} parameters",
         f"{options.engine} on {options.world} ranks, {options.gpus_per_node} a node{shards}",
         f"{options.precision}, micro-batch {options.micro_batch} x {options.sequence_length} tokens, "
-        f"{options.attention} attention{', checkpointing' if options.checkpointing else ''}"
+        f"{options.attention} attention"
+        + (f", {options.checkpointing} checkpointing" if options.checkpointing != "none" else "")
+        + (f", loss in chunks of {options.loss_chunk} tokens" if options.loss == "chunked" else "")
         + (f", offload {options.offload}" if options.offload != "none" else "")
         + (", layer-wise updates" if options.layerwise else ""),
     ]
@@ -78,9 +82,9 @@ def _title(forecast: Forecast) -> str:
 
 def _notes(forecast: Forecast) -> list[str]:
     options = forecast.options
-    one, other = (gigabytes(forecast.activations[chosen].peak) for chosen in (False, True))
+    one, other, some = (gigabytes(forecast.activations[chosen].peak) for chosen in WORDS)
     return [
-        f"Activations of one sequence, by formula: {one}, with checkpointing {other}.",
+        f"Activations of one sequence, by formula: {one}, with checkpointing {other}, selective {some}.",
         f"APOLLO has rank {options.rank} and {options.scale_type} scaling.",
         f"To reduce the gradients of a step a rank sends {gigabytes(forecast.gradient_traffic)}.",
         "The peak is that of the forward and backward pass or of the step, whichever is larger.",
@@ -102,7 +106,7 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
         "shard_group_size": forecast.options.shards,
         "gradient_traffic_bytes": forecast.gradient_traffic,
         "activations_per_sequence": {
-            ("with" if chosen else "without") + "_checkpointing": {**dataclasses.asdict(found), "peak": found.peak}
+            WORDS[chosen].replace(" ", "_") + "_checkpointing": {**dataclasses.asdict(found), "peak": found.peak}
             for chosen, found in forecast.activations.items()
         },
         "optimizers": {},
@@ -113,8 +117,8 @@ def as_json(forecast: Forecast) -> dict[str, Any]:
             "worst_rank": rank,
             "memory": {**dataclasses.asdict(memory), "total": memory.total},
             "fits": forecast.fits(optimizer),
-            "largest_micro_batch": forecast.largest_micro_batch(optimizer, False),
-            "largest_micro_batch_with_checkpointing": forecast.largest_micro_batch(optimizer, True),
+            "largest_micro_batch": forecast.largest_micro_batch(optimizer, "none"),
+            "largest_micro_batch_with_checkpointing": forecast.largest_micro_batch(optimizer, "full"),
             "state_imbalance": _imbalance(forecast.ranks[optimizer]),
             "exchange_share_of_gradient_traffic": forecast.traffic_share(optimizer),
             "collectives": forecast.collectives[optimizer],

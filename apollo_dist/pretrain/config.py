@@ -13,17 +13,21 @@ from typing import Any, ClassVar
 
 ENGINES = ("deepspeed", "fsdp1", "fsdp2", "ddp")
 FSDP1_STRATEGIES = ("full", "grad_op", "hybrid", "none")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "bf16-pure")
+CHECKPOINTING = ("none", "full", "selective")
+ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
+LOSSES = ("plain", "chunked")
 TOKEN_DTYPES = ("uint8", "uint16", "uint32")
 
 # Keys that may differ between a run and its resumption: they say where and how often to write, never what to compute.
 RUN_KEYS = frozenset({
     "background_checkpoints", "checkpoint_every", "deepspeed_config", "eval_every", "eval_sequences",
-    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "override", "resume", "step_timeout",
-    "stop_after", "tensorboard", "timeout_minutes", "wandb",
+    "final_eval_sequences", "keep_checkpoints", "max_skipped_steps", "output", "override", "peak_tflops", "resume",
+    "step_timeout", "stop_after", "tensorboard", "timeout_minutes", "wandb",
 })  # fmt: skip
 # Keys that say where and in which pieces to compute: a resumed run may change them, and changes rounding with them.
-PLACE_KEYS = frozenset({"engine", "fsdp1_strategy", "layerwise", "micro_batch_size"})
+COMPUTE_KEYS = ("activation_checkpointing", "attention", "compile", "loss", "loss_chunk")
+PLACE_KEYS = frozenset({"engine", "fsdp1_strategy", "layerwise", "micro_batch_size", *COMPUTE_KEYS})
 
 
 def option(help: str, default: Any = dataclasses.MISSING) -> Any:
@@ -185,7 +189,18 @@ class Config:
     fsdp1_strategy: str = option("what fsdp1 shards: full, grad_op, hybrid (full within each node) or none", "full")
     layerwise: bool = option("update inside the backward pass: fsdp2, or ddp in a single process", False)
     deepspeed_config: str | None = option("DeepSpeed's JSON; ds_configs/README.md says what it decides", None)
-    precision: str = option("fp32, or bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp", "fp32")
+    precision: str = option(
+        "fp32; bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp; bf16-pure: bf16 weights alone",
+        "fp32",
+    )
+    activation_checkpointing: str = option(
+        "none; full: decoder layers are computed again in the backward pass; selective: but their matrix products",
+        "none",
+    )
+    attention: str = option("sdpa (torch's kernels), flash_attention_2 (needs flash-attn) or eager", "sdpa")
+    compile: bool = option("compile each decoder layer with torch.compile", False)
+    loss: str = option("plain; chunked: no logits of the whole micro-batch, but loss_chunk tokens at a time", "plain")
+    loss_chunk: int = option("tokens whose logits the chunked loss has at a time", 1024)
     seed: int = option("of the initial weights, the order of the data and the projections", 0)
     sequence_length: int = option("tokens per sequence")
     batch_size: int = option("sequences per step, over all ranks")
@@ -207,6 +222,7 @@ class Config:
     stop_after: int | None = option("stop, with a checkpoint, after this step of the schedule", None)
     timeout_minutes: float = option("a collective that takes longer ends the job", 10.0)
     step_timeout: float = option("seconds for a step before every rank ends with its stacks; 0: no watchdog", 0.0)
+    peak_tflops: float | None = option("of one device, for the MFU; default: by its name, where that is known", None)
     tensorboard: bool = option("write TensorBoard events too (needs tensorboard)", False)
     wandb: str | None = option("log to this Weights & Biases project too (needs wandb)", None)
 
@@ -214,8 +230,13 @@ class Config:
         _one_of(ENGINES, "engine", self.engine)
         _one_of(FSDP1_STRATEGIES, "fsdp1_strategy", self.fsdp1_strategy)
         _one_of(PRECISIONS, "precision", self.precision)
+        _one_of(CHECKPOINTING, "activation_checkpointing", self.activation_checkpointing)
+        _one_of(ATTENTIONS, "attention", self.attention)
+        _one_of(LOSSES, "loss", self.loss)
+        _require(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "positive")
         _at_least(
             1,
+            loss_chunk=self.loss_chunk,
             sequence_length=self.sequence_length,
             batch_size=self.batch_size,
             micro_batch_size=self.micro_batch_size,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from apollo_dist.integrations.deepspeed_config.faults import installed, known_faults
 from apollo_dist.integrations.extras import not_installed
 from apollo_dist.pretrain.batching import BatchPlan, plan_batch
+from apollo_dist.pretrain.compute import check_compute
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson, reconcile
 from apollo_dist.pretrain.metrics import check_loggers
@@ -23,6 +24,8 @@ def decide(settings: Settings, world: int) -> tuple[Config, DeepSpeedJson | None
         raise ValueError(absent)
     config, json = reconcile(settings, world)
     check_loggers(config)
+    stage = None if json is None else json.values.get("zero_optimization", {}).get("stage", 0)
+    check_compute(config, stage)
     plan = plan_batch(config.batch_size, config.micro_batch_size, world)
     if json is not None:
         faults = list(known_faults(json.complete(config, plan), installed()))

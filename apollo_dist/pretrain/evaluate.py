@@ -11,7 +11,6 @@ import torch
 from apollo_dist.pretrain.data.packed import Windows
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.base import Engine
-from apollo_dist.pretrain.model import token_losses
 
 CHECK_EVERY = 8  # forward passes between two questions whether to go on
 
@@ -80,7 +79,7 @@ def evaluate(
             problem = error
             total[2] += 1
             tokens = torch.zeros(1, windows.length + 1, dtype=torch.int64, device=ranks.device)
-        losses = token_losses(engine.logits(tokens[:, :-1]), tokens[:, 1:])
+        losses = engine.losses(tokens[:, :-1], tokens[:, 1:])
         if batch:
             total[0] += losses.sum(dtype=torch.float64)
             total[1] += losses.numel()

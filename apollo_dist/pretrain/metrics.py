@@ -77,8 +77,13 @@ class Metrics:
         """Seconds of training that the rows so far account for."""
         return float(self.rows[-1]["elapsed"]) if self.rows else 0.0
 
-    def train(self, row: Mapping[str, float], device: torch.device) -> None:
-        """Record a training step: step, loss (if finite), lr, tokens, tokens_per_s, elapsed; skipped if left out."""
+    def train(self, row: Mapping[str, float]) -> None:
+        """Record a training step.
+
+        Args:
+            row: step, loss (if finite), lr, tokens, tokens_per_s, mfu (if the device's peak is known), peak_memory in
+                bytes, elapsed; skipped if left out.
+        """
         if self._on:
             self._write(row)
             shown = {
@@ -86,7 +91,9 @@ class Metrics:
                 "tok/s": f"{row['tokens_per_s']:,.0f}",
                 "lr": f"{row['lr']:.2e}",
             }
-            self._bar.set_postfix({**shown, "mem": f"{memory_bytes(device) / 2**20:,.0f}MiB"}, refresh=False)
+            if "mfu" in row:
+                shown["mfu"] = f"{row['mfu']:.1%}"
+            self._bar.set_postfix({**shown, "mem": f"{row['peak_memory'] / 2**20:,.0f}MiB"}, refresh=False)
             self._bar.update()
 
     def evaluation(self, row: Mapping[str, float | None]) -> None:

@@ -1,4 +1,4 @@
-"""The LLaMA of a run, and its loss."""
+"""The LLaMA of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import hashlib
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from apollo_dist.pretrain.config import ModelConfig
 from apollo_dist.pretrain.initial import InitialWeights
@@ -19,12 +19,14 @@ def build_model(config: ModelConfig, sequence_length: int, seed: int) -> nn.Modu
     return place_whole(model, InitialWeights(model, seed, config.init_std), torch.device("cpu"))
 
 
-def deferred_model(config: ModelConfig, sequence_length: int) -> nn.Module:
+def deferred_model(config: ModelConfig, sequence_length: int, attention: str = "sdpa") -> nn.Module:
     """A ``LlamaForCausalLM`` whose parameters are on the meta device, in fp32: names and shapes without memory.
 
     Buffers are real, and on the CPU. An engine makes the weights after it has sharded them (``placing.py``).
     """
-    from transformers import LlamaConfig, LlamaForCausalLM  # an optional dependency, slow to import
+    from transformers import LlamaConfig  # an optional dependency, slow to import
+
+    from apollo_dist.pretrain.llama import Head, LlamaForCausalLM
 
     shape = LlamaConfig(
         vocab_size=config.vocab_size,
@@ -41,14 +43,16 @@ def deferred_model(config: ModelConfig, sequence_length: int) -> nn.Module:
         bos_token_id=None,
         eos_token_id=None,
         pad_token_id=None,
+        attn_implementation=attention,
     )
     # The generator's state is put back: a meta model draws nothing, but seeds it.
     with torch.random.fork_rng(devices=[]), torch.device("meta"):
-        model: nn.Module = LlamaForCausalLM(shape)
+        model: Any = LlamaForCausalLM(shape)
+        model.lm_head = Head(config.hidden_size, config.vocab_size, bias=False)
     # The only module with buffers. They are functions of the configuration.
-    rotary: Any = type(model.get_submodule("model.rotary_emb"))
-    model.get_submodule("model").rotary_emb = rotary(config=shape)
-    return model
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=shape)
+    made: nn.Module = model
+    return made
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
@@ -64,9 +68,3 @@ def model_facts(model: nn.Module) -> dict[str, object]:
         "parameters": sum(p.numel() for p in model.parameters()),
         "parameter names and shapes": hashlib.sha256(described.encode()).hexdigest()[:16],
     }
-
-
-def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of each target in nats, fp32: logits (b, s, v) and targets (b, s) give (b, s)."""
-    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none")
-    return losses.view_as(targets)

@@ -15,11 +15,11 @@ _FSDP1_PREFIX = "_fsdp_wrapped_module."
 
 
 def place_whole(
-    model: nn.Module, initial: InitialWeights, device: torch.device, dtype: torch.dtype = torch.float32
+    model: nn.Module, initial: InitialWeights, device: torch.device, dtype: torch.dtype | None = None
 ) -> nn.Module:
-    """``model`` with all weights in ``dtype`` on ``device``, made there; returns it."""
+    """``model`` with all weights on ``device``, made there, in ``dtype`` (None: its parameters'); returns it."""
     for name, parameter, module in list(named_parameters_and_modules(model)):
-        made = materialize(parameter, module, name, device, dtype)
+        made = materialize(parameter, module, name, device, dtype or parameter.dtype)
         initial.fill(name, made.data)
     _move_buffers(model, device)
     return model

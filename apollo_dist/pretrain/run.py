@@ -31,6 +31,7 @@ class Run:
     optimizer_name: str
     requests: Requests
     watchdog: Watchdog
+    peak_flops: float | None = None  # of a device, where it is known
     skipped: int = 0  # steps left out in a row
     validated: Evaluation | None = None
     validated_step: int = 0  # 0: not yet

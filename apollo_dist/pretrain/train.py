@@ -6,10 +6,12 @@ import contextlib
 from importlib.metadata import version
 
 import torch
+from torch import nn
 
 from apollo_dist.distributed import agree
 from apollo_dist.pretrain.checkpoint import Checkpoints
-from apollo_dist.pretrain.config import PLACE_KEYS
+from apollo_dist.pretrain.compute import configure_compute
+from apollo_dist.pretrain.config import COMPUTE_KEYS, PLACE_KEYS, Config
 from apollo_dist.pretrain.data import build_data
 from apollo_dist.pretrain.decide import decide
 from apollo_dist.pretrain.distributed import Ranks, SetupError, alike
@@ -24,6 +26,7 @@ from apollo_dist.pretrain.settings import Settings, overridable
 from apollo_dist.pretrain.snapshot import snapshot
 from apollo_dist.pretrain.step import train_step
 from apollo_dist.pretrain.stop import FINISHED_FILE, Requests, clear
+from apollo_dist.pretrain.utilization import peak_flops
 from apollo_dist.pretrain.watchdog import SLOW, Watchdog
 
 
@@ -78,7 +81,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
         requests.look_in(config.output_folder)
     # Other ranks of another configuration must hear of it before this one spends minutes on data.
     data = ranks.together(lambda: build_data(config, ranks.rank, ranks.world))
-    model = ranks.together(lambda: deferred_model(config.model, config.sequence_length))
+    model = ranks.together(lambda: _deferred(config))
     facts = {"data": data.digest, **model_facts(model)}
     weights = ranks.together(lambda: InitialWeights.of(config, model).fingerprint())
     _agree({
@@ -87,6 +90,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     torch.manual_seed(config.seed)
     shared = {key: value for key, value in config.computed().items() if key not in PLACE_KEYS}
     place: dict[str, object] = {"engine": config.engine, "ranks": ranks.world, "micro_batch_size": plan.micro}
+    place |= {key: getattr(config, key) for key in COMPUTE_KEYS}
     if json is not None:
         place["deepspeed JSON"] = json.values
     checkpoints = Checkpoints(config, {**shared, **facts}, place, ranks, override)
@@ -115,9 +119,16 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     for note in (*cleared.notes, *resumed):
         metrics.say(note)
     run = Run(config, plan, data, engine, checkpoints, metrics, ranks, step, name, requests, watchdog)
+    run.peak_flops = peak_flops(config, ranks.device)
     run.validated = ranks.on_first(lambda: _validated(run))
     run.validated_step = 0 if run.validated is None else step
     return run
+
+
+def _deferred(config: Config) -> nn.Module:
+    model = deferred_model(config.model, config.sequence_length, config.attention)
+    configure_compute(model, config)
+    return model
 
 
 def _checkpoint_due(run: Run) -> bool:

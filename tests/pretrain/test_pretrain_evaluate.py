@@ -12,6 +12,7 @@ from torch import Tensor
 from apollo_dist.pretrain.data.packed import Windows
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.evaluate import Evaluation, evaluate, spread
+from apollo_dist.pretrain.losses import token_losses
 
 LENGTH, VOCABULARY = 8, 11
 
@@ -27,10 +28,10 @@ class TableEngine:
     def train(self, mode: bool) -> None:
         self.training = mode
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         assert not self.training
         self.passes.append(len(tokens))
-        return self.table[tokens]
+        return token_losses(self.table[tokens], targets)
 
 
 class AloneRanks(Ranks):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from apollo_dist.pretrain import initial
 from apollo_dist.pretrain.batching import BatchPlan
+from apollo_dist.pretrain.compute import configure_compute
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines import build_engine
 from apollo_dist.pretrain.engines.deepspeed_json import reconcile
@@ -29,7 +30,8 @@ SHAPE = (
     "--model.num_heads=10 --model.num_kv_heads=1 --sequence_length=8 --optimizer.rank=2 --seed=3"
 ).split()
 ENGINES = ["ddp", "fsdp1", "fsdp1-none", "fsdp2", "zero0", "zero1", "zero2", "zero3"]
-BF16 = ["zero1", "zero3"]
+# Of three ranks, in which precision weights are bf16.
+BF16 = {"zero1": "bf16", "zero3": "bf16", "ddp": "bf16-pure", "fsdp1": "bf16-pure", "fsdp2": "bf16-pure"}
 
 
 def arguments(engine: str, folder: Path, precision: str) -> list[str]:
@@ -64,12 +66,13 @@ def rank_main(rank: int, world: int, folder: str) -> dict[str, dict[str, Tensor]
     prepare()
     ranks = Ranks(rank, world, torch.device("cpu"))
     found = {}
-    cases = [(engine, "fp32") for engine in ENGINES] + [(engine, "bf16") for engine in BF16 if world == 3]
+    cases = [(engine, "fp32") for engine in ENGINES] + [case for case in BF16.items() if world == 3]
     own = Path(folder) / str(rank)
     own.mkdir()
     for engine, precision in cases:
         config, json_ = reconcile(load_settings(arguments(engine, own, precision)), world)
         model = deferred_model(config.model, config.sequence_length)
+        configure_compute(model, config)
         built = build_engine(config, json_, BatchPlan(world, 1, 1, world), model, ranks)
         found[f"{engine} {precision}"] = weights(engine, built.trained)
         frequencies = built.trained.get_buffer(_named(built.trained, "model.rotary_emb.inv_freq"))
@@ -96,7 +99,7 @@ def test_every_engine_begins_with_the_same_bits(world: int, tmp_path: Path) -> N
                 wanted = expected[name] if name == "inv_freq" else expected[name].to(values.dtype)
                 assert torch.equal(values, wanted), (case, name)
                 if name != "inv_freq":
-                    assert (values.dtype == torch.bfloat16) == case.endswith("bf16")
+                    assert (values.dtype == torch.bfloat16) == (case.split()[1] != "fp32")
 
 
 def whole(numel: int, seed: int = 0, name: str = "weight", std: float = 1.0) -> tuple[InitialWeights, Tensor]:

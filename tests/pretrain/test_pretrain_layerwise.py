@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from apollo_dist.pretrain import step, train
+from apollo_dist.pretrain import llama, step, train
 from apollo_dist.pretrain.__main__ import main
 from apollo_dist.pretrain.distributed import Ranks, SetupError
 from apollo_dist.pretrain.optimizers import local
@@ -83,9 +83,9 @@ def weights(run: Run) -> torch.Tensor:
 
 def not_finite(run: Run, here: bool, what: str) -> dict[str, object]:
     """Two steps, of which the first has a loss, or gradients alone, that are not finite on one rank."""
-    original = step.token_losses
+    original = llama.token_losses
     bad = spoil if what == "loss" else spoil_gradient
-    step.token_losses = bad(original, lambda: here and run.step == 0)
+    llama.token_losses = bad(original, lambda: here and run.step == 0)
     found: dict[str, object] = {"moved": [], "error": "none"}
     try:
         for _ in range(2):
@@ -96,7 +96,7 @@ def not_finite(run: Run, here: bool, what: str) -> dict[str, object]:
     except SetupError as error:
         found["error"] = str(error)
     finally:
-        step.token_losses = original
+        llama.token_losses = original
     return found
 
 

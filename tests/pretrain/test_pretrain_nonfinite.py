@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from apollo_dist.pretrain import step, train
+from apollo_dist.pretrain import llama, step, train
 from apollo_dist.pretrain.distributed import Ranks, SetupError
 from apollo_dist.pretrain.optimizers import local
 from apollo_dist.pretrain.run import Run
@@ -56,8 +56,8 @@ def one_engine(name: str, rank: int, world: int, folder: Path) -> dict[str, Any]
     arguments = [*SMALL, *own, *chosen, f"--data={folder / 'text'}", f"--output={folder / name}_run"]
     run = train.set_up(load_settings([*arguments, "--max_skipped_steps=1"]), Ranks(rank, world, torch.device("cpu")))
     bad = {BAD, BAD + 2, BAD + 3}
-    original = step.token_losses
-    step.token_losses = spoil(original, lambda: rank == world - 1 and run.step in bad)
+    original = llama.token_losses
+    llama.token_losses = spoil(original, lambda: rank == world - 1 and run.step in bad)
     found: dict[str, Any] = {"moved": [], "error": "none", "lr": []}
     try:
         for _ in range(BAD + 4):
@@ -71,7 +71,7 @@ def one_engine(name: str, rank: int, world: int, folder: Path) -> dict[str, Any]
         found["error"] = str(error)
         found["same after the error"] = torch.equal(before, weights(run))
     finally:
-        step.token_losses = original
+        llama.token_losses = original
     return found
 
 

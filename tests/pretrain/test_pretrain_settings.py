@@ -13,7 +13,7 @@ from apollo_dist.pretrain.config import AdamWConfig, ApolloConfig, ApolloMiniCon
 from apollo_dist.pretrain.engines.deepspeed_json import reconcile
 from apollo_dist.pretrain.settings import help_text, known_keys, load_settings
 
-RECIPES = ["tiny", "60M", "130M", "350M", "1B", "7B", "13B", "70B"]
+RECIPES = ["tiny", "60M", "130M", "350M", "1B", "7B", "13B", "70B", "13B-DDP", "7B-throughput"]
 
 
 @pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini", "adamw"])
@@ -74,7 +74,7 @@ def test_another_optimizer_takes_its_own_section() -> None:
         ("--warmup_steps 600", r"warmup_steps is 600: it must be in \[0, steps\)"),
         ("--model.num_heads 3", "model.hidden_size is 128"),
         ("--model.num_kv_heads 3", "model.num_kv_heads is 3: it must be a divisor of num_heads 4"),
-        ("--precision fp8", "precision is 'fp8': it must be one of fp32, bf16"),
+        ("--precision fp8", "precision is 'fp8': it must be one of fp32, bf16, bf16-pure"),
         ("--engine fsdp", "engine is 'fsdp': it must be one of deepspeed, fsdp1, fsdp2, ddp"),
         ("--engine deepspeed", "--engine deepspeed needs --deepspeed_config"),
         ("--engine ddp --deepspeed_config x.json", "no other engine takes one"),

@@ -27,14 +27,18 @@ class Engine(Protocol):
         """The learning-rate schedule of the optimizer."""
 
     @property
+    def updates_in_backward(self) -> bool:
+        """Whether `backward` changes weights, so that ranks have to agree before it that all have their data."""
+
+    @property
     def trained(self) -> Any:
         """What ``apollo_dist.checkpoint`` takes as the model: DeepSpeed's engine, or the wrapped model."""
 
     def train(self, mode: bool) -> None:
         """Switch between training and evaluation."""
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """Forward pass: token ids (b, s) to logits (b, s, vocabulary)."""
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Forward pass: token ids (b, s) and the ids that follow them (b, s) give losses (b, s) in nats, fp32."""
 
     def micro_batch(self, *, last: bool) -> AbstractContextManager[None]:
         """Goes around the forward and the backward pass of a micro-batch; ``last`` of the step's.
@@ -48,8 +52,17 @@ class Engine(Protocol):
         The step's gradient is the mean over micro-batches and ranks.
         """
 
-    def update(self) -> bool:
-        """Clip if configured, one optimizer step, one step of the schedule, gradients dropped.
+    def judge(self) -> Tensor | None:
+        """After the last backward pass: whether a gradient is not finite, 0-dim on the device, with no host sync.
+
+        Gradients are clipped if configured. None where the engine itself looks, in `update`.
+        """
+
+    def update(self, finite: bool) -> bool:
+        """One optimizer step, one step of the schedule, gradients dropped; clip first where `judge` did not.
+
+        Args:
+            finite: what `judge` found, on all ranks together; the same on every rank.
 
         Where a gradient on any rank is not finite, weights and optimizer stay as they are on all of them. Returns
         whether the optimizer's step was made, the same on every rank.

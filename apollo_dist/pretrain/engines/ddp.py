@@ -17,14 +17,25 @@ from apollo_dist.pretrain.placing import place_whole
 
 
 class DDP(NativeEngine):
-    """``precision: bf16`` is autocast over fp32 weights and gradients."""
+    """``precision: bf16`` is autocast over fp32 weights and gradients.
+
+    Gradients are views of the buckets in which they are reduced, so they exist once. The graph is
+    declared static, which lets DDP skip its search for unused parameters, where each step has one backward pass: DDP
+    cannot leave out the reduction of a static graph's first pass.
+    """
 
     def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
         ids = [ranks.device.index] if ranks.device.type == "cuda" else None
         initial = InitialWeights.of(config, model)
         placed = ranks.together(lambda: place_whole(model, initial, ranks.device))  # one rank alone may lack memory
         # All ranks have made the same weights; DDP's first broadcast would only copy them.
-        self._ddp = DistributedDataParallel(placed, device_ids=ids, init_sync=False)
+        self._ddp = DistributedDataParallel(
+            placed,
+            device_ids=ids,
+            init_sync=False,
+            gradient_as_bucket_view=True,
+            static_graph=plan.accumulation == 1,
+        )
         super().__init__(config, plan, self._ddp, ranks)
         self._autocast = config.precision == "bf16"
 

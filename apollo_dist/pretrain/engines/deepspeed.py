@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 from collections.abc import Iterator
 from datetime import timedelta
@@ -18,7 +17,7 @@ from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config, JsonOptimizer
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
-from apollo_dist.pretrain.engines.native import gradient_norm
+from apollo_dist.pretrain.engines.native import total_norm
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.optimizers import build_optimizer, schedule
 from apollo_dist.pretrain.placing import place_whole
@@ -26,6 +25,8 @@ from apollo_dist.pretrain.placing import place_whole
 
 class DeepSpeed:
     """Precision, stage and communication are the JSON's; clipping happens inside DeepSpeed."""
+
+    updates_in_backward = False
 
     def __init__(self, config: Config, json: DeepSpeedJson, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, also of a process without a launcher
@@ -68,10 +69,10 @@ class DeepSpeed:
         """See `Engine`."""
         self._engine.train(mode)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """See `Engine`."""
-        output: Tensor = self._engine(input_ids=tokens).logits
-        return output
+        found: Tensor = self._engine(input_ids=tokens, targets=targets)
+        return found
 
     @contextlib.contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
@@ -84,11 +85,15 @@ class DeepSpeed:
         """See `Engine`."""
         self._engine.backward(loss)  # divides by the number of micro-batches itself
 
-    def update(self) -> bool:
+    def judge(self) -> Tensor | None:
         """See `Engine`. DeepSpeed looks at the gradients where it wraps the optimizer: not at stage 0 in fp32."""
+        bare = self._engine.optimizer is self._engine.basic_optimizer
+        return ~torch.isfinite(total_norm(self._engine.module)) if bare else None
+
+    def update(self, finite: bool) -> bool:
+        """See `Engine`. DeepSpeed clips, and waits for the device where it looks at the gradients."""
         engine = self._engine
-        bare = engine.optimizer is engine.basic_optimizer
-        if bare and not math.isfinite(gradient_norm(engine.module)):
+        if not finite:
             engine.module.zero_grad()  # optimizers leave alone what has no gradient
             engine.step()
             return False

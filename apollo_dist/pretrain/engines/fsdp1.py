@@ -54,10 +54,10 @@ class FSDP1(NativeEngine):
         """See `Engine`."""
         return contextlib.nullcontext() if last else self._fsdp.no_sync()
 
-    def clipped_norm(self) -> float:
+    def clipped_norm(self) -> torch.Tensor:
         """See `NativeEngine`. Each rank holds parts of gradients, so the wrapper has to sum their squares."""
         # Without clipping too: a limit of infinity multiplies by exactly one.
-        return float(self._fsdp.clip_grad_norm_(self._clip or float("inf")))
+        return self._fsdp.clip_grad_norm_(self._clip or float("inf"))
 
 
 def _allocate(module: nn.Module, device: torch.device) -> None:

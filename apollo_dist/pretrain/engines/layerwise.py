@@ -23,8 +23,11 @@ class Layerwise(NativeEngine):
 
     Gradients are gone before the last one is known, so no step can be left out because of one. A loss that is not
     finite on some rank leaves the step out, before the backward pass; gradients that are not finite under a finite
-    loss end the run, since weights are spoilt by then.
+    loss end the run, since weights are spoilt by then. So the ranks agree, and the host waits, before the backward
+    pass as well as after it.
     """
+
+    updates_in_backward = True
 
     def __init__(self, config: Config, plan: BatchPlan, model: nn.Module, ranks: Ranks) -> None:
         if plan.accumulation > 1:
@@ -64,7 +67,11 @@ class Layerwise(NativeEngine):
         if not self._left_out:
             super().backward(loss)
 
-    def update(self) -> bool:
+    def judge(self) -> Tensor | None:
+        """See `Engine`."""
+        return None
+
+    def update(self, finite: bool) -> bool:
         """See `Engine`. Raises ValueError on every rank if weights were spoilt."""
         made = not self._left_out
         if made:

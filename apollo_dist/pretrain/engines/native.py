@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,6 +15,8 @@ from apollo_dist.pretrain.optimizers import build_optimizer, schedule
 class NativeEngine:
     """Base of the engines that leave the loop to PyTorch; a subclass wraps the model and says when to reduce."""
 
+    updates_in_backward = False
+
     def __init__(self, config: Config, plan: BatchPlan, wrapped: nn.Module, ranks: Ranks) -> None:
         self.module = self.trained = wrapped
         self.optimizer = build_optimizer(config.optimizer, wrapped, config.seed, layerwise=config.layerwise)
@@ -29,34 +29,39 @@ class NativeEngine:
         """See `Engine`."""
         self.module.train(mode)
 
-    def logits(self, tokens: Tensor) -> Tensor:
+    def losses(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """See `Engine`."""
         with torch.autocast(tokens.device.type, torch.bfloat16, enabled=self._autocast):
-            output: Tensor = self.module(input_ids=tokens).logits
-        return output
+            found: Tensor = self.module(input_ids=tokens, targets=targets)
+        return found
 
     def backward(self, loss: Tensor) -> None:
         """See `Engine`."""
         (loss / self._accumulation).backward()  # type: ignore[no-untyped-call]
 
-    def update(self) -> bool:
+    def judge(self) -> Tensor | None:
         """See `Engine`."""
-        finite = math.isfinite(self.clipped_norm())
+        return ~torch.isfinite(self.clipped_norm())
+
+    def update(self, finite: bool) -> bool:
+        """See `Engine`."""
         if finite:
             self.optimizer.step()
         self.schedule.step()
         self.optimizer.zero_grad()
         return finite
 
-    def clipped_norm(self) -> float:
-        """The norm of all gradients, the same on every rank; they are clipped then, as configured."""
-        norm = gradient_norm(self.module)
-        if self._clip and math.isfinite(norm):
-            nn.utils.clip_grad_norm_(self.module.parameters(), self._clip)
-        return norm
+    def clipped_norm(self) -> Tensor:
+        """The norm of all gradients, 0-dim, the same on every rank; they are clipped then, as configured.
+
+        One that is not finite spoils the gradients that it clips, and the step is left out.
+        """
+        norm = total_norm(self.module)
+        if self._clip:
+            nn.utils.clip_grads_with_norm_(self.module.parameters(), self._clip, norm)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def gradient_norm(module: nn.Module) -> float:
-    """The norm of all gradients, those of a sharded model over all ranks; the same on every rank."""
-    norm = nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
-    return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+def total_norm(module: nn.Module) -> Tensor:
+    """The norm of all gradients, 0-dim; a DTensor for a sharded model, where each rank has its part."""
+    return nn.utils.get_total_norm([p.grad for p in module.parameters() if p.grad is not None])
