@@ -141,14 +141,15 @@ def run_steps(config: Config, micro: int, device: torch.device, steps: int, memo
 
 def planned(config: Config, name: str, micro: int) -> Forecast:
     """The planner's forecast for the trainer's DDP on eight ranks."""
-    own = config.optimizer
+    apollo = configuration(config.recipe, "apollo").optimizer
+    assert isinstance(apollo, ApolloConfig)
     return forecast(
         name,
         config.model,
         Options(
             engine="ddp", world=WORLD, precision=config.precision, sequence_length=config.sequence_length,
             micro_batch=micro, attention=config.attention, checkpointing=config.activation_checkpointing,
-            loss=config.loss, loss_chunk=config.loss_chunk, rank=own.rank if isinstance(own, ApolloConfig) else 256,
+            loss=config.loss, loss_chunk=config.loss_chunk, rank=apollo.rank,
         ),
     )  # fmt: skip
 
@@ -175,16 +176,16 @@ def planned_bytes(found: Forecast, config: Config) -> dict[str, int]:
 
 def claim_13b(arguments: argparse.Namespace) -> int:
     """LLaMA-13B in the trainer's DDP at micro-batch 1 x 256: Mini, APOLLO and AdamW."""
-    recipe = arguments.recipe or "13B-DDP"
-    print(f"# {recipe}, one rank of {WORLD} in DDP, micro-batch 1, GB (1e9 bytes)\n")
+    recipe, micro = arguments.recipe or "13B-DDP", arguments.micro_batch
+    print(f"# {recipe}, one rank of {WORLD} in DDP, micro-batch {micro}, GB (1e9 bytes)\n")
     failed = False
     for optimizer in arguments.optimizers:
         config = configuration(recipe, optimizer)
-        forecasted = planned_bytes(planned(config, recipe, 1), config)
+        forecasted = planned_bytes(planned(config, recipe, micro), config)
         if arguments.device != "fake":
-            failed |= not measured_line(config, 1, arguments, forecasted["Total"])
+            failed |= not measured_line(config, micro, arguments, forecasted["Total"])
             continue
-        seen = tracked(config, 1).bytes
+        seen = tracked(config, micro).bytes
         print(f"{optimizer:12}" + "".join(f"{category:>12}" for category in CATEGORIES))
         for title, values in (("tracker", seen), ("planner", forecasted)):
             print(f"  {title:10}" + "".join(f"{values[category] / 1e9:12.3f}" for category in CATEGORIES))
@@ -271,6 +272,7 @@ def main() -> int:
     parser.add_argument("--recipe", help="another one than the claim's, such as tiny")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["apollo-mini", "apollo", "adamw"])
     parser.add_argument("--device", default="fake", help="fake (the default), cuda, or cpu for a small recipe")
+    parser.add_argument("--micro-batch", type=int, default=1, help="of 13b-ddp (default 1)")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--memory", type=float, default=80e9, help="bytes that may be used on a GPU (default 80e9)")
     arguments = parser.parse_args()

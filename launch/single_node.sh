@@ -3,7 +3,7 @@
 # fails (--max_requeues times).
 #
 #   bash launch/single_node.sh --recipe 7B --output runs/7B [options]                     FSDP2, torchrun
-#   bash launch/single_node.sh --recipe 13B --engine ddp --optimizer apollo-mini [options]
+#   bash launch/single_node.sh --recipe 13B-DDP --engine ddp [options]
 #   bash launch/single_node.sh --deepspeed_config ds_configs/zero2_bf16.json [options]     the deepspeed launcher
 #   bash launch/single_node.sh --dry-run ...  prints the commands;  --help  lists the options
 #

@@ -18,10 +18,11 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_tracker_and_the_planner_agree() -> None:
-    done = run("13b-ddp", "--recipe", "130M", "--optimizers", "apollo-mini", "apollo")
+    """At a micro-batch whose passes have the peak: the planner does not count how the first step makes state."""
+    done = run("13b-ddp", "--recipe", "tiny", "--micro-batch", "16", "--optimizers", "apollo-mini")
     assert done.returncode == 0, done.stdout + done.stderr
     seen = re.findall(r"tracker((?: +[0-9.]+){6})", done.stdout)
-    assert len(seen) == 2
+    assert len(seen) == 1
     for line in seen:
         weights, gradients, state, *_, total = map(float, line.split())
         assert weights == gradients > state > 0  # bf16 weights, and one copy of their gradients
