@@ -40,4 +40,4 @@ def test_throughput_says_what_fits_and_the_ratio() -> None:
 def test_the_real_path_runs_on_a_cpu() -> None:
     done = run("13b-ddp", "--recipe", "tiny", "--optimizers", "apollo-mini", "--device", "cpu", "--steps", "1")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert re.search(r"apollo-mini: micro-batch 1, .* tokens/s, loss 5\.", done.stdout)
+    assert re.search(r"apollo-mini: micro-batch 1, .* tokens/s, loss [0-9.]+ ", done.stdout)
