@@ -100,11 +100,11 @@ def uneven_strides(shape: Sequence[int], placements: Sequence[Any], mesh: Device
 def looks_for_overflow(config: dict) -> bool:
     """Whether the installed DeepSpeed looks at all gradients before ZeRO's first call of ``step()``.
 
-    At stages 1 and 2 always before 0.17.1, since then by ``bf16.check_grad_overflow``, whose default became true by
-    0.19.4. For fp32, and at stage 3, from the norm: 0.19.4 does not do so yet, 0.19.8 does.
+    In bf16 at stages 1 and 2 by ``check_grad_overflow``, whose default became true by 0.19.4. For fp32, and at stage 3,
+    from the norm: 0.19.4 does not do so yet, 0.19.8 does.
     """
     stage = config["zero_optimization"]["stage"]
-    if stage == 0 or (stage < 3 and DEEPSPEED < (0, 17, 1)):
+    if stage == 0:
         return True
     return (0, 19, 4) <= DEEPSPEED if "bf16" in config and stage < 3 else (0, 19, 8) <= DEEPSPEED
 

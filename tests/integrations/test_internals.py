@@ -60,7 +60,8 @@ def test_a_trainer_that_keeps_deepspeeds_json_elsewhere():
 @pytest.mark.parametrize(
     ("attributes", "refused"),
     [
-        ({}, False),  # before 0.17.1
+        ({}, True),  # before 0.17.1
+        ({"dtype": torch.float16}, False),
         ({"check_grad_overflow": True}, False),
         ({"check_grad_overflow": False}, True),
         ({"check_grad_overflow": False, "compute_grad_norm": True, "dtype": torch.bfloat16}, True),

@@ -65,15 +65,15 @@ def check_skips(wrapper: Any) -> None:
 
     ZeRO calls ``step()`` once for each parameter group or, at stage 3, sub-group. When a later one's gradients turn out
     not to be finite, weights of earlier ones have changed, unless DeepSpeed has looked at all gradients before. It does
-    so in fp16; at stages 1 and 2 before 0.17.1 always, and since then where ``check_grad_overflow`` is on; in fp32 and
-    at stage 3 in the versions whose norm tells gradients that are not finite.
+    so in fp16; at stages 1 and 2 since 0.17.1 where ``check_grad_overflow`` is on; in fp32 and at stage 3 in the
+    versions whose norm tells gradients that are not finite.
     """
     if is_stage3(wrapper):
         calls = len(wrapper.fp32_partitioned_groups_flat)
         checked = wrapper.dtype is torch.float16
     else:
         calls = len(getattr(wrapper, "single_partition_of_fp32_groups", ()))
-        checked = getattr(wrapper, "check_grad_overflow", True)
+        checked = getattr(wrapper, "check_grad_overflow", getattr(wrapper, "dtype", None) is torch.float16)
     if checked or calls < 2:
         return
     bf16 = wrapper.dtype is torch.bfloat16 and not is_stage3(wrapper)
