@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from apollo_dist import APOLLO
 
+from ..versions import MISSING_STATES
 from .dcp_runs import OPTIONS, make, train, whole
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -138,7 +139,7 @@ def titan(rank: int, world: int, folder: str) -> dict[str, object]:
     # Some states are not in the checkpoint: those parameters start anew, the others go on.
     flat = states["optimizer"].state_dict()
     lost = "layers.1.linear.weight"
-    cut = {key: value for key, value in flat.items() if not key.startswith(f"state.{lost}.")}
+    cut = {key: value for key, value in flat.items() if not MISSING_STATES or not key.startswith(f"state.{lost}.")}
     model, wrapped, optimizer = make("fsdp2", world, seed=1)
     set_optimizer_state_dict(wrapped, optimizer, cut, options=FLAT)
     state = get_optimizer_state_dict(wrapped, optimizer)["state"]

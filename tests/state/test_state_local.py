@@ -11,7 +11,7 @@ from apollo_dist import APOLLO
 
 from ..optimizers.torch_suite import problem, same, take
 from ..ranks import run_ranks
-from ..versions import needs_dcp
+from ..versions import MISSING_STATES, needs_no_dist
 from .state_runs import alone, quietly
 
 
@@ -32,7 +32,6 @@ def test_one_rank_alone_may_ask_and_files_by_rank_continue(engine, world):
         assert "ranks disagree: loaded state of" in found["steps differ"]
 
 
-@needs_dcp
 def test_torchtitans_flat_state_dict_resumes_to_the_same_bits(tmp_path):
     for found in run_ranks(quietly, 2, str(tmp_path), timeout=120):
         assert not found["held"]
@@ -40,12 +39,12 @@ def test_torchtitans_flat_state_dict_resumes_to_the_same_bits(tmp_path):
         assert found["weights"]
         assert found["moments"]
         assert found["count"] > 100
-        assert found["lost"] == ["layers.1.linear.weight"]
-        assert found["then"] == [1.0, 7.0]
+        assert found["lost"] == ["layers.1.linear.weight"] * MISSING_STATES
+        assert found["then"] == [1.0, 7.0][-1 - MISSING_STATES :]
         assert "with projections of seed 3, and here the seed is 8" in found["seed"]
 
 
-@needs_dcp
+@needs_no_dist
 def test_a_checkpoint_of_version_0_1_loads_partially(tmp_path):
     """Written by torch.distributed.checkpoint without seed and version, and with ``step`` as a number."""
     params, loss = problem()
