@@ -1,8 +1,8 @@
 """One rank's step under each layout, on the meta device: nothing is allocated, and no other rank exists.
 
 "whole" and "fsdp2" are the real optimizers on a real model (``fully_shard`` over torch's fake process group). Under
-ZeRO the step's own classes get the flat partitions that DeepSpeed would make; DeepSpeed itself cannot run on the meta
-device. Collectives are replaced by the buffer that they would fill.
+ZeRO and FSDP1 the step's own classes get the flat partitions that the engine would make, which itself cannot run on the
+meta device. Collectives are replaced by the buffer that they would fill.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from apollo_dist.step.shard_group import Entry, ShardGroupStep
 
 Shapes = dict[str, tuple[int, ...]]
 META = torch.device("meta")
-ZERO = {"zero1": "zero", "zero2": "zero", "zero3": "zero3"}
-LAYOUTS = ("whole", "fsdp2", *ZERO)
+# Engines with flat partitions, by the name that ``planning.estimate`` has for them.
+FLAT = {"fsdp1": "fsdp1", "zero1": "zero", "zero2": "zero", "zero3": "zero3"}
+LAYOUTS = ("whole", "fsdp2", *FLAT)
 
 
 @contextmanager
@@ -56,8 +57,8 @@ def one_rank(layout: str, world: int) -> Iterator[None]:
 
 def make_step(
     model: nn.Module, layout: str, world: int, weights: torch.dtype, grads: torch.dtype, options: dict[str, Any]
-) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """A function that takes one step, and what a step has to move at least: elements by kind.
+) -> tuple[Callable[[], Any], dict[str, int], list[dict[str, Any]]]:
+    """A function that takes one step, how many elements of either kind it updates, and its parameter groups.
 
     Args:
         model: on the meta device; sharded afterwards under "fsdp2".
@@ -67,8 +68,8 @@ def make_step(
         options: of ``APOLLO``, with ``rank`` and ``scale_type``.
     """
     model = model.to(weights)
-    if layout in ZERO:
-        return _zero_step(model, ZERO[layout], world, weights, grads, options)
+    if layout in FLAT:
+        return _flat_step(model, FLAT[layout], world, weights, grads, options)
     group = None
     if layout == "fsdp2":
         _shard(model, world)
@@ -84,7 +85,7 @@ def make_step(
     elements = {True: 0, False: 0}
     for holding in held:
         elements[holding.name in low] += holding.numel
-    return optimizer.step, {"matrices": elements[True], "rest": elements[False]}
+    return optimizer.step, {"matrices": elements[True], "rest": elements[False]}, optimizer.param_groups
 
 
 def _shard(model: nn.Module, world: int) -> None:
@@ -97,12 +98,12 @@ def _shard(model: nn.Module, world: int) -> None:
     fully_shard(model, mesh=mesh)
 
 
-def _zero_step(
+def _flat_step(
     model: nn.Module, layout: str, world: int, weights: torch.dtype, grads: torch.dtype, options: dict[str, Any]
-) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """The step of rank 0 over the flat partitions that DeepSpeed makes of the model's parameters."""
+) -> tuple[Callable[[], Any], dict[str, int], list[dict[str, Any]]]:
+    """The step of rank 0 over the flat partitions that an engine makes of the model's parameters."""
     shapes: Shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    # DeepSpeed makes its partitions of the groups that the optimizer made of the model.
+    # The partitions are made of the groups that the optimizer made of the model.
     known = {id(p): name for name, p in model.named_parameters()}
     made = apollo_dist.APOLLO(model, process_group=dist.new_group([0]), **options).param_groups
     groups = {known[id(p)]: group for group in made for p in group["params"]}
@@ -112,7 +113,7 @@ def _zero_step(
     tensors: list[ElementwiseTensor] = []
     elements = {"matrices": 0, "rest": 0}
     for name, cover in divide(shapes, low, layout, world).items():
-        holding = _flat(name, shapes[name], cover, shard, weights, grads)
+        holding = _flat(name, shapes[name], cover, shard, weights, grads, layout)
         group = groups[name]
         elements["matrices" if name in low else "rest"] += holding.numel
         if name in low:
@@ -128,7 +129,7 @@ def _zero_step(
         step_shard_group(step, 0)
         step_elementwise(tensors)
 
-    return take, elements
+    return take, elements, made
 
 
 def _flat(
@@ -138,6 +139,7 @@ def _flat(
     shard: ShardGroup,
     weights: torch.dtype,
     grads: torch.dtype,
+    layout: str,
 ) -> Holding:
     count = cover.numel(shard.rank)
     weight, grad = (torch.empty(count, dtype=dtype, device=META) for dtype in (weights, grads))
@@ -146,7 +148,7 @@ def _flat(
         shape=shape,
         dtype=weights,
         device=META,
-        layout="zero",
+        layout=layout,
         group=shard,
         cover=cover if shard.size > 1 else whole_cover(count),
         weight=lambda: weight,

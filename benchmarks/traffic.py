@@ -98,7 +98,7 @@ def count(case: Case, kernels: str) -> Row:
         options["kernels"] = kernels
     with one_rank(case.layout, case.world):
         model = meta_model(ModelConfig(VOCABULARY, hidden, ffn, layers, heads))
-        take, elements = make_step(model, case.layout, case.world, weights, grads, options)
+        take, elements, _ = make_step(model, case.layout, case.world, weights, grads, options)
         take()
         take()
         counter = Count()

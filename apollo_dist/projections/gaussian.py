@@ -14,6 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.transfer import to_device
 from .philox import MASK32, philox_4x32_10, words_of
 
 # How many counters are drawn together: on CPU the int64 temporaries then stay in the cache; on accelerators they are
@@ -83,8 +84,8 @@ def philox_keys(seed: int, slabs: Sequence[tuple[str, int, int]], device: torch.
         slabs: of each the matrix's name, the refresh, and the first column.
         device: where to draw.
     """
-    words = torch.tensor([(*_identity(seed, name, refresh), start) for name, refresh, start in slabs], device="cpu")
-    return (words.pin_memory() if device.type == "cuda" else words).to(device, non_blocking=True)
+    words = [(*_identity(seed, name, refresh), start) for name, refresh, start in slabs]
+    return to_device(words, torch.int64, device)
 
 
 def drawn_together(rank: int, length: int, device: torch.device) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.transfer import to_device
 from .batch import Batch, Gradients
 from .matrix import Matrix, cast, take
 
@@ -27,7 +28,7 @@ def apply(
     factor, changed = batch.rule.matrix_step(mine, batch.matrix_state, batch.group)
     for name, values in changed.items():
         if not all(grad is not None for grad in grads):
-            moved = torch.tensor([grad is not None for grad in grads], device=values.device)
+            moved = to_device([grad is not None for grad in grads], torch.bool, values.device)
             values = torch.where(moved, values, batch.matrix_state[name])
         batch.matrix_state[name].copy_(values)
     active = [(k, grad) for k, grad in enumerate(grads) if grad is not None]

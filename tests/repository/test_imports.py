@@ -13,13 +13,16 @@ PACKAGE = Path(apollo_dist.__file__).parent
 # Module prefix -> what of apollo_dist it may import (itself is always allowed).
 ALLOWED = {
     "kernels": ("projections.philox",),
-    "kernels.triton": ("kernels.parts",),
+    "kernels.triton": ("kernels.parts", "kernels.transfer"),
     "rules.options": (),
     "rules.base": ("rules.options",),
     "rules": ("kernels",),
     "projections.philox": (),
     "projections.quantiles": (),
-    "projections.gaussian": ("projections.philox",),
+    "projections.gaussian": (
+        "projections.philox",
+        "kernels.transfer",
+    ),
     "projections": ("kernels", "sharding.regions"),
     "distributed": (),
     "sharding.regions": (),

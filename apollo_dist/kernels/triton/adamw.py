@@ -10,8 +10,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..parts import AdamWPart
+from ..transfer import to_device
 from .dtypes import DTYPES
-from .tables import blocks_of, on_device
+from .tables import blocks_of
 
 # Elements of one program.
 _BLOCK = 4096
@@ -61,7 +62,7 @@ def adamw(
         programs = [[i, b] for i, row in enumerate(tensors) for b in range(blocks_of(row[-1], _BLOCK))]
         device = coefficients.device
         _adamw[(len(programs),)](
-            on_device(programs, device), on_device(tensors, device), coefficients,
+            to_device(programs, torch.int64, device), to_device(tensors, torch.int64, device), coefficients,
             betas[0], betas[1], 1.0 - betas[0], 1.0 - betas[1], eps,
             WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SIGN=-1.0 if maximize else 1.0, DECAY_FIRST=decay_first,
             BLOCK=_BLOCK,

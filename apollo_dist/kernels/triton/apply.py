@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..parts import ApplyPart
+from ..transfer import to_device
 from .dtypes import DTYPES
-from .tables import blocks_of, layout, on_device
+from .tables import blocks_of, layout
 
 # Elements of a program across and along the direction in which memory is contiguous.
 _ACROSS, _ALONG = 8, 1024
@@ -83,7 +85,7 @@ def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool
         ]
         device = coefficients.device
         _apply[(len(programs),)](
-            on_device(programs, device), on_device(rows, device), coefficients,
+            to_device(programs, torch.int64, device), to_device(rows, torch.int64, device), coefficients,
             WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SCALED=scaled, ALIGNED=aligned, DECAY_FIRST=decay_first,
             CHANNELS=channels, INNER=inner, UNIT=unit,
         )  # fmt: skip

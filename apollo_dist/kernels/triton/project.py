@@ -21,8 +21,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..parts import ProjectPart
+from ..transfer import to_device
 from .dtypes import DTYPES
-from .tables import blocks_of, interpreted, layout, on_device
+from .tables import blocks_of, interpreted, layout
 
 # Parts that a gradient is split into.
 _SPLIT = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
@@ -116,7 +117,8 @@ def project(parts: Sequence[ProjectPart], alpha: float, out: Tensor, squares: Te
         segments = [_segment(members[i]) for i in order]
         grid = (len(programs), blocks_of(rank, width))
         _project[grid](
-            on_device(programs, out.device), on_device(segments, out.device), out, out if squares is None else squares,
+            to_device(programs, torch.int64, out.device), to_device(segments, torch.int64, out.device), out,
+            out if squares is None else squares,
             rank, alpha, GRAD=DTYPES[dtype], SPLIT=_SPLIT[dtype], UNIT=unit, ALIGNED=aligned,
             NORMS=squares is not None, CHANNELS=channels, INNER=inner, RANK=width, INTERPRETED=interpreted(),
         )  # fmt: skip

@@ -6,9 +6,6 @@ one launch takes any number of matrices of any shapes, and launches do not grow 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-import torch
 import triton
 from torch import Tensor
 
@@ -19,12 +16,6 @@ _ALIGNMENT = 16
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors; decided when they were imported."""
     return bool(triton.knobs.runtime.interpret)
-
-
-def on_device(rows: Sequence[Sequence[int]], device: torch.device) -> Tensor:
-    """A table on ``device``, (rows, columns) in int64; nothing waits for the copy."""
-    table = torch.tensor(rows, dtype=torch.int64, device="cpu")
-    return (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
 
 
 def layout(*tensors: Tensor) -> tuple[bool, bool]:
