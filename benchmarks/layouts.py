@@ -118,7 +118,7 @@ def _flat_step(
         elements["matrices" if name in low else "rest"] += holding.numel
         if name in low:
             listed = specs_of(holding, RULES.matrix, group)
-            entries += [Entry(holding, *pair, RULES.matrix, group) for pair in listed]
+            entries += [Entry(holding, *each, RULES.matrix, group) for each in listed]
         elif holding.numel:
             tensors.append(ElementwiseTensor(holding, RULES.element, group, Slot()))
     step = ShardGroupStep(entries)

@@ -246,7 +246,7 @@ def same_plan(model: str, world: int) -> bool:
         found = []
         for holding in read(list(llama.parameters()), lambda p: names[id(p)], Engine()):
             if holding.name in chosen:
-                found += [spec for spec, _ in specs_of(holding, RULE, OPTIMIZERS["APOLLO"])]
+                found += [spec for _, spec, _ in specs_of(holding, RULE, OPTIMIZERS["APOLLO"])]
         real = make_plan(found, world)
         print(
             f"{model} on {world} ranks: {len(found)} matrices read and planned in {time.perf_counter() - start:.2f} s"

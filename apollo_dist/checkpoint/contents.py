@@ -4,8 +4,9 @@ Keys of the tensors::
 
     model.NAME                    a weight in the dtype that the optimizer updates (the fp32 master, where there is
                                   one), a frozen parameter, or a buffer; logical shape
-    optimizer.MATRIX.STATE        of a matrix that a rule updates: by channel (channels, width), or one number (1,), as
-                                  the rule declares; MATRIX is NAME, or NAME[e] of a stack of experts
+    optimizer.MATRIX.STATE        of a matrix that a rule updates: by channel (channels, width), by element (m, n),
+                                  or one number (1,), as the rule declares; MATRIX is NAME, or NAME[e] of a stack of
+                                  experts
     optimizer.NAME.STATE          of another parameter, in the parameter's shape
     optimizer.MATRIX.step         steps taken, (1,) int64
 """
@@ -25,7 +26,7 @@ from ..distributed import agree, rank_of, run_together
 from ..optimizers.base import ShardedOptimizer
 from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
-from ..sharding.local_shard import Holding, canonical_name
+from ..sharding.local_shard import Holding, canonical_name, view_of
 from ..step.elementwise import ElementwiseTensor
 from ..step.matrix import Matrix
 from ..step.plan import StepPlan
@@ -209,6 +210,12 @@ def _add_matrix(found: Contents, m: Matrix) -> None:
             pieces.append(Piece((start, 0), m.state[name][row : row + stop - start]))
             row += stop - start
         found.tensors[f"{key}.{name}"] = Shards((m.spec.channels, width), pieces)
+    for name in m.declared.state.element:
+        pieces = [
+            Piece((tile.row, tile.column), view_of(m.state[name], at, (tile.height, tile.width), tile.strides))
+            for tile, at in m.pieces
+        ]
+        found.tensors[f"{key}.{name}"] = Shards((m.place.m, m.place.n), pieces)
     # A rank without a tile takes no part in the matrix's sums: its numbers are not the matrix's.
     writes = bool(m.tiles)
     for name in m.declared.state.matrix:
@@ -221,7 +228,7 @@ def _add_adam(found: Contents, tensor: ElementwiseTensor) -> None:
     boxes = holding.cover.boxes(holding.group.rank, holding.shape)
     if not torch.Size(holding.shape).numel():
         return
-    for name in tensor.rule.state:
+    for name in tensor.names:
         found.tensors[f"{key}.{name}"] = Shards.of(holding.shape, boxes, tensor.state[name], key)
     _add_step(found, key, tensor.state, True)
 

@@ -1,9 +1,9 @@
 """Who owns which channels of which matrix, and what travels where. Integers only, frozen, hashed.
 
-A *channel* is a row or a column of a matrix, as its rule asks. Its *holders* are the ranks of the shard
-group that hold at least one of its elements; its *owner* is the one holder that keeps its low-rank state. A *segment*
-is a run of consecutive channels with the same holders and the same owner. Every rank computes the same plan alone,
-from the tiles of all ranks; the plan's hash is compared before the first exchange.
+A *channel* is a row, a column or a block of rows of a matrix, as its rule asks. Its *holders* are the ranks of the
+shard group that hold at least one of its elements; its *owner* is the one holder that keeps its state. A *segment* is a
+run of consecutive channels with the same holders and the same owner. Every rank computes the same plan alone, from the
+tiles of all ranks; the plan's hash is compared before the first exchange.
 
 For each segment a holder sends its owner the smaller of two things: its part of the low-rank gradient (and of the
 squared channel norms), or its gradient elements themselves, which the owner projects. The second is smaller where a
@@ -39,6 +39,7 @@ class MatrixSpec:
         terms: how many numbers of the whole matrix are summed over its ranks.
         state: for each kind of state that owners keep, how many numbers of it a channel has.
         matrix_state: how many numbers every rank keeps for the whole matrix.
+        element_state: how many numbers a rank keeps for each element that it holds.
         tiles: for each rank of the shard group its tiles.
     """
 
@@ -52,6 +53,7 @@ class MatrixSpec:
     terms: int
     state: tuple[int, ...]
     matrix_state: int
+    element_state: int
     tiles: tuple[tuple[Tile, ...], ...]
 
     @property

@@ -15,6 +15,7 @@ from ..distributed import agree, run_together, together
 from ..rules.base import Rules
 from ..rules.registry import RULE, rules_of
 from ..selection.kept import KeptChoice
+from ..selection.roles import KeptRoles
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..state.callers import called_to_make_state
@@ -74,7 +75,7 @@ class ShardedOptimizer(GroupedOptimizer):
         declared = {key: options.pop(key, option.default) for key, option in self.rules.options.items()}
         common = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
-        self._choice = KeptChoice(exclude)
+        self._choice, self._roles = KeptChoice(exclude), KeptRoles()
         self._process_group = process_group
         self._model = PresentModel(params if model is None and isinstance(params, nn.Module) else model)
         self._guard = NonFiniteGuard(plain(skip_nonfinite), plain(max_skipped_steps), process_group)
@@ -253,6 +254,7 @@ class ShardedOptimizer(GroupedOptimizer):
             self._slot_source(),
             self.rules,
             self._decide,
+            self._roles.of,
             seed=self.seed,
             cache_projection=self.cache_projection,
             trained=self._trained,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..distributed import agree, rank_of, run_together
 from ..rules.base import Rules
 from ..rules.registry import RULE, rules_of
+from ..rules.roles import Role
 from ..selection.choice import Parameter, check_matrix, name_pattern
 from ..sharding import fsdp2
 from ..sharding.deepspeed import zero
@@ -110,9 +111,11 @@ class GroupedOptimizer(FollowingOptimizer):
         Raises:
             ValueError: if parameters cannot be named, or if nothing is low-rank.
         """
+        module = engine.module if engine.module is not None else self._model.module
+        if self._reads_roles():
+            self._roles.decide(self._parameters(names), module, type(self).__name__)
         if not self._choose:
             return self._choice.low_rank
-        module = engine.module if engine.module is not None else self._model.module
         parameters = self._to_choose(names)
         unnamed = [p for p in parameters if not p.named]
         bare = [m for m in self._members.values() if m.choose and not m.named]
@@ -130,6 +133,14 @@ class GroupedOptimizer(FollowingOptimizer):
         self._choice.decide(parameters, self.defaults["rank"], module)
         return self._choice.low_rank
 
+    def _reads_roles(self) -> bool:
+        """Whether the rules of any group read what a parameter is in its model."""
+        return any(rules_of(group, self.rules).reads_role for group in self.param_groups)
+
+    def _expected_roles(self) -> Mapping[str, Role]:
+        """By name what a parameter is, as far as it is known before the first step."""
+        return self._roles.expected(self._parameters({}), self._model.module) if self._reads_roles() else {}
+
     def _expected_choice(self) -> Mapping[str, bool]:
         """By name whether a parameter is low-rank, as far as it is known before the first step."""
         parameters = self._to_choose({})
@@ -139,8 +150,13 @@ class GroupedOptimizer(FollowingOptimizer):
 
     def _to_choose(self, names: Mapping[int, str]) -> list[Parameter]:
         """The parameters that the library chooses among, under the names that are known by now."""
+        chosen = {key for key, m in self._members.items() if m.choose}
+        return [p for p in self._parameters(names) if p.key in chosen]
+
+    def _parameters(self, names: Mapping[int, str]) -> list[Parameter]:
+        """All parameters, under the names that are known by now."""
         frozen = {id(p) for p in self._given if not p.requires_grad}
-        found = ((key, names.get(key, m.name), m) for key, m in self._members.items() if m.choose)
+        found = ((key, names.get(key, m.name), m) for key, m in self._members.items())
         return [Parameter(key, name, m.shape, m.named or name != m.name, key in frozen) for key, name, m in found]
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -223,6 +239,9 @@ class GroupedOptimizer(FollowingOptimizer):
         self._frozen_once.update(m.name for m, p in zip(found, tensors, strict=True) if not p.requires_grad)
         if self._constructed and choose and self._model.module is not None:
             self._decide({key: m.name for key, m in self._members.items()}, zero.Engine())
+        module = self._model.module
+        if module is not None and self._reads_roles():
+            self._roles.decide(self._parameters({}), module, type(self).__name__)
         self._option_changes.remember(self.param_groups)
         if others and rank_of() == 0:
             keys = ", ".join(map(repr, others))

@@ -15,7 +15,9 @@ from torch.optim import Optimizer
 from ..distributed import agree, rank_of, run_together
 from ..rules.base import Rules
 from ..rules.registry import rules_of
+from ..rules.roles import Role
 from ..selection.kept import KeptChoice
+from ..selection.roles import KeptRoles
 from ..sharding import fsdp1
 from ..state import parameter_state
 from ..state.callers import called_to_load_into
@@ -50,6 +52,7 @@ class StatefulOptimizer(Optimizer):
     _failures: Failures
     _choose: bool
     _choice: KeptChoice
+    _roles: KeptRoles
     _from_model: bool
     _members: dict[int, Member]
     _given: list[Tensor]
@@ -291,7 +294,10 @@ class StatefulOptimizer(Optimizer):
         if any(id(p) not in self._members for group in self.param_groups for p in group["params"]):
             return None
         members = [self._members_in(group) for group in self.param_groups]
-        return targets(self.param_groups, members, self.rules, self._expected_choice())
+        return targets(self.param_groups, members, self.rules, self._expected_choice(), self._expected_roles())
+
+    def _expected_roles(self) -> Mapping[str, Role]:
+        raise NotImplementedError
 
     def _expected_choice(self) -> Mapping[str, bool]:
         raise NotImplementedError

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 from ..exchange.plan import MatrixSpec, Plan, make_plan
-from ..rules.base import ElementRule, MatrixRule, Rules
+from ..optimizers.options import check_known
+from ..rules.base import ElementRule, MatrixRule, Rules, Spec
 from ..rules.registry import rules_named
-from ..selection.choice import check_any, check_matrix, low_rank_names, of_names
+from ..rules.roles import ROLE, Role
+from ..selection import choice
+from ..selection.choice import check_any, check_matrix, low_rank_names
+from ..selection.roles import of_names
 from ..sharding.local_shard import Cover, matrices, matrix_name
 from ..sharding.regions import FlatCover, Range, Tile, cut_ranges, even_ranges, row_ranges
 from ..step.matrix import exchanged
@@ -77,11 +82,12 @@ def estimate(
     if world < 1:
         raise ValueError(f"world must be at least 1, got {world}")
     if low_rank is None:
-        choice = of_names({name: tuple(shape) for name, shape in shapes.items()}, rank)
-        check_any(choice, f"{len(shapes)} parameters", rank)
-        low_rank = low_rank_names(choice)
+        found = choice.of_names({name: tuple(shape) for name, shape in shapes.items()}, rank)
+        check_any(found, f"{len(shapes)} parameters", rank)
+        low_rank = low_rank_names(found)
     chosen = set(low_rank)
-    assert rules.matrix is not None
+    matrix = rules.matrix
+    assert matrix is not None
     options = {"rank": rank, "scale_type": scale_type, "disable_nl": disable_nl}
     ranks = 1 if layout == "whole" else world
     low = {name: tuple(shape) for name, shape in shapes.items() if name in chosen}
@@ -89,10 +95,62 @@ def estimate(
     for name, shape in low.items():
         check_matrix(name, shape, rank)
     calls = _sub_groups(low, sub_group_size, ranks) if layout == "zero3" else [low]
-    plans = [make_plan(_specs(part, covers, rules.matrix, options), ranks) for part in calls]
+    plans = [make_plan(_specs(part, covers, lambda _, m, n: matrix.spec(m, n, options)), ranks) for part in calls]
     rest = [cover for name, cover in covers.items() if name not in chosen]
     result = estimate_plans(plans, rest, ranks, rules.element)
-    replicas = world // ranks
+    return _repeated(result, world // ranks)
+
+
+def estimate_rule(
+    shapes: Shapes,
+    rule: str,
+    *,
+    world: int = 1,
+    layout: str = "zero3",
+    roles: Mapping[str, Role] | None = None,
+    sub_group_size: int = 1_000_000_000,
+    compute_bytes: int = 4,
+    **options: Any,
+) -> Estimate:
+    """The same for an optimizer of any other rule, with all parameters in one group.
+
+    Args:
+        shapes: canonical name -> logical shape, in the model's order.
+        rule: the rule's name, such as "scale".
+        world, layout, sub_group_size, compute_bytes: as of ``estimate``.
+        roles: what each parameter is in its model (``selection.roles.of_model``); by default by its name.
+        options: of the rule.
+
+    Raises:
+        ValueError: for an unknown layout, rule or option.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
+    if world < 1:
+        raise ValueError(f"world must be at least 1, got {world}")
+    rules = rules_named(rule)
+    check_known(options, rules.options, "option")
+    given = {name: tuple(shape) for name, shape in shapes.items()}
+    known = of_names(given) if roles is None else roles
+    group = {"weight_decay": 0.0, **{key: option.default for key, option in rules.options.items()}, **options}
+    views = {name: {**group, ROLE: known[name]} for name in given}
+    by_rule = {name: rules.rule_of(shape, views[name]) for name, shape in given.items()}
+    ranks = 1 if layout == "whole" else world
+    covers = divide(given, (), layout, ranks, compute_bytes)
+
+    def declared(name: str, m: int, n: int) -> Spec:
+        matrix = by_rule[name]
+        assert isinstance(matrix, MatrixRule)
+        return matrix.spec(m, n, views[name])
+
+    calls = _sub_groups(given, sub_group_size, ranks) if layout == "zero3" else [given]
+    of_matrices = [{n: s for n, s in part.items() if isinstance(by_rule[n], MatrixRule)} for part in calls]
+    plans = [make_plan(_specs(part, covers, declared), ranks) for part in of_matrices if part]
+    rest = [cover for name, cover in covers.items() if not isinstance(by_rule[name], MatrixRule)]
+    return _repeated(estimate_plans(plans, rest, ranks, rules.element, group), world // ranks)
+
+
+def _repeated(result: Estimate, replicas: int) -> Estimate:
     return Estimate(
         result.state_bytes * replicas,
         result.exchange_bytes * replicas,
@@ -107,7 +165,11 @@ def state_bytes(shapes: Shapes, rank: int, scale_type: str, world: int, layout: 
 
 
 def estimate_plans(
-    plans: Iterable[Plan], rest: Iterable[Cover], ranks: int, element: ElementRule = RULES.element
+    plans: Iterable[Plan],
+    rest: Iterable[Cover],
+    ranks: int,
+    element: ElementRule = RULES.element,
+    group: Mapping[str, Any] | None = None,
 ) -> Estimate:
     """What the matrices of some plans, and the other parameters, cost each rank of a shard group.
 
@@ -116,16 +178,22 @@ def estimate_plans(
         rest: covers of the other parameters.
         ranks: of the shard group.
         element: the rule of the other parameters.
+        group: their options; None for the rule's defaults.
     """
     state, sent, buffers, collectives = [0] * ranks, [0] * ranks, [0] * ranks, 0
+    defaults = {key: option.default for key, option in element.options.items()}
+    numbers = len(element.state_of(defaults if group is None else group))
     for cover in rest:
         for k in range(ranks):
-            state[k] += NUMBER * len(element.state) * cover.numel(k)
+            state[k] += NUMBER * numbers * cover.numel(k)
     for plan in plans:
         collectives += plan.needs_exchange1 + plan.needs_exchange2
         for k in range(ranks):
             first, second = plan.numbers_sent(k)
-            state[k] += NUMBER * (plan.owned_numbers(k) + sum(m.spec.matrix_state for m in plan.matrices))
+            kept = plan.owned_numbers(k) + sum(m.spec.matrix_state for m in plan.matrices)
+            by_element = (m for m in plan.matrices if m.spec.element_state)
+            kept += sum(m.spec.element_state * int(m.partition.elements(ranks)[k]) for m in by_element)
+            state[k] += NUMBER * kept
             sent[k] += NUMBER * (first + second)
             buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second))
     return Estimate(tuple(state), tuple(sent), collectives, tuple(buffers))
@@ -216,9 +284,9 @@ def _flat_partition(numel: int, world: int) -> int:
 def _specs(
     low: Mapping[str, tuple[int, ...]],
     covers: Mapping[str, FlatCover],
-    rule: MatrixRule,
-    options: Mapping[str, object],
+    declared: Callable[[str, int, int], Spec],
 ) -> list[MatrixSpec]:
+    """What is exchanged of matrices: ``declared`` takes a name and the shape m, n."""
     specs = []
     known: dict[tuple[int, tuple[int, ...]], list[tuple[tuple[Tile, ...], ...]]] = {}
     for name, shape in low.items():
@@ -227,8 +295,8 @@ def _specs(
         key = (id(cover.ranges), shape)
         if key not in known:
             known[key] = [cover.tiles(i, m, n) for i in range(count)]
-        declared = rule.spec(m, n, options)
-        specs += [exchanged(matrix_name(name, i, count), m, n, declared, held) for i, held in enumerate(known[key])]
+        spec = declared(name, m, n)
+        specs += [exchanged(matrix_name(name, i, count), m, n, spec, held) for i, held in enumerate(known[key])]
     return specs
 
 

@@ -1,9 +1,10 @@
 """What an update rule is: a declaration of what it needs, and a few functions of tensors.
 
-A *matrix rule* updates each channel (row or column) of a matrix by ``U = f * s_c * X_c``: X is the *carrier*, usually
-the gradient; ``s_c`` is one number a channel, computed by the channel's owner; f is one number a matrix, computed from
-sums over the whole matrix. ``Spec`` declares which numbers the owner must see, which state it keeps, and what comes
-back. Exchange, state, checkpoints, resharding and memory estimates follow from that declaration and know no rule.
+A *matrix rule* updates each channel (row, column or block of rows) of a matrix by ``U = f * s_c * X_c``: X is the
+*carrier*, the gradient G or a state by element made of it; ``s_c`` is one number a channel, computed by the channel's
+owner; f is one number a matrix, computed from sums over the whole matrix. ``Spec`` declares which numbers the owner
+must see, which state is kept, and what comes back. Exchange, state, checkpoints, resharding and memory estimates follow
+from that declaration and know no rule.
 
 An *element rule* updates every element by itself, so it needs no exchange.
 
@@ -27,17 +28,24 @@ Group = Mapping[str, Any]  # a parameter group's options
 
 @dataclass(frozen=True)
 class Reduce:
-    """What a channel's owner sees of the carrier X, summed over the ranks that hold parts of the channel.
+    """What a channel's owner sees, summed over the ranks that hold parts of the channel.
 
     Attributes:
         axis: along which dimension the channels lie: "rows", "columns", or "larger" (rows of a matrix with m >= n).
-        low_rank: r, the number of columns of X P^T; 0 without a projection.
+        low_rank: r, the number of columns of G P^T; 0 without a projection.
         channel_norms: whether the owner sees each channel's norm.
+        root_mean_square: whether that is the root of the mean square instead.
+        of_carrier: whether all this is of the carrier X, and not of the gradient G.
+        block: how many neighbouring rows are one channel; it divides m. More than 1 only without a projection, and
+            with the axis "rows".
     """
 
     axis: str = "larger"
     low_rank: int = 0
     channel_norms: bool = False
+    root_mean_square: bool = False
+    of_carrier: bool = False
+    block: int = 1
 
     def by_rows(self, m: int, n: int) -> bool:
         """Whether the channels of an m x n matrix are its rows."""
@@ -51,7 +59,7 @@ class Reply:
     Attributes:
         scale: whether each channel has a scaling factor s_c.
         terms: how many numbers of each matrix are summed over its owners for ``matrix_step``.
-        matrix_norm: whether the squared norm of the whole carrier follows as the last term. The holders compute it.
+        matrix_norm: whether the squared norm of all that is reduced follows as the last term. The holders compute it.
     """
 
     scale: bool = False
@@ -61,25 +69,36 @@ class Reply:
 
 @dataclass(frozen=True)
 class State:
-    """State of a matrix by name, zeros at first: ``channel`` with its width, kept by owners, and ``matrix``, one number
-    that every rank keeps."""
+    """State of a matrix by name, zeros at first.
+
+    Attributes:
+        channel: kept by owners, with the width: (channels, width).
+        matrix: one number, which every rank keeps.
+        element: like the matrix, kept by the ranks that hold the elements.
+    """
 
     channel: Mapping[str, int] = field(default_factory=dict)
     matrix: tuple[str, ...] = ()
+    element: tuple[str, ...] = ()
 
     @property
     def names(self) -> tuple[str, ...]:
         """All of them."""
-        return *self.matrix, *self.channel
+        return *self.matrix, *self.channel, *self.element
 
 
 @dataclass(frozen=True)
 class Spec:
-    """All that a matrix rule declares for one matrix."""
+    """All that a matrix rule declares for one matrix.
+
+    Attributes:
+        carrier: the name of the state by element that is X; None where X is the gradient.
+    """
 
     reduce: Reduce = Reduce()
     reply: Reply = Reply()
     state: State = State()
+    carrier: str | None = None
 
     @property
     def terms(self) -> int:
@@ -91,16 +110,18 @@ class Seen(NamedTuple):
     """What an owner knows of channels of one or several matrices, stacked.
 
     Attributes:
-        low_rank: X P^T, (channels, r).
-        norms: of X by channel, (channels,), or None.
+        low_rank: G P^T, or X P^T where the rule reduces the carrier, (channels, r).
+        norms: of G or X by channel, (channels,), or None.
         workspace: uninitialized memory for the rule, like ``low_rank``.
         counts: how many of the channels are each matrix's; at least 1.
+        step: counted from 1, of all these matrices, for a rule with ``reads_step``; else of any of them.
     """
 
     low_rank: Tensor
     norms: Tensor | None
     workspace: Tensor
     counts: list[int]
+    step: int = 1
 
     def square_sums(self, values: Tensor) -> Tensor:
         """The sum of squares of ``values``, (channels, ...), over each matrix's channels: (matrices,)."""
@@ -124,6 +145,8 @@ class MatrixRule:
             matrix of their groups that ``takes`` accepts.
         decay_first: whether weight decay acts on the weight before the update, and not on the new weight.
         spec_options: the options that ``spec`` and ``takes`` read; when one changes, the step is planned anew.
+        reads_step: whether ``owner_step`` reads the number of steps.
+        reads_role: whether the rule reads ``group["role"]``, what a parameter is in its model (``roles.py``).
     """
 
     name: str
@@ -131,6 +154,8 @@ class MatrixRule:
     chosen = False
     decay_first = False
     spec_options: tuple[str, ...] = ()
+    reads_step = False
+    reads_role = False
 
     def takes(self, shape: Sequence[int], group: Group) -> bool:
         """Whether it updates a parameter of that shape in a group; else the element rule does."""
@@ -143,6 +168,9 @@ class MatrixRule:
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """What an m x n matrix needs under a group's options."""
         raise NotImplementedError
+
+    def element_step(self, grad: Tensor, state: Mapping[str, Tensor], group: Group) -> None:
+        """Update state by element in place, before anything is reduced; tensors of one shape, a part of a matrix."""
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Update the channels' state in place, each (channels, width), and return what the holders need."""
@@ -167,6 +195,10 @@ class MatrixRule:
         """What U is multiplied by: ``lr`` (a float, or a scalar tensor) with bias corrections at ``step``, from 1."""
         return lr
 
+    def weight_decay(self, group: Group) -> float:
+        """The decoupled weight decay of a parameter."""
+        return float(group["weight_decay"])
+
     def gain(self, group: Group) -> float:
         """A constant that U is multiplied by as well."""
         return 1.0
@@ -177,15 +209,27 @@ class ElementRule:
 
     Attributes:
         name: for logs and checkpoints.
-        options: as of ``MatrixRule``.
+        options, decay_first, spec_options: as of ``MatrixRule``.
         state: names of the tensors that it keeps, each like the parameter, zeros at first.
-        decay_first: as of ``MatrixRule``.
     """
 
     name: str
     options: Mapping[str, Option] = {}
+    spec_options: tuple[str, ...] = ()
     state: tuple[str, ...] = ()
     decay_first = False
+
+    def state_of(self, group: Group) -> tuple[str, ...]:
+        """The names among ``state`` that a group's options need."""
+        return self.state
+
+    def learning_rate(self, group: Group) -> Any:
+        """A float, or a tensor of one number."""
+        return group["lr"]
+
+    def weight_decay(self, group: Group) -> float:
+        """The decoupled weight decay, which is not the rule's work."""
+        return float(group["weight_decay"])
 
     def refuses_change(self, before: Group, now: Group) -> str:
         """As of ``MatrixRule``."""
@@ -200,7 +244,7 @@ class ElementRule:
             weights, grads: of equal lengths, one device and one dtype, float32 or float64.
             state: by name, like ``weights``.
             step: counted from 1, the same for all.
-            group: the options, with ``lr`` as a float or a tensor of one number, and ``maximize``.
+            group: the options.
         """
         raise NotImplementedError
 
@@ -230,7 +274,12 @@ class Rules(NamedTuple):
     @property
     def spec_options(self) -> tuple[str, ...]:
         """The options by which a step is planned."""
-        return self.matrix.spec_options if self.matrix is not None else ()
+        return *(self.matrix.spec_options if self.matrix is not None else ()), *self.element.spec_options
+
+    @property
+    def reads_role(self) -> bool:
+        """Whether the matrix rule reads what a parameter is in its model."""
+        return self.matrix is not None and self.matrix.reads_role
 
     def refuses_change(self, before: Group, now: Group) -> str:
         """Why the options of a group with state cannot change so; "" if they can."""

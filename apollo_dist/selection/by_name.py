@@ -30,6 +30,11 @@ _TABLE = re.compile(
 )
 
 
+def says_embedding(component: str) -> bool:
+    """Whether a component of a name says that it is an embedding."""
+    return _EMBEDDING.fullmatch(component) is not None
+
+
 def judge(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Verdict]:
     """What names and shapes say about parameters.
 

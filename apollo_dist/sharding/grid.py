@@ -47,7 +47,8 @@ class GridCover:
 
         One tile for each run of rows and run of columns, however the local tensor's rows are put together.
         """
-        return tuple(_tiles(runs, index) for runs in self.runs)
+        # A vector is a matrix of one column.
+        return tuple(_tiles(runs if len(runs) > 1 else (*runs, ((0, 1),)), index) for runs in self.runs)
 
 
 def _tiles(runs: Sequence[Runs], index: int) -> tuple[Tile, ...]:

@@ -104,7 +104,12 @@ class Holding:
 
 
 def matrices(shape: Sequence[int]) -> tuple[int, int, int]:
-    """(count, m, n) of the matrices in a parameter: 2-D is one, 3-D expert weights (E, m, n) are E."""
+    """(count, m, n) of the matrices in a parameter: 2-D is one, 3-D expert weights (E, m, n) are E.
+
+    A vector is a matrix of one column, for rules that take vectors.
+    """
+    if len(shape) == 1:
+        return 1, shape[0], 1
     if len(shape) == 2:
         return 1, shape[0], shape[1]
     assert len(shape) == 3

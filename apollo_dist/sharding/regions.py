@@ -50,6 +50,11 @@ class Tile:
         """How many elements the tile has."""
         return self.height * self.width
 
+    @property
+    def strides(self) -> tuple[int, int] | None:
+        """How far apart its elements lie in the buffer, down and across; None for row-major order without gaps."""
+        return (self.stride, 1) if self.stride else None
+
     def channels(self, by_rows: bool) -> Range:
         """The tile's half-open range along the channel dimension (rows where rows are the channels, else columns)."""
         return (self.row, self.row + self.height) if by_rows else (self.column, self.column + self.width)
@@ -81,6 +86,28 @@ def flat_tiles(n: int, start: int, stop: int, offset: int = 0) -> tuple[Tile, ..
     if last_col:
         tiles.append(Tile(last_row, 0, 1, last_col, offset + last_row * n - start))
     return tuple(tiles)
+
+
+@lru_cache(maxsize=64)
+def tiles_in_blocks(tiles: tuple[tuple[Tile, ...], ...], n: int, block: int) -> tuple[tuple[Tile, ...], ...]:
+    """For each rank the tiles of a matrix with ``n`` columns, once ``block`` neighbouring rows are made one row.
+
+    That row has ``block * n`` columns, and all elements lie where they did. Tiles of whole rows stay few; one of parts
+    of rows becomes a tile for each row of a block.
+    """
+    return tuple(tuple(one for tile in held for one in _in_blocks(tile, n, block)) for held in tiles)
+
+
+def _in_blocks(tile: Tile, n: int, block: int) -> tuple[Tile, ...]:
+    if tile.width == n:
+        return flat_tiles(n * block, tile.row * n, (tile.row + tile.height) * n, tile.offset)
+    stride = tile.stride or tile.width
+    found = []
+    for down in range(min(block, tile.height)):
+        row, height = tile.row + down, -(-(tile.height - down) // block)
+        column = row % block * n + tile.column
+        found.append(Tile(row // block, column, height, tile.width, tile.offset + down * stride, block * stride))
+    return tuple(found)
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,9 @@
 
 For a parameter of E matrices (1, but for experts) with C channels each, ``step`` (steps taken, a float32 tensor () on
 the CPU, as torch's optimizers have it), and what the rule declares (``rules.base.State``): state by channel as
-(E * C, width), the channels of all matrices one after the other, and numbers of a matrix as () or for experts (E,). For
-another parameter ``step``, and the element rule's state in the parameter's shape. Of a DTensor parameter these are
+(E * C, width), the channels of all matrices one after the other, numbers of a matrix as () or for experts (E,), and
+state by element in the parameter's shape. For another parameter ``step``, and the element rule's state in the
+parameter's shape. Of a DTensor parameter these are
 DTensors: state by element is divided as the parameter is, state by channel as its owners have it (``OwnedTensor``).
 Everything is what this rank has anyway, so nothing is communicated.
 """
@@ -21,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from ..distributed import meet, run_together
-from ..sharding.local_shard import PARAMETER_LAYOUTS, view_of
+from ..sharding.local_shard import PARAMETER_LAYOUTS, Holding, view_of
 from ..step.elementwise import ElementwiseTensor
 from ..step.plan import StepPlan
 from .owned_tensor import OwnedTensor, Rows, as_dtensor
@@ -50,6 +51,9 @@ def collect(build: StepPlan) -> dict[str, State]:
         for key in p.declared.channel:
             parts = [m.state[key] for m in p.matrices]
             state[key] = _by_channel(p, key, parts[0] if len(parts) == 1 else torch.cat(parts))
+        for key in p.declared.element:
+            parts = [m.state[key] for m in p.matrices]
+            state[key] = _like_parameter(p.tensor, parts[0] if len(parts) == 1 else torch.cat(parts), p.holding.shape)
     for tensor, part in adam:
         found[part.holding.name] = _by_element(tensor, part)
     return found
@@ -71,6 +75,8 @@ def template(build: StepPlan) -> dict[str, State]:
             state[key] = torch.zeros((count,) if count > 1 else (), **kind)
         for key, width in p.declared.channel.items():
             state[key] = _like(p.mesh, torch.zeros((stop - start, width), **kind), p.shape(key), p.placements)
+        for key in p.declared.element:
+            state[key] = _like_parameter(p.tensor, torch.zeros(p.holding.numel, **kind), p.holding.shape)
     for tensor, part in adam:
         fresh = {key: torch.zeros_like(value) for key, value in _by_element(tensor, part).items()}
         found[part.holding.name] = fresh
@@ -90,6 +96,7 @@ def show(build: StepPlan) -> list[tuple[Tensor, State, Slot]]:
         if len(slots) == 1:
             state |= {key: _by_matrix(p, key) for key in p.declared.matrix}
             state |= {key: _by_channel(p, key, slots[0][key]) for key in p.declared.channel}
+            state |= {key: _like_parameter(p.tensor, slots[0][key], p.holding.shape) for key in p.declared.element}
         else:
             state |= {key: [slot[key] for slot in slots] for key in p.declared.names}
         found.append((p.tensor, state, slots[0]))
@@ -116,14 +123,15 @@ def restore(build: StepPlan, states: Mapping[str, Mapping[str, Any]], group: dis
     for p in (p for p in low if p.holding.name in states):
         rows = {**dict.fromkeys(p.declared.matrix, p.participants), **dict.fromkeys(p.declared.channel, p.rows)}
         fitting[p.holding.name] = {
-            key: _fitting(value, p.mesh, p.placements, rows.get(key), p.even)
+            key: _fitting(value, *_layout(p.tensor))
+            if key in p.declared.element
+            else _fitting(value, p.mesh, p.placements, rows.get(key), p.even)
             for key, value in states[p.holding.name].items()
         }
     for tensor, part in adam:
         if part.holding.name in states:
-            mesh, placements = getattr(tensor, "device_mesh", None), list(getattr(tensor, "placements", ()))
             given = states[part.holding.name]
-            fitting[part.holding.name] = {key: _fitting(value, mesh, placements) for key, value in given.items()}
+            fitting[part.holding.name] = {key: _fitting(value, *_layout(tensor)) for key, value in given.items()}
 
     def local_part() -> None:
         for p in (p for p in low if p.holding.name in fitting):
@@ -169,12 +177,22 @@ def _by_matrix(p: LowRank, key: str) -> Tensor:
 
 
 def _by_element(tensor: Tensor, part: ElementwiseTensor) -> State:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    mesh, placements = getattr(tensor, "device_mesh", None), list(getattr(tensor, "placements", ()))
     found: State = {STEP: step_tensor(part.state[STEP])}
-    for key in part.rule.state:
-        found[key] = _like(mesh, part.state[key].view(local.shape), part.holding.shape, placements)
+    for key in part.names:
+        found[key] = _like_parameter(tensor, part.state[key], part.holding.shape)
     return found
+
+
+def _layout(tensor: Tensor) -> tuple[DeviceMesh | None, list[Placement]]:
+    """Mesh and placements of a DTensor; none of other tensors."""
+    return getattr(tensor, "device_mesh", None), list(getattr(tensor, "placements", ()))
+
+
+def _like_parameter(tensor: Tensor, flat: Tensor, shape: Sequence[int]) -> Tensor:
+    """The local elements of a state of a parameter as a tensor that is divided as the parameter is."""
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    mesh, placements = _layout(tensor)
+    return _like(mesh, flat.view(local.shape), shape, placements)
 
 
 def _like(mesh: DeviceMesh | None, local: Tensor, shape: Sequence[int], placements: Sequence[Placement]) -> Tensor:
@@ -217,17 +235,20 @@ def _check_shape(name: str, key: str, value: Any, shape: Sequence[int]) -> None:
 
 
 def _restore_elements(part: ElementwiseTensor, state: Mapping[str, Any]) -> None:
-    holding = part.holding
-    for key in part.rule.state:
-        value = state[key]
-        _check_shape(holding.name, key, value, holding.shape)
-        if isinstance(value, DTensor):
-            part.state[key].copy_(value.to_local().reshape(-1))
-            continue
-        for box in holding.cover.boxes(holding.group.rank, holding.shape):
-            window = tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))
-            view_of(part.state[key], box.offset, box.sizes, box.strides).copy_(value[window])
+    for key in part.names:
+        _take_local(part.holding, key, state[key], part.state[key])
     part.state[STEP] = int(state[STEP])
+
+
+def _take_local(holding: Holding, key: str, value: Any, flat: Tensor) -> None:
+    """Write this rank's elements of a state of a parameter to ``flat``, in the order of the local weights."""
+    _check_shape(holding.name, key, value, holding.shape)
+    if isinstance(value, DTensor):
+        flat.copy_(value.to_local().reshape(-1))
+        return
+    for box in holding.cover.boxes(holding.group.rank, holding.shape):
+        window = tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))
+        view_of(flat, box.offset, box.sizes, box.strides).copy_(value[window])
 
 
 def _restore_low_rank(p: LowRank, state: Mapping[str, Any]) -> None:
@@ -245,6 +266,12 @@ def _restore_low_rank(p: LowRank, state: Mapping[str, Any]) -> None:
             known = dict(enumerate(numbers.reshape(-1).unbind()))
         for e, number in known.items():
             p.matrices[e].state[key].copy_(number)
+    for key in p.declared.element:
+        parts = [matrix.state[key] for matrix in p.matrices]
+        flat = parts[0] if len(parts) == 1 else torch.cat(parts)
+        _take_local(p.holding, key, state[key], flat)
+        for part, values in zip(parts, torch.split(flat, [len(part) for part in parts]), strict=True):
+            part.copy_(values)
     for key in p.declared.channel:
         value = state[key]
         _check_shape(name, key, value, p.shape(key))

@@ -8,18 +8,18 @@ import torch
 from torch import Tensor
 
 from ..kernels.transfer import to_device
-from .batch import Batch, Gradients
+from .batch import Batch, Tiles
 from .matrix import Matrix, cast, take
 
 
 def apply(
-    batch: Batch, grads: Gradients, owned: Sequence[Tensor | None], replies: Sequence[Tensor | None], terms: Tensor
+    batch: Batch, carriers: Tiles, owned: Sequence[Tensor | None], replies: Sequence[Tensor | None], terms: Tensor
 ) -> None:
     """Let the rule see the sums over whole matrices, and update the local weights.
 
     Args:
         batch: the matrices.
-        grads: of the batch's matrices.
+        carriers: of the batch's matrices.
         owned: what ``own`` returned, for each matrix of the shard group.
         replies: for each matrix of the shard group the scaling factors from exchange 2, or None.
         terms: (matrices of the shard group, columns), summed over ranks.
@@ -27,18 +27,18 @@ def apply(
     mine = terms[batch.first : batch.first + len(batch.matrices), : batch.declared.terms]
     factor, changed = batch.rule.matrix_step(mine, batch.matrix_state, batch.group)
     for name, values in changed.items():
-        if not all(grad is not None for grad in grads):
-            moved = to_device([grad is not None for grad in grads], torch.bool, values.device)
+        if not all(tiles is not None for tiles in carriers):
+            moved = to_device([tiles is not None for tiles in carriers], torch.bool, values.device)
             values = torch.where(moved, values, batch.matrix_state[name])
         batch.matrix_state[name].copy_(values)
-    active = [(k, grad) for k, grad in enumerate(grads) if grad is not None]
+    active = [(k, tiles) for k, tiles in enumerate(carriers) if tiles is not None]
     factors = factor.unbind() if factor is not None else ()
     by: Sequence[Tensor | None] = [factors[k] if factors else None for k, _ in active]
     if batch.declared.reply.scale and active:
         scales = [held_scale(batch.matrices[k], owned[batch.first + k], replies[batch.first + k]) for k, _ in active]
         by = torch._foreach_mul(scales, [factors[k] for k, _ in active]) if factors else scales
-    for (k, grad), coefficient in zip(active, by, strict=True):
-        update(batch.matrices[k], grad, coefficient)
+    for (k, tiles), coefficient in zip(active, by, strict=True):
+        update(batch.matrices[k], tiles, coefficient)
 
 
 def shared_scale(m: Matrix, owned: Tensor | None) -> Tensor | None:
@@ -61,13 +61,13 @@ def held_scale(m: Matrix, owned: Tensor | None, received: Tensor | None) -> Tens
     return torch.cat([alone, received.to(owned.dtype)[:, None]]) if received.numel() else alone
 
 
-def update(m: Matrix, grads: Sequence[Tensor], factor: Tensor | None) -> None:
+def update(m: Matrix, carriers: Sequence[Tensor], factor: Tensor | None) -> None:
     """Update the local weights of one matrix.
 
     Args:
         m: the matrix.
-        grads: what ``Matrix.gradients`` returned.
-        factor: of the gradient: the scaling factors of the held channels times that of the matrix, (channels, 1); or
+        carriers: X of each tile.
+        factor: of X: the scaling factors of the held channels times that of the matrix, (channels, 1); or
             for the whole matrix, a scalar; None for 1.
     """
     group, rule, dtype = m.group, m.rule, m.holding.compute_dtype
@@ -84,15 +84,15 @@ def update(m: Matrix, grads: Sequence[Tensor], factor: Tensor | None) -> None:
     weights, copied = m.split(stored)
     work = [cast(weight, dtype) for weight in weights]
     if rule.decay_first:
-        decay(work, lr, group["weight_decay"])
+        decay(work, lr, rule.weight_decay(group))
     for number, rows, position in m.held.parts:
-        target, grad = take(work[number], rows), take(grads[number], rows)
+        target, carrier = take(work[number], rows), take(carriers[number], rows)
         if factor is None:
-            target.add_(grad, alpha=value)
+            target.add_(carrier, alpha=value)
         else:
-            target.addcmul_(grad, factor if factor.ndim == 0 else take(factor, position), value=value)
+            target.addcmul_(carrier, factor if factor.ndim == 0 else take(factor, position), value=value)
     if not rule.decay_first:
-        decay(work, lr, group["weight_decay"])
+        decay(work, lr, rule.weight_decay(group))
     for weight, updated in zip(weights, work, strict=True):
         if updated is not weight:
             weight.copy_(updated)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .matrix import Matrix
+from ..state.slots import STEP
+from .matrix import Matrix, cast
 
 # How many gradient elements a batch may have, which bounds the memory that converted gradients take, and how many
 # low-rank numbers a chunk of it, which bounds that of R: on CPU so that R stays in the cache until its norms are taken.
@@ -21,8 +22,8 @@ _ELEMENTS = {"cpu": 1 << 25}
 _NUMBERS = {"cpu": 1 << 18}
 _ACCELERATOR = 1 << 26
 
-# The gradients of a batch's matrices: for each the tiles' views, or None where a matrix has no gradient.
-Gradients = list[list[Tensor] | None]
+# Gradients or carriers of a batch's matrices: for each the tiles' views, or None where a matrix has no gradient.
+Tiles = list[list[Tensor] | None]
 
 
 class Batch:
@@ -37,6 +38,8 @@ class Batch:
         chunks: which matrices are reduced together.
         channel_state: by name, (owned channels of all matrices, width).
         matrix_state: by name, (matrices,).
+        inverse_roots: one over the root of the number of elements of each channel, (channels,); None where the rule
+            does not ask for roots of mean squares.
     """
 
     def __init__(self, matrices: Sequence[Matrix], first: int) -> None:
@@ -62,31 +65,61 @@ class Batch:
                 place.copy_(m.state[name])
             m.state.update(places)
 
-    def gradients(self, active: Sequence[bool]) -> Gradients:
-        """The gradients in the compute dtype; None for matrices that are not active.
+        self.inverse_roots: Tensor | None = None
+        if self.declared.reduce.root_mean_square:
+            lengths = [m.spec.n if m.spec.by_rows else m.spec.m for m in self.matrices]
+            roots = [
+                torch.full((c,), n**-0.5, **self.factory_kwargs) for c, n in zip(self.counts, lengths, strict=True)
+            ]
+            self.inverse_roots = torch.cat(roots)
+
+    def reduced(self, active: Sequence[bool]) -> Tiles:
+        """What is reduced, in the compute dtype; None for matrices that are not active.
 
         Args:
             active: for each matrix of the shard group whether it has a gradient.
         """
-        return [m.gradients() if active[i] else None for i, m in enumerate(self.matrices, start=self.first)]
+        return [
+            [cast(tile, m.holding.compute_dtype) for tile in m.reduced()] if active[i] else None
+            for i, m in enumerate(self.matrices, start=self.first)
+        ]
 
-    def active_runs(self, chunk: range, grads: Gradients) -> list[tuple[list[int], slice]]:
-        """The matrices of a chunk that have a gradient and owned channels, by runs of neighbouring rows."""
+    def carriers(self, active: Sequence[bool], reduced: Tiles | None = None) -> Tiles:
+        """The carriers in the compute dtype; None for matrices that are not active.
+
+        Args:
+            active: for each matrix of the shard group whether it has a gradient.
+            reduced: what ``reduced`` returned, which is not converted again where it is the carriers.
+        """
+        if reduced is not None and self.matrices[0].reduces_carrier:
+            return reduced
+        return [m.carriers() if active[i] else None for i, m in enumerate(self.matrices, start=self.first)]
+
+    def active_runs(self, chunk: range, grads: Tiles) -> list[tuple[list[int], slice]]:
+        """The matrices of a chunk that have a gradient and owned channels, by runs of neighbouring rows.
+
+        For a rule that reads the step those of a run have taken equally many.
+        """
         runs: list[tuple[list[int], slice]] = []
         for k in chunk:
             rows = self.rows[k]
             if grads[k] is None or rows.start == rows.stop:
                 continue
-            if runs and runs[-1][1].stop == rows.start:
+            alike = not self.rule.reads_step or (runs and self._step(runs[-1][0][0]) == self._step(k))
+            if runs and runs[-1][1].stop == rows.start and alike:
                 runs[-1] = [*runs[-1][0], k], slice(runs[-1][1].start, rows.stop)
             else:
                 runs.append(([k], rows))
         return runs
 
+    def _step(self, k: int) -> int:
+        step: int = self.matrices[k].state[STEP]
+        return step
+
 
 def make_batches(matrices: Sequence[Matrix]) -> list[Batch]:
     """Divide a shard group's matrices, in order, into batches."""
-    sizes = [sum(tile.numel for tile in m.tiles) for m in matrices]
+    sizes = [m.numel for m in matrices]
     limit = _ELEMENTS.get(matrices[0].holding.device.type, _ACCELERATOR)
     runs = runs_of(sizes, limit, lambda i, j: _alike(matrices[i], matrices[j]))
     return [Batch([matrices[i] for i in run], run[0]) for run in runs]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
@@ -17,14 +18,16 @@ class ElementwiseTensor:
 
     Attributes:
         state: ``step`` (int), and by the rule's names (elements,).
+        names: of the state.
     """
 
-    def __init__(self, holding: Holding, rule: ElementRule, group: dict[str, Any], state: Slot) -> None:
+    def __init__(self, holding: Holding, rule: ElementRule, group: Mapping[str, Any], state: Slot) -> None:
         self.holding, self.rule, self.group, self.state = holding, rule, group, state
+        self.names = rule.state_of(group)
         ready(
             state,
             holding.name,
-            dict.fromkeys(rule.state, (holding.numel,)),
+            dict.fromkeys(self.names, (holding.numel,)),
             {"dtype": holding.compute_dtype, "device": holding.device},
             holding.cover.held(holding.group.rank),
         )
@@ -57,11 +60,11 @@ def step_elementwise(tensors: list[ElementwiseTensor]) -> None:
         weights = [t.holding.weight() for t in batch]
         work = [w.reshape(-1).to(t.holding.compute_dtype) for w, t in zip(weights, batch, strict=True)]
         if rule.decay_first:
-            decay(work, group["lr"], group["weight_decay"])
-        state = {name: [t.state[name] for t in batch] for name in rule.state}
+            decay(work, rule.learning_rate(group), rule.weight_decay(group))
+        state = {name: [t.state[name] for t in batch] for name in batch[0].names}
         rule.update(work, [t.gradient() for t in batch], state, batch[0].state["step"], group)
         if not rule.decay_first:
-            decay(work, group["lr"], group["weight_decay"])
+            decay(work, rule.learning_rate(group), rule.weight_decay(group))
         for stored, updated in zip(weights, work, strict=True):
             if updated.data_ptr() != stored.data_ptr():
                 stored.copy_(updated.view(stored.shape))

@@ -15,11 +15,18 @@ from ..exchange.routes import Channels
 from ..projections.cache import ProjectionSlice
 from ..rules.base import MatrixRule, Spec
 from ..sharding.local_shard import Holding, matrices, matrix_name, view_of
-from ..sharding.regions import Tile
+from ..sharding.regions import Tile, tiles_in_blocks
 
 
 def exchanged(name: str, m: int, n: int, declared: Spec, tiles: tuple[tuple[Tile, ...], ...]) -> MatrixSpec:
-    """What the exchange needs to know of an m x n matrix for which a rule declared ``declared``."""
+    """What the exchange needs to know of an m x n matrix for which a rule declared ``declared``.
+
+    Where a block of rows is one channel, the exchange sees a matrix in which such a block is one row.
+    """
+    block = declared.reduce.block
+    if block > 1:
+        assert m % block == 0 and declared.reduce.axis == "rows" and not declared.reduce.low_rank
+        m, n, tiles = m // block, n * block, tiles_in_blocks(tiles, n, block)
     return MatrixSpec(
         name=name,
         m=m,
@@ -31,18 +38,29 @@ def exchanged(name: str, m: int, n: int, declared: Spec, tiles: tuple[tuple[Tile
         terms=declared.terms,
         state=tuple(declared.state.channel.values()),
         matrix_state=len(declared.state.matrix),
+        element_state=len(declared.state.element),
         tiles=tiles,
     )
 
 
-def specs_of(holding: Holding, rule: MatrixRule, group: Mapping[str, Any]) -> list[tuple[MatrixSpec, Spec]]:
-    """The matrices in one parameter, each with what the rule declares for it."""
+@dataclass(frozen=True)
+class Place:
+    """Where a matrix is in its parameter: the ``index``-th one, m x n."""
+
+    index: int
+    m: int
+    n: int
+
+
+def specs_of(holding: Holding, rule: MatrixRule, group: Mapping[str, Any]) -> list[tuple[Place, MatrixSpec, Spec]]:
+    """The matrices in one parameter, each with what is exchanged of it, and what the rule declares for it."""
     count, m, n = matrices(holding.shape)
     declared = rule.spec(m, n, group)
-    return [
-        (exchanged(matrix_name(holding.name, i, count), m, n, declared, holding.cover.tiles(i, m, n)), declared)
-        for i in range(count)
-    ]
+    found = []
+    for i in range(count):
+        name, tiles = matrix_name(holding.name, i, count), holding.cover.tiles(i, m, n)
+        found.append((Place(i, m, n), exchanged(name, m, n, declared, tiles), declared))
+    return found
 
 
 @dataclass(frozen=True)
@@ -85,28 +103,34 @@ class Matrix:
     """The part of one matrix that this rank works on.
 
     Attributes:
+        place: where it is in its parameter.
         spec: shape and tiles of all ranks, and what is exchanged.
         declared: what the rule declares.
         rule: the rule that updates it.
         group: the parameter group, whose hyperparameters are read at every step.
-        state: ``step`` (int), and by the rule's names (owned channels, width) and scalars.
+        state: ``step`` (int), and by the rule's names (owned channels, width), scalars, and (local elements,) in the
+            order of the local weights.
         channels: which channels this rank deals with.
         local_only, projected, held: the pieces of ``channels.local_only``, ``.projected`` and ``.held``.
     """
 
     def __init__(
         self,
+        place: Place,
         spec: MatrixSpec,
         declared: Spec,
         rule: MatrixRule,
         holding: Holding,
         channels: Channels,
-        group: dict[str, Any],
+        group: Mapping[str, Any],
         state: dict[str, Any],
     ) -> None:
+        self.place = place
         self.spec, self.declared, self.rule, self.holding = spec, declared, rule, holding
         self.channels, self.group, self.state = channels, group, state
         self.tiles = spec.tiles[holding.group.rank]
+        # Where the matrix begins in the local weights: those of one matrix lie together.
+        self._first = min((tile.offset for tile in self.tiles), default=0)
         self.local_only, self.projected, self.held = (
             Pieces.of(self.tiles, spec.by_rows, chosen)
             for chosen in (channels.local_only, channels.projected, channels.held)
@@ -140,6 +164,48 @@ class Matrix:
         self.state["step"] += 1
         return True
 
+    def element_step(self) -> None:
+        """Let the rule update its state by element."""
+        names = self.declared.state.element
+        state = {name: self.tile_views(self.state[name]) for name in names}
+        for i, grad in enumerate(self.gradients() if names else ()):
+            self.rule.element_step(grad, {name: views[i] for name, views in state.items()}, self.group)
+
+    @property
+    def numel(self) -> int:
+        """How many elements of the matrix this rank holds."""
+        return sum(tile.numel for tile in self.tiles)
+
+    @property
+    def pieces(self) -> list[tuple[Tile, int]]:
+        """The local tiles of the m x n matrix, and where each begins in a state by element."""
+        place = self.place
+        tiles = self.holding.cover.tiles(place.index, place.m, place.n)[self.holding.group.rank]
+        return [(tile, tile.offset - self._first) for tile in tiles]
+
+    def tile_views(self, flat: Tensor) -> list[Tensor]:
+        """A state by element, (local elements,), as one view for each tile, channels first."""
+        views = []
+        for tile in self.tiles:
+            view = view_of(flat, tile.offset - self._first, (tile.height, tile.width), tile.strides)
+            views.append(view if self.spec.by_rows else view.t())
+        return views
+
+    def carriers(self) -> list[Tensor]:
+        """X of each tile, channels first, in the compute dtype."""
+        carrier = self.declared.carrier
+        return self.gradients() if carrier is None else self.tile_views(self.state[carrier])
+
+    @property
+    def reduces_carrier(self) -> bool:
+        """Whether what is reduced is the carrier, or both are the gradient."""
+        return self.declared.carrier is None or self.declared.reduce.of_carrier
+
+    def reduced(self) -> list[Tensor]:
+        """What is reduced of each tile: X or the gradient, channels first, in the dtype that it is stored in."""
+        carrier = self.declared.carrier if self.declared.reduce.of_carrier else None
+        return self.stored_gradients() if carrier is None else self.tile_views(self.state[carrier])
+
     def gradients(self) -> list[Tensor]:
         """The gradient of each tile, channels first, in the compute dtype.
 
@@ -164,7 +230,6 @@ class Matrix:
         flat = local.reshape(-1)
         views = []
         for tile in tiles:
-            strides = (tile.stride, 1) if tile.stride else None
-            view = view_of(flat, tile.offset, (tile.height, tile.width), strides)
+            view = view_of(flat, tile.offset, (tile.height, tile.width), tile.strides)
             views.append(view if by_rows else view.t())
         return views, None if local.is_contiguous() else flat

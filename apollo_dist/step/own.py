@@ -11,13 +11,14 @@ from ..exchange.collectives import Received
 from ..kernels.reduce import line_norms
 from ..projections.cache import Phase, ProjectionCache
 from ..rules.base import Seen
-from .batch import Batch, Gradients
+from ..state.slots import STEP
+from .batch import Batch, Tiles
 from .reduce import complete
 
 
 def own(
     batch: Batch,
-    grads: Gradients,
+    grads: Tiles,
     projections: ProjectionCache,
     received: Sequence[Received | None],
     terms: Tensor,
@@ -26,7 +27,7 @@ def own(
 
     Args:
         batch: the matrices.
-        grads: of the batch's matrices; those without one are left alone.
+        grads: what is reduced of the batch's matrices; those without a gradient are skipped.
         projections: of the shard group, in the current step.
         received: for each matrix of the shard group what ``Exchange.reduce_to_owners`` returned, or None.
         terms: (matrices of the shard group, columns), written in place.
@@ -56,9 +57,12 @@ def own(
                 lines += [(line_norms(tile), k) for tile in grad if tile.numel()]
         _add_squares(lines, terms[:, declared.terms - 1 : declared.terms])
         for members, rows in batch.active_runs(chunk, grads):
+            if norms is not None and batch.inverse_roots is not None:
+                norms[rows] *= batch.inverse_roots[rows]
             local = slice(rows.start - start, rows.stop - start)
             counts = [batch.counts[k] for k in members]
-            seen = Seen(space[0, local], None if norms is None else norms[rows], space[1, local], counts)
+            step = batch.matrices[members[0]].state[STEP]
+            seen = Seen(space[0, local], None if norms is None else norms[rows], space[1, local], counts, step)
             state = {name: values[rows] for name, values in batch.channel_state.items()}
             update = batch.rule.owner_step(seen, state, batch.group)
             if scale is not None and update.scale is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from ..optimizers.options import options_of
 from ..optimizers.param_groups import CHOOSE, Member
 from ..rules.base import ElementRule, MatrixRule, Rules
 from ..rules.registry import RULE, rules_of
+from ..rules.roles import ROLE, Role
 from ..selection.choice import check_matrix
 from ..selection.verdict import abbreviate
 from ..sharding import detect
@@ -138,6 +140,7 @@ def plan_step(
     slots: Callable[[str], Slot],
     rules: Rules,
     decide: Callable[[Mapping[int, str], zero.Engine], Mapping[str, bool]],
+    role_of: Callable[[str], Role],
     *,
     seed: int,
     cache_projection: bool | str,
@@ -154,6 +157,7 @@ def plan_step(
         rules: of groups that name none.
         decide: takes the names of the members by ``id`` and the engine, and returns by name whether a parameter of a
             group without a rank of its own is low-rank.
+        role_of: what a parameter is in its model, by name; asked after ``decide``.
         seed: of the projections.
         cache_projection: as in ``APOLLO``.
         trained: parameters that have state, by name, each with the generation in which it began. Others that are
@@ -174,6 +178,7 @@ def plan_step(
         result.chosen = f"; chosen: {abbreviate(name for name in names.values() if chosen.get(name))}"
     parts = {names[key]: m.part for key, m in members.items()}
     entries: dict[tuple[Any, ...], list[Entry]] = {}
+    views = Views(rules)
     seen: list[list[Member]] = []
     known = {None, *trained}  # what has no name here is DeepSpeed's
     for group in groups:
@@ -185,14 +190,15 @@ def plan_step(
         for holding in detect.read(working, partial(_name_of, names), engine):
             seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
             result.holdings.append((holding, group))
-            rule = rule_of(group, holding.name, holding.shape, rules, chosen)
+            view = views.of(group, role_of(holding.name))
+            rule = rule_of(view, holding.name, holding.shape, rules, chosen)
             if isinstance(rule, MatrixRule):
                 if rule.chosen:
                     check_matrix(holding.name, holding.shape, group["rank"])
                 began = trained.get(holding.name, generation)
                 key = (parts.get(holding.name, 0), began, id(holding.group.process_group), holding.device)
-                listed = specs_of(holding, rule, group)
-                entries.setdefault(key, []).extend(Entry(holding, *pair, rule, group) for pair in listed)
+                listed = specs_of(holding, rule, view)
+                entries.setdefault(key, []).extend(Entry(holding, *each, rule, view) for each in listed)
                 continue
             result.element_rules[holding.name] = rule.name
             result.elementwise_shapes.append((rule.name, tuple(holding.shape)))
@@ -222,6 +228,26 @@ def _shard_group_step(
     group_step = ShardGroupStep(entries)
     group_step.load(slots, group_step.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
     return group_step
+
+
+class Views:
+    """Parameter groups as rules see them: live, and with the role of a parameter where the rule reads that.
+
+    Parameters of one group and role share a view, since what shares a view can be batched.
+
+    Args:
+        own: the optimizer's rules, for groups that name none.
+    """
+
+    def __init__(self, own: Rules) -> None:
+        self._own = own
+        self._known: dict[tuple[int, Role], Mapping[str, Any]] = {}
+
+    def of(self, group: Mapping[str, Any], role: Role) -> Mapping[str, Any]:
+        """The view of a group for parameters of that role."""
+        if not rules_of(group, self._own).reads_role:
+            return group
+        return self._known.setdefault((id(group), role), ChainMap({ROLE: role}, group))  # type: ignore[arg-type]
 
 
 def rule_of(

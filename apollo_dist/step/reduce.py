@@ -35,7 +35,7 @@ def partial(m: Matrix, projection: Projection | None, active: bool) -> Partial:
     norms = torch.zeros(count, **m.factory_kwargs) if m.spec.channel_norms else None
     if not active or not m.channels.shared.count:
         return Partial(low_rank, norms, None)
-    stored = m.stored_gradients()
+    stored = m.reduced()
     if count:
         grads = [cast(view, m.holding.compute_dtype) for view in stored]
         _project(grads, m.projected, projection, low_rank)
@@ -57,7 +57,7 @@ def complete(
 
     Args:
         m: the matrix.
-        grads: what ``Matrix.gradients`` returned.
+        grads: what is reduced of each tile, in the compute dtype.
         low_rank: (owned channels, r), written.
         norms: (owned channels,), written; None where norms by channel are not needed.
         projection: of the current step; None if there is nothing to project.

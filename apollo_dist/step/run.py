@@ -53,6 +53,9 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     plan, exchange, matrices = group_step.plan, group_step.exchange, group_step.matrices
     projections = group_step.projections
     active = [m.begin_step() for m in matrices]
+    for m, on in zip(matrices, active, strict=True):
+        if on:
+            m.element_step()
     projections.begin(seed, [m.refresh if on else None for m, on in zip(matrices, active, strict=True)])
 
     # Parts of R and of squared norms travel to the owners of their channels.
@@ -67,11 +70,11 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     owned: list[Tensor | None] = []
     replies: list[Tensor | None] = [None] * len(matrices)
     for batch in group_step.batches:
-        grads = batch.gradients(active)
-        owned += own(batch, grads, projections, received, terms)
+        reduced = batch.reduced(active)
+        owned += own(batch, reduced, projections, received, terms)
         if early:
-            apply(batch, grads, owned, replies, terms)
-        del grads
+            apply(batch, batch.carriers(active, reduced), owned, replies, terms)
+        del reduced
     del received
 
     # Scaling factors travel back to the holders, and terms are summed.
@@ -84,4 +87,4 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
 def finish_step(group_step: ShardGroupStep, pending: Pending) -> None:
     """The factors of whole matrices, and the update of the local weights, which ``begin_step`` left."""
     for batch in group_step.batches:
-        apply(batch, batch.gradients(pending.active), pending.owned, pending.replies, pending.terms)
+        apply(batch, batch.carriers(pending.active), pending.owned, pending.replies, pending.terms)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,17 +14,18 @@ from ..rules.base import MatrixRule, Spec
 from ..sharding.local_shard import Holding
 from ..state.slots import Slot, ready
 from .batch import Batch, make_batches
-from .matrix import Matrix
+from .matrix import Matrix, Place
 
 
 class Entry(NamedTuple):
     """A matrix that a rule updates: where it is, what is exchanged of it, what the rule declares, its group."""
 
     holding: Holding
+    place: Place
     spec: MatrixSpec
     declared: Spec
     rule: MatrixRule
-    group: dict[str, Any]
+    group: Mapping[str, Any]
 
 
 class ShardGroupStep:
@@ -49,15 +50,17 @@ class ShardGroupStep:
             cache_projection: whether projections are kept until they are redrawn.
         """
         for entry, channels in zip(self._entries, self.exchange.channels, strict=True):
-            holding, spec, declared, rule, group = entry
+            holding, place, spec, declared, rule, group = entry
             slot = slots(spec.name)
             shapes: dict[str, tuple[int, ...]] = {
                 name: (channels.owned.count, width) for name, width in declared.state.channel.items()
             }
             shapes |= dict.fromkeys(declared.state.matrix, ())
+            numel = sum(tile.numel for tile in spec.tiles[holding.group.rank])
+            shapes |= dict.fromkeys(declared.state.element, (numel,))
             kwargs: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
             ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges])
-            self.matrices.append(Matrix(spec, declared, rule, holding, channels, group, slot))
+            self.matrices.append(Matrix(place, spec, declared, rule, holding, channels, group, slot))
         slices = [m.projection_slice for m in self.matrices]
         self.projections = ProjectionCache(slices, self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)

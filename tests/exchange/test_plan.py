@@ -36,7 +36,14 @@ def test_cover_must_be_exact():
 def spec(m, n, ranges, **changes):
     values = {"rank": 4, "channel_norms": True, "channel_scales": True, "terms": 1, "by_rows": m >= n, **changes}
     return MatrixSpec(
-        name="w", m=m, n=n, state=(values["rank"],), matrix_state=1, tiles=FlatCover(ranges).tiles(0, m, n), **values
+        name="w",
+        m=m,
+        n=n,
+        state=(values["rank"],),
+        matrix_state=1,
+        element_state=0,
+        tiles=FlatCover(ranges).tiles(0, m, n),
+        **values,
     )
 
 

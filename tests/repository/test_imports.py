@@ -32,7 +32,7 @@ ALLOWED = {
     "exchange.plan": ("exchange.channels", "exchange.ownership", "sharding.regions"),
     "exchange": ("distributed", "sharding.local_shard", "sharding.regions"),
     "optimizers.options": ("rules",),
-    "selection": ("sharding",),
+    "selection": ("rules.roles", "sharding"),
     "optimizers.param_groups": ("optimizers.options", "rules", "selection", "sharding"),
     "state.slots": (),
     "state.callers": (),
