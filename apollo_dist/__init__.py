@@ -5,16 +5,25 @@ from ._version import __version__
 from .distributed import RankError
 from .integrations.deepspeed import register
 from .integrations.hugging_face import register as register_hugging_face
+from .optimizers.adam_mini import AdamMini
+from .optimizers.adamw import AdamW
 from .optimizers.apollo import APOLLO, APOLLOMini
 from .optimizers.param_groups import param_groups
+from .optimizers.scale import SCALE
+from .optimizers.sgd import SGD
 from .selection.describe import describe
 
-register(APOLLO, APOLLOMini)
-register_hugging_face(APOLLO, APOLLOMini)
+# AdamW and SGD are names of torch's in DeepSpeed's JSON.
+register(APOLLO, APOLLOMini, SCALE, AdamMini, unnamed=(AdamW, SGD))
+register_hugging_face(APOLLO, APOLLOMini, SCALE, AdamMini, AdamW, SGD)
 
 __all__ = [
     "APOLLO",
+    "SCALE",
+    "SGD",
     "APOLLOMini",
+    "AdamMini",
+    "AdamW",
     "RankError",
     "__version__",
     "checkpoint",

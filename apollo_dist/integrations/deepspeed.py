@@ -40,13 +40,18 @@ NOT_IN_BACKWARD = (
 )
 
 
-def register(*classes: type[torch.optim.Optimizer]) -> None:
+def register(*classes: type[torch.optim.Optimizer], unnamed: Classes = ()) -> None:
     """Make ``"optimizer": {"type": "APOLLO"}`` work in a DeepSpeed config, and instances pass as tested.
 
     Called once, when ``apollo_dist`` is imported: before DeepSpeed, Accelerate and transformers, or after them.
+
+    Args:
+        classes: that a DeepSpeed config may name.
+        unnamed: classes whose names are those of others in DeepSpeed or torch: instances only.
     """
     for cls in classes:
         setattr(torch.optim, cls.__name__, cls)
+    classes += unnamed
     after_import("deepspeed.runtime.zero.utils", lambda m: _support(m, classes))
     after_import(
         "deepspeed.runtime.engine",

@@ -27,6 +27,7 @@ from ..step.failing import Steps
 from ..step.plan import StepPlan
 from ..step.shard_group import ShardGroupStep
 from .apollo import APOLLO, APOLLOMini
+from .base import ShardedOptimizer
 from .model_changes import any_trains
 from .model_ref import PresentModel
 
@@ -34,8 +35,15 @@ from .model_ref import PresentModel
 FSDP2_SINCE = "2.8"
 
 
-def attach(model: nn.Module, params: Any = None, *, mini: bool = False, **options: Any) -> LayerwiseAPOLLO:
-    """An APOLLO that updates ``model`` inside ``backward()``.
+def attach(
+    model: nn.Module,
+    params: Any = None,
+    *,
+    mini: bool = False,
+    optimizer: type[ShardedOptimizer] | None = None,
+    **options: Any,
+) -> UpdatesInBackward:
+    """An optimizer, by default APOLLO, that updates ``model`` inside ``backward()``.
 
     Works in one process and under FSDP2 (and HSDP); shard the model first. The trajectory is that of ``APOLLO``::
 
@@ -50,14 +58,31 @@ def attach(model: nn.Module, params: Any = None, *, mini: bool = False, **option
         model: whose parameters are updated.
         params: parameter groups, as ``APOLLO`` takes them; None: those of the model, as ``APOLLO(model)``.
         mini: take the defaults of ``APOLLOMini``.
-        options: as of ``APOLLO``.
+        optimizer: another optimizer of this library, such as ``apollo_dist.SCALE``.
+        options: as of ``APOLLO``, or of that optimizer.
 
     Raises:
         ValueError: on all ranks alike, for what cannot be exact: DDP, FSDP1, DeepSpeed, several ranks with whole
             parameters, fp16 (which needs a scaled loss), ``skip_nonfinite``.
     """
-    kind = LayerwiseAPOLLOMini if mini else LayerwiseAPOLLO
+    if optimizer is None:
+        kind: type[UpdatesInBackward] = LayerwiseAPOLLOMini if mini else LayerwiseAPOLLO
+    elif mini:
+        raise ValueError("mini=True is for APOLLO: leave it out, or optimizer=")
+    else:
+        kind = layerwise(optimizer)
     return kind(model, params, **options)
+
+
+_KINDS: dict[type[ShardedOptimizer], type[UpdatesInBackward]] = {}
+
+
+def layerwise(optimizer: type[ShardedOptimizer]) -> type[UpdatesInBackward]:
+    """The class of an optimizer that updates inside backward."""
+    if not isinstance(optimizer, type) or not issubclass(optimizer, ShardedOptimizer):
+        raise ValueError(f"optimizer must be one of apollo_dist's classes, got {optimizer!r}")
+    name, doc = f"Layerwise{optimizer.__name__}", {"__doc__": optimizer.__doc__}
+    return _KINDS.setdefault(optimizer, type(name, (UpdatesInBackward, optimizer), doc))
 
 
 @dataclass(eq=False)
@@ -80,8 +105,8 @@ class _Hook:
         self._ready(tensor)
 
 
-class LayerwiseAPOLLO(APOLLO):
-    """What ``attach`` returns: ``backward()`` updates, ``step()`` ends the step."""
+class UpdatesInBackward(ShardedOptimizer):
+    """What ``attach`` returns, together with an optimizer: ``backward()`` updates, ``step()`` ends the step."""
 
     updates_in_backward = True
     # Lets GradScaler call ``step()``, which then refuses it, where it would otherwise find no gradients to look at.
@@ -312,6 +337,10 @@ class LayerwiseAPOLLO(APOLLO):
             "an optimizer that updates inside backward cannot be copied or pickled, since hooks of the model's "
             "parameters belong to it: use state_dict(), or apollo_dist.checkpoint"
         )
+
+
+class LayerwiseAPOLLO(UpdatesInBackward, APOLLO):
+    """``APOLLO`` that updates inside backward."""
 
 
 class LayerwiseAPOLLOMini(LayerwiseAPOLLO, APOLLOMini):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from . import adamw, apollo
+from . import adam_mini, adamw, apollo, scale, sgd
 from .base import Rules
 
 RULE = "rule"
@@ -49,5 +49,8 @@ def matrix_rules() -> set[str]:
 
 
 register("apollo", Rules(apollo.APOLLO(), adamw.AdamW()))
+register("scale", Rules(scale.SCALE(), scale.DecayFirst()))
+register("adam_mini", Rules(adam_mini.AdamMini(), adam_mini.Bias()))
+register("sgd", Rules(None, sgd.SGD()))
 register("adamw", Rules(None, adamw.TorchAdamW()))
 register("hf_adamw", Rules(None, adamw.AdamW()))

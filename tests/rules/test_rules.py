@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 
@@ -18,8 +19,9 @@ import torch
 import apollo_dist
 from apollo_dist import checkpoint
 from apollo_dist.optimizers.base import ShardedOptimizer
-from apollo_dist.rules import adamw, apollo
+from apollo_dist.rules import adamw, apollo, scale, sgd
 from apollo_dist.rules.base import MatrixRule, Reduce, Reply, Rules, Seen, Spec, State, Update
+from apollo_dist.rules.roles import HEAD, Role
 
 from ..engines import full_weights, initialize, prepare, zero_config
 from ..models import Bag, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of
@@ -51,6 +53,20 @@ class Smoothed(MatrixRule):
         return 1 / (1 + peak), {"peak": peak}
 
 
+class Momentum(Smoothed):
+    """The same of a running average of the gradient, which the ranks keep for their own elements."""
+
+    name = "Momentum"
+
+    def spec(self, m, n, group):
+        spec = super().spec(m, n, group)
+        state = replace(spec.state, element=("average",))
+        return replace(spec, reduce=replace(spec.reduce, of_carrier=True), state=state, carrier="average")
+
+    def element_step(self, grad, state, group):
+        state["average"].lerp_(grad, 0.2)
+
+
 class ByRows(ShardedOptimizer):
     rules = Rules(Smoothed("rows"), adamw.AdamW())
 
@@ -63,7 +79,11 @@ class ByLarger(ShardedOptimizer):
     rules = Rules(Smoothed("larger"), adamw.AdamW())
 
 
-OWN = {"rows": ByRows, "columns": ByColumns, "larger": ByLarger}
+class WithMomentum(ShardedOptimizer):
+    rules = Rules(Momentum("columns"), adamw.AdamW())
+
+
+OWN = {"rows": ByRows, "columns": ByColumns, "larger": ByLarger, "columns, momentum": WithMomentum}
 
 
 class Dense:
@@ -92,6 +112,8 @@ class Dense:
 
     def smoothed(self, name, G):
         m, n = G.shape
+        if "momentum" in self.axis:
+            G = self.state[f"{name} average"] = 0.8 * self.state.get(f"{name} average", 0 * G) + 0.2 * G
         dim = 1 if self.axis == "rows" or (self.axis == "larger" and m >= n) else 0
         norms = G.norm(dim=dim, keepdim=True)
         mean, peak = self.state.get(name, (torch.zeros_like(norms), torch.zeros(())))
@@ -254,18 +276,21 @@ def test_rules_are_short():
 
 
 def state_names():
-    element = adamw.AdamW().state
-    spec = apollo.APOLLO().spec(5, 4, GROUP)
-    return {*element, *spec.state.channel, *spec.state.matrix}
+    """The names of all state that the rules of the package declare."""
+    found = set(apollo.APOLLO().spec(5, 4, GROUP).state.names)
+    for module in (adamw, scale, sgd):
+        found |= {name for kind in vars(module).values() if hasattr(kind, "state_of") for name in kind.state}
+    view = {**{key: option.default for key, option in scale.SCALE.options.items()}, "role": Role(HEAD)}
+    return found | set(scale.SCALE().spec(5, 4, view).state.names)
 
 
 def test_no_state_is_named_outside_of_its_rule():
     """Step, exchange, state, checkpoints and estimates loop over what a rule declares."""
     package = Path(apollo_dist.__file__).parent
     names = state_names()
-    assert len(names) == 3
-    # The state of torch's own AdamW, which is trained for comparison.
-    allowed = {package / "checkpoint" / "elementwise.py"}
+    assert len(names) == 4
+    # The state of torch's own AdamW, which is trained for comparison, and by what others' states are recognized.
+    allowed = {package / "checkpoint" / "elementwise.py", package / "state" / "loaded.py"}
     for path in sorted(package.rglob("*.py")):
         if path.parent.name == "rules" or path in allowed:
             continue

@@ -17,14 +17,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...optimizers.adam_mini import AdamMini
 from ...optimizers.apollo import APOLLO, APOLLOMini
+from ...optimizers.scale import SCALE
 from ...selection.choice import name_pattern
 from .faults import installed, not_yet
 from .keys import DEEPSPEED_AUTO, HUGGING_FACE_AUTO, LENIENT, MESH, OUTDATED, STRICT, TOP_LEVEL
 from .unsupported import unsupported
 
 Config = Mapping[str, Any]
-OURS = {"APOLLO": APOLLO, "APOLLOMini": APOLLOMini}
+OURS = {"APOLLO": APOLLO, "APOLLOMini": APOLLOMini, "SCALE": SCALE, "AdamMini": AdamMini}
 # DeepSpeed lowers the names of its own optimizers, and looks up all others in torch.optim as they are.
 DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd")
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
