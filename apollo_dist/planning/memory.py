@@ -12,12 +12,14 @@ from torch import nn
 
 from ..pretrain.config import ModelConfig
 from ..selection.choice import check_any, low_rank_names, of_model
+from ..selection.roles import of_model as of_parameters
 from .activations import Activations, activations
-from .estimate import Estimate, divide, estimate, estimate_plans, shard_numel, units
+from .estimate import Estimate, divide, estimate, estimate_plans, estimate_rule, shard_numel, units
 from .fake import meta_model, read_fsdp2
 from .options import CHECKPOINTING, Options
 
-OPTIMIZERS = ("apollo", "apollo-mini", "adamw")
+OPTIMIZERS = ("apollo", "apollo-mini", "scale", "adam-mini", "adamw")
+RULES = {"scale": "scale", "adam-mini": "adam_mini"}
 MINI: dict[str, Any] = {"rank": 1, "scale_type": "tensor"}
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -125,6 +127,7 @@ def forecast(name: str, model: ModelConfig, options: Options) -> Forecast:
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
     low = {kind: _low_rank(module, rank) for kind, rank in (("apollo", options.rank), ("apollo-mini", MINI["rank"]))}
     low["adamw"] = low["apollo"]
+    low["scale"] = low["adam-mini"] = set()  # one parameter group
     estimates = _estimates(module, shapes, low, options)
     each = {chosen: _activations(model, options, chosen, 1) for chosen in CHECKPOINTING}
     activation_bytes = _activations(model, options, options.checkpointing, options.micro_batch).peak
@@ -169,7 +172,25 @@ def _low_rank(module: nn.Module, rank: int) -> set[str]:
 
 
 def _estimates(module: Any, shapes: Shapes, low: Mapping[str, set[str]], options: Options) -> dict[str, Estimate]:
-    """State and exchange of the three optimizers, for every rank of a shard group."""
+    """State and exchange of the optimizers, for every rank of a shard group."""
+    others = {
+        kind: estimate_rule(
+            shapes,
+            rule,
+            world=options.shards,
+            layout=options.layout,
+            roles=of_parameters(module),
+            sub_group_size=options.sub_group_size,
+            compute_bytes=options.compute_bytes,
+        )
+        for kind, rule in RULES.items()
+    }
+    return {**others, **_of_apollo_and_adamw(module, shapes, low, options)}
+
+
+def _of_apollo_and_adamw(
+    module: Any, shapes: Shapes, low: Mapping[str, set[str]], options: Options
+) -> dict[str, Estimate]:
     kinds = {"apollo": {"rank": options.rank, "scale_type": options.scale_type}, "apollo-mini": MINI}
     shards = options.shards
     if options.layout == "fsdp2" and shards > 1:

@@ -22,7 +22,13 @@ ROWS = {
 }
 # Kind of checkpointing -> in words before "checkpointing".
 WORDS = {"none": "without", "full": "with", "selective": "with selective"}
-TITLES = {"apollo": "APOLLO", "apollo-mini": "APOLLO-Mini", "adamw": "AdamW"}
+TITLES = {
+    "apollo": "APOLLO",
+    "apollo-mini": "APOLLO-Mini",
+    "scale": "SCALE",
+    "adam-mini": "Adam-mini",
+    "adamw": "AdamW",
+}
 
 
 def gigabytes(number: int) -> str:
@@ -34,7 +40,7 @@ def gigabytes(number: int) -> str:
 
 
 def table(forecast: Forecast) -> str:
-    """The worst rank's memory under the three optimizers side by side, the largest micro-batch, and the traffic."""
+    """The worst rank's memory under the optimizers side by side, the largest micro-batch, and the traffic."""
     options = forecast.options
     worst = {optimizer: forecast.worst(optimizer) for optimizer in OPTIMIZERS}
     lines = [_title(forecast), ""]

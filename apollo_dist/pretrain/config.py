@@ -135,6 +135,29 @@ class ApolloConfig(ApolloMiniConfig):
 
 
 @dataclass(frozen=True)
+class ScaleConfig(AdamWConfig):
+    """Options of ``apollo_dist.SCALE``; betas and eps are those of its AdamW for norms."""
+
+    name: ClassVar[str] = "scale"
+    eps: float = option("added to the root of the second moment, and the least root mean square", 1e-8)
+    momentum: float | None = option("of matrices; default: 0.9 of the output head, none of others", None)
+    adam_lr: float | None = option("peak learning rate of norms; default: lr", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.momentum is None or 0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        _require(self.adam_lr is None or self.adam_lr > 0, "adam_lr", self.adam_lr, "positive")
+
+
+@dataclass(frozen=True)
+class AdamMiniConfig(AdamWConfig):
+    """Options of ``apollo_dist.AdamMini``, which finds the heads in the model."""
+
+    name: ClassVar[str] = "adam-mini"
+    eps: float = option("added to the root of the second moment", 1e-8)
+
+
+@dataclass(frozen=True)
 class JsonOptimizer:
     """The optimizer that DeepSpeed's JSON brings: its ``type`` and ``params``, as DeepSpeed will read them."""
 
@@ -144,10 +167,13 @@ class JsonOptimizer:
     @property
     def name(self) -> str:
         """The type in the words of ``--optimizer``."""
-        return {"APOLLO": "apollo", "APOLLOMini": "apollo-mini"}.get(self.type, self.type.lower())
+        ours = {"APOLLO": "apollo", "APOLLOMini": "apollo-mini", "AdamMini": "adam-mini"}
+        return ours.get(self.type, self.type.lower())
 
 
-OPTIMIZERS: dict[str, type[AdamWConfig]] = {c.name: c for c in (ApolloConfig, ApolloMiniConfig, AdamWConfig)}
+OPTIMIZERS: dict[str, type[AdamWConfig]] = {
+    c.name: c for c in (ApolloConfig, ApolloMiniConfig, ScaleConfig, AdamMiniConfig, AdamWConfig)
+}
 
 
 @dataclass(frozen=True)
@@ -280,8 +306,9 @@ class Config:
                 f"--layerwise with gradient_clipping {self.gradient_clipping}: the norm of all gradients is known only "
                 "after they have been used; pass --gradient_clipping 0, the limiter of APOLLO takes its part"
             )
-        if not isinstance(self.optimizer, ApolloMiniConfig):
-            raise ValueError(f"--layerwise is for apollo and apollo-mini; the optimizer is {self.optimizer.name}")
+        if not isinstance(self.optimizer, (ApolloMiniConfig, ScaleConfig, AdamMiniConfig)):
+            known = "apollo, apollo-mini, scale and adam-mini"
+            raise ValueError(f"--layerwise is for {known}; the optimizer is {self.optimizer.name}")
 
     @property
     def output_folder(self) -> Path:

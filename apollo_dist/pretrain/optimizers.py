@@ -5,15 +5,32 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from apollo_dist import APOLLO, APOLLOMini
+from apollo_dist import APOLLO, SCALE, AdamMini, APOLLOMini
 from apollo_dist import layerwise as in_backward
-from apollo_dist.pretrain.config import AdamWConfig, ApolloConfig, ApolloMiniConfig, Config, JsonOptimizer
+from apollo_dist.pretrain.config import (
+    AdamMiniConfig,
+    AdamWConfig,
+    ApolloConfig,
+    ApolloMiniConfig,
+    Config,
+    JsonOptimizer,
+    ScaleConfig,
+)
+
+# In the order in which they are asked: APOLLO's options are APOLLO-Mini's and more.
+_CLASSES: tuple[tuple[type[AdamWConfig], Any], ...] = (
+    (ApolloConfig, APOLLO),
+    (ApolloMiniConfig, APOLLOMini),
+    (ScaleConfig, SCALE),
+    (AdamMiniConfig, AdamMini),
+)
 
 
 def build_optimizer(
@@ -21,17 +38,16 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer for ``model`` as the engine has wrapped it; ``seed`` is that of the projections.
 
-    With ``layerwise`` it updates inside the backward pass, which `Config` allows for APOLLO only.
+    With ``layerwise`` it updates inside the backward pass, which `Config` allows for the optimizers of this library.
     """
     assert isinstance(config, AdamWConfig)  # DeepSpeed makes the other kind itself
     options = dataclasses.asdict(config)
+    kind = next((kind for of, kind in _CLASSES if isinstance(config, of)), None)
     if layerwise:
-        mini = not isinstance(config, ApolloConfig)
-        return in_backward.attach(model, mini=mini, **options, seed=seed)
-    if isinstance(config, ApolloConfig):
-        return APOLLO(model, **options, seed=seed)
-    if isinstance(config, ApolloMiniConfig):
-        return APOLLOMini(model, **options, seed=seed)
+        return in_backward.attach(model, optimizer=kind, **options, seed=seed)
+    if kind is not None:
+        made: torch.optim.Optimizer = kind(model, **options, seed=seed)
+        return made
     return torch.optim.AdamW(model.parameters(), **options)
 
 
@@ -54,8 +70,9 @@ def local(tensor: Tensor) -> Tensor:
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:
     """Bytes of optimizer state that this rank holds."""
-    if isinstance(optimizer, (APOLLO, APOLLOMini)):
-        return optimizer.state_bytes()
+    ours = getattr(optimizer, "state_bytes", None)
+    if ours is not None:
+        return int(ours())
     tensors = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor))
     return sum(local(tensor).numel() * tensor.element_size() for tensor in tensors)
 

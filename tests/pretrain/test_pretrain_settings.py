@@ -16,7 +16,7 @@ from apollo_dist.pretrain.settings import help_text, known_keys, load_settings
 RECIPES = ["tiny", "60M", "130M", "350M", "1B", "7B", "13B", "70B", "13B-DDP", "7B-throughput"]
 
 
-@pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini", "adamw"])
+@pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini", "scale", "adam-mini", "adamw"])
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads_with_every_optimizer(recipe: str, optimizer: str) -> None:
     config = load_settings(["--recipe", recipe, "--optimizer", optimizer]).config
