@@ -220,3 +220,38 @@ def test_lint_knows_the_names():
         assert not check({**config, "optimizer": {"type": kind, "params": {"lr": 1e-3}}})
         (found,) = check({**config, "optimizer": {"type": kind, "params": {"lr": 1e-3, "rank": 4}}})
         assert "unknown argument 'rank'" in found
+
+
+@pytest.mark.parametrize("kind", [SCALE, AdamMini])
+def test_bare_parameters_and_the_model_later(kind):
+    """As the Trainer builds optimizers: two groups of bare parameters, and the model by ``attach``."""
+    found = []
+    for bare in (False, True):
+        model = Llama().double()
+        if bare:
+            decays = [p for p in model.parameters() if p.dim() > 1]
+            rest = [p for p in model.parameters() if p.dim() < 2]
+            optimizer = kind([{"params": decays}, {"params": rest, "weight_decay": 0.0}], lr=0.02)
+            optimizer.attach(model)
+        else:
+            optimizer = kind(model, lr=0.02)
+        for step in range(3):
+            for name, p in model.named_parameters():
+                p.grad = gradients(shapes_of(model), step, 0)[name]
+            optimizer.step()
+        found.append([p.detach() for p in model.parameters()])
+    assert all(map(torch.equal, *found))
+
+
+def test_copies_and_pickles_keep_the_roles():
+    model = Llama().double()
+    optimizer = AdamMini(model, lr=0.02)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    twin, copied = copy.deepcopy((model, optimizer))
+    for one, of in ((optimizer, model), (copied, twin)):
+        for p in of.parameters():
+            p.grad = torch.full_like(p, 0.5)
+        one.step()
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
