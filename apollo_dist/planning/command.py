@@ -23,9 +23,9 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "plan",
         help="memory and traffic of a run, before it starts",
-        description="Prints what the worst rank of a run holds under APOLLO, APOLLO-Mini, SCALE, Adam-mini and AdamW, the "
-        "largest micro-batch that fits, and what a step sends. No device and no other rank is needed. Exit code: 0 if the "
-        "recipe's optimizer fits, 1 if not, 2 if the arguments make no sense.",
+        description="Prints what the worst rank of a run holds under APOLLO, APOLLO-Mini, SCALE, Adam-mini and AdamW, "
+        "the largest micro-batch that fits, and what a step sends. No device and no other rank is needed. Exit code: 0 "
+        "if the recipe's optimizer fits, 1 if not, 2 if the arguments make no sense.",
     )
     add = parser.add_argument
     add("recipe", metavar="RECIPE", help="as for apollo_dist.pretrain: a name such as 13B, or a YAML file")
