@@ -53,10 +53,10 @@ TORCH = _Torch()
 
 # Before the step: nothing is kept of it.
 BUILDING: dict[str, Place] = {
-    "following the model": (base.APOLLO, "_follow_model", 1),
+    "following the model": (base.ShardedOptimizer, "_follow_model", 1),
     "looking for groups of ranks": (dtensor, "_needed", 1),
     "reading layouts": (detect, "read", 1),
-    "choosing": (plan, "is_low_rank", 2),
+    "choosing": (plan, "rule_of", 2),
     "planning": (shard_group, "make_plan", 1),
     "making states": (shard_group, "ready", 3),
     "allocating a moment": (TORCH, "zeros", 2),
