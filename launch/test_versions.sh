@@ -51,7 +51,7 @@ fi
 
 # install ENVIRONMENT PYTHON TORCH DEEPSPEED TRANSFORMERS ACCELERATE
 install() {
-    local packages=("torch==$3" "deepspeed==$4" accelerate transformers numpy pyyaml tqdm datasets tokenizers psutil
+    local packages=("torch==$3" "deepspeed==$4" accelerate transformers numpy pyyaml tqdm "datasets>=3.0" tokenizers psutil
         "pytest>=8" setuptools ninja)
     [[ -z "$5" ]] || packages+=("transformers==$5.*")
     [[ -z "$6" ]] || packages+=("accelerate==$6.*")
