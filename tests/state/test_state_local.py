@@ -11,7 +11,7 @@ from apollo_dist import APOLLO
 
 from ..optimizers.torch_suite import problem, same, take
 from ..ranks import run_ranks
-from ..versions import MISSING_STATES, needs_no_dist
+from ..versions import MISSING_STATES, needs_fsdp2, needs_no_dist
 from .state_runs import alone, quietly
 
 
@@ -32,6 +32,7 @@ def test_one_rank_alone_may_ask_and_files_by_rank_continue(engine, world):
         assert "ranks disagree: loaded state of" in found["steps differ"]
 
 
+@needs_fsdp2
 def test_torchtitans_flat_state_dict_resumes_to_the_same_bits(tmp_path):
     for found in run_ranks(quietly, 2, str(tmp_path), timeout=120):
         assert not found["held"]
