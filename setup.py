@@ -17,12 +17,12 @@ def version() -> str:
     return found.group(1)
 
 
-# All lower bounds are the oldest line of the table in docs/versions.md; launch/test_versions.sh tries others. Some
+# Lower bounds are those of the oldest line in docs/versions.md that passes; launch/test_versions.sh tries others. Some
 # versions in between have faults of their own, which apollo_dist refuses (integrations/deepspeed_config/faults.py).
-DEEPSPEED = ["deepspeed>=0.16.9"]
+DEEPSPEED = ["deepspeed>=0.17.6"]
 
 # accelerate has no FSDP2 (`fsdp_version`) before 1.6.
-HUGGINGFACE = ["transformers>=4.48", "accelerate>=1.6", *DEEPSPEED]
+HUGGINGFACE = ["transformers>=4.55", "accelerate>=1.6", *DEEPSPEED]
 
 # Its strategies for FSDP: docs/integrations.md.
 LIGHTNING = ["lightning>=2.4"]
@@ -67,7 +67,7 @@ setup(
     packages=find_packages(include=["apollo_dist", "apollo_dist.*"]),
     package_data={"apollo_dist": ["py.typed", "pretrain/recipes/*.yaml"]},
     python_requires=">=3.10",  # docs/versions.md says with which versions each was tested
-    install_requires=["torch>=2.6", "numpy", "pyyaml"],
+    install_requires=["torch>=2.8", "numpy", "pyyaml"],
     extras_require={
         "deepspeed": DEEPSPEED,
         "huggingface": HUGGINGFACE,
@@ -86,7 +86,6 @@ setup(
         "Programming Language :: Python :: 3",
         "Programming Language :: Python :: 3.10",
         "Programming Language :: Python :: 3.11",
-        "Programming Language :: Python :: 3.12",
         "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",

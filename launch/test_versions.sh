@@ -28,7 +28,7 @@ while (($#)); do
     esac
     shift
 done
-((${#VERSIONS[@]})) || VERSIONS=(2.6.0:0.16.9:4.48:1.6 2.8.0:0.17.6:4.55 2.11.0:0.18.5:5.17 2.13.0:0.19.8:5.23 2.15.0:0.19.8:5.24)
+((${#VERSIONS[@]})) || VERSIONS=(2.8.0:0.17.6:4.55 2.11.0:0.18.5:5.17 2.13.0:0.19.8:5.23 2.15.0:0.19.8:5.24)
 
 # Every engine, named parameters by name, the optimizer's contract, state dicts and checkpoints.
 QUICK=(exact_torch exact_sharded exact_zero exact_zero3 exact_bf16 layerwise in_backward optim_contract optim_contract_load

@@ -125,7 +125,7 @@ def test_the_same_python_versions_are_named_everywhere() -> None:
     setup, project, venv = ((ROOT / name).read_text() for name in ("setup.py", "pyproject.toml", "launch/venv.sh"))
     assert "Python 3.11" in README
     assert 'python_requires=">=3.10"' in setup
-    assert re.findall(r"Programming Language :: Python :: 3\.(\d+)", setup) == ["10", "11"]
+    assert re.findall(r"Programming Language :: Python :: 3\.(\d+)", setup) == ["10", "11", "13"]
     assert 'target-version = "py310"' in project
     assert 'python_version = "3.10"' in project
     assert "sys.version_info < (3, 11)" in venv  # what constraints.txt takes
