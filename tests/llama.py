@@ -39,7 +39,7 @@ def llama(seed: int = 0) -> nn.Module:
         LlamaConfig(
             hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, vocab_size=VOCABULARY,
             max_position_embeddings=2 * LENGTH,
-            # transformers 4.57 adds to its cache of keys once more where layers are computed again in the backward pass.
+            # transformers 4.57 fills its cache of keys once more where the backward pass computes layers again.
             use_cache=False,
         )
     )  # fmt: skip
