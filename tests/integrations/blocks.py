@@ -28,6 +28,11 @@ FSDP2: Mapping[str, Any] = {"version": 2}
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "integrations.md"
 
 
+def with_fsdp(config: dict[str, Any] | None) -> dict[str, Any]:
+    """What ``TrainingArguments`` needs for FSDP; nothing without it, for transformers 4.57 takes no ``fsdp=False``."""
+    return {} if config is None else {"fsdp": True, "fsdp_config": config}
+
+
 @contextmanager
 def accelerate_on_cpu(fsdp: Mapping[str, Any] | None = FSDP2) -> Iterator[None]:
     """Accelerate on CPU. For FSDP it takes the group for one of GPUs: on CPUs it ignores FSDP, and takes DDP.

@@ -33,6 +33,7 @@ from .blocks import (
     run_documented,
     watched,
     whole_weights,
+    with_fsdp,
 )
 from .trainer_optim_runs import by_torch
 
@@ -199,10 +200,9 @@ def made(model: nn.Module, fsdp: dict[str, Any] | None, kind: str, given: dict[s
     """A Trainer."""
     from transformers import Trainer, TrainingArguments
 
-    sharded = {} if fsdp is None else {"fsdp": True, "fsdp_config": fsdp}
     arguments = TrainingArguments(
-        **{"output_dir": tempfile.mkdtemp(), **settings, **sharded}, max_steps=STEPS, per_device_train_batch_size=2,
-        lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1,
+        **{"output_dir": tempfile.mkdtemp(), **settings, **with_fsdp(fsdp)}, max_steps=STEPS,
+        per_device_train_batch_size=2, lr_scheduler_type="linear", warmup_steps=2, weight_decay=0.1,
         max_grad_norm=0.0, report_to=[], logging_strategy="no", disable_tqdm=True,
     )  # fmt: skip
     optimizer = (getattr(apollo_dist, kind), given)

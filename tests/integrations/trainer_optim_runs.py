@@ -17,7 +17,7 @@ import apollo_dist
 
 from ..llama import GAP, RANK, RATE, STAGES, dense, errors, llama, whole_batches
 from ..versions import APOLLO_NAMES, LABELS, deepspeed_runs
-from .blocks import accelerate_on_cpu, dataset, resumes_exactly, run_documented, watched, whole_weights
+from .blocks import accelerate_on_cpu, dataset, resumes_exactly, run_documented, watched, whole_weights, with_fsdp
 
 LINEAR = [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]  # the Trainer's schedule: two steps up, four down
 MINI = f"rank=1, scale=4.0, scale_type=tensor, update_proj_gap={GAP}"
@@ -51,7 +51,7 @@ def torch_run(fsdp: dict[str, Any] | None, *given: Any, adamw: str = "nothing", 
     """A run without DeepSpeed; without a config for FSDP it takes DDP. ``options`` are the reference's."""
     model = llama()
     with accelerate_on_cpu(fsdp), watched(model) as watch:
-        running = named(model, *given, fsdp=fsdp is not None, fsdp_config=fsdp)
+        running = named(model, *given, **with_fsdp(fsdp))
         running.train()
         assert isinstance(watch.optimizer, apollo_dist.APOLLO)
         assert getattr(watch.optimizer, "updates_in_backward", False) == (given[:1] == ("apollo_adamw_layerwise",))
@@ -106,7 +106,7 @@ def torch_resumed(fsdp: dict[str, Any] | None, *given: Any) -> bool:
     """Whether the Trainer's own checkpoint resumes exactly."""
     return resumes_exactly(
         lambda: accelerate_on_cpu(fsdp),
-        lambda **settings: named(llama(), *given, fsdp=fsdp is not None, fsdp_config=fsdp, **settings),
+        lambda **settings: named(llama(), *given, **with_fsdp(fsdp), **settings),
         whole_weights,
     )
 

@@ -69,7 +69,7 @@ def two_ranks(folder: Path, name: str) -> Path:
 
 def test_plain_python_writes_metrics_picture_and_summary(folder: Path) -> None:
     first = rows(folder / "one")[0]
-    assert set(first) == {"step", "loss", "lr", "tokens", "tokens_per_s", "elapsed"}
+    assert set(first) == {"step", "loss", "lr", "tokens", "tokens_per_s", "peak_memory", "elapsed"}
     assert sorted(losses(folder / "one")) == STEPS
     assert sorted(validations(folder / "one")) == [3, 6, 8]
     assert (folder / "one" / "loss.png").read_bytes().startswith(b"\x89PNG")

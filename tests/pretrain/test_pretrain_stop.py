@@ -167,8 +167,8 @@ def at_step(monkeypatch: pytest.MonkeyPatch) -> Callable[[int, Callable[[], obje
     original = Metrics.train
 
     def install(step: int, work: Callable[[], object]) -> None:
-        def train(self: Metrics, row: dict[str, float], device: object) -> None:
-            original(self, row, device)  # type: ignore[arg-type]
+        def train(self: Metrics, row: dict[str, float]) -> None:
+            original(self, row)
             if row["step"] == step:
                 work()
 
