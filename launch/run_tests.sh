@@ -5,9 +5,9 @@
 #
 #   --fast    leaves out the tests marked slow (more than about 20 seconds on two idle cores); without it all are run
 #
-#   APOLLO_TEST_JOBS=0             how many processes of pytest share the files, side by side; 0: one. Two are faster on two
-#                                  cores, but tests of jobs that are killed at a given moment may then be late
-#   APOLLO_TEST_TIMEOUT_SCALE=1    multiplies every deadline of the tests, for machines that have more to do
+#   APOLLO_TEST_JOBS=2             how many processes of pytest share the files, side by side; 0: one, as --pdb and -s need
+#   APOLLO_TEST_TIMEOUT_SCALE=2    multiplies every deadline of the tests, for machines that have more to do; a test that
+#                                  passes does not wait for its deadline
 #
 # Ends with pytest's closing line; the exit status is that of the first step that failed.
 set -euo pipefail
@@ -38,7 +38,8 @@ say "mypy"
 mypy
 say "shellcheck"
 shellcheck -x launch/*.sh launch/*.sbatch launch/site.env.example benchmarks/*.sh tests/launch/*.sh
+export APOLLO_TEST_TIMEOUT_SCALE="${APOLLO_TEST_TIMEOUT_SCALE:-2}"
 say "pytest"
 # The cases of a file run in one process; tests/conftest.py says which files share one, and which start first.
-python -m pytest -n "${APOLLO_TEST_JOBS:-0}" --no-loadscope-reorder \
+python -m pytest -n "${APOLLO_TEST_JOBS:-2}" --no-loadscope-reorder \
     "${pytest_args[@]+"${pytest_args[@]}"}"
