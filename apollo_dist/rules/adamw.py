@@ -34,29 +34,9 @@ class AdamW(ElementRule):
     state = ("exp_avg", "exp_avg_sq")
     options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-6, not_negative)}
 
-    def update(
-        self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
-    ) -> None:
-        """One fused pass. The kernel divides by its own correction of V, so epsilon is multiplied by that before."""
-        adam_step(
-            weights,
-            grads,
-            *(state[name] for name in self.state),
-            step=step,
-            lr=group["lr"],
-            betas=group["betas"],
-            eps=group["eps"] / math.sqrt(1.0 - group["betas"][1] ** step),
-            maximize=group["maximize"],
-        )
-
-
-class TorchAdamW(ElementRule):
-    """PyTorch's form."""
-
-    name = "torch's AdamW"
-    decay_first = True
-    state = AdamW.state
-    options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-8, not_negative)}
+    def epsilon(self, step: int, group: Group) -> float:
+        """Epsilon for a kernel that divides by its own correction of V: multiplied by that before."""
+        return float(group["eps"] / math.sqrt(1.0 - group["betas"][1] ** step))
 
     def update(
         self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
@@ -69,6 +49,18 @@ class TorchAdamW(ElementRule):
             step=step,
             lr=group["lr"],
             betas=group["betas"],
-            eps=group["eps"],
+            eps=self.epsilon(step, group),
             maximize=group["maximize"],
         )
+
+
+class TorchAdamW(AdamW):
+    """PyTorch's form."""
+
+    name = "torch's AdamW"
+    decay_first = True
+    options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-8, not_negative)}
+
+    def epsilon(self, step: int, group: Group) -> float:
+        """The kernel's correction of V is inside of epsilon, as here."""
+        return float(group["eps"])
