@@ -21,7 +21,7 @@ def place_whole(
     for name, parameter, module in list(named_parameters_and_modules(model)):
         made = materialize(parameter, module, name, device, dtype or parameter.dtype)
         initial.fill(name, made.data)
-    _move_buffers(model, device)
+    move_buffers(model, device)
     return model
 
 
@@ -76,7 +76,8 @@ def fsdp1_shards(model: nn.Module) -> dict[str, Tensor]:
     return {name.replace(_FSDP1_PREFIX, ""): p.detach() for name, p in model.named_parameters()}
 
 
-def _move_buffers(model: nn.Module, device: torch.device) -> None:
+def move_buffers(model: nn.Module, device: torch.device) -> None:
+    """Put the buffers of ``model`` on ``device``."""
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, buffer.to(device))

@@ -9,7 +9,7 @@ from torch import nn
 
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.initial import InitialWeights, named_parameters_and_modules
-from apollo_dist.pretrain.placing import materialize
+from apollo_dist.pretrain.placing import materialize, move_buffers
 
 
 def partition(model: nn.Module, initial: InitialWeights, ranks: Ranks, dtype: torch.dtype, values: Any) -> None:
@@ -53,9 +53,7 @@ def partition(model: nn.Module, initial: InitialWeights, ranks: Ranks, dtype: to
             first.convert_to_zero_parameters(param_list=[made])
         if plain:
             _fill(name, made, initial, ranks)
-    for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False)):
-            setattr(module, name, buffer.to(ranks.device))
+    move_buffers(model, ranks.device)
 
 
 def _fill(name: str, parameter: Any, initial: InitialWeights, ranks: Ranks) -> None:
