@@ -65,24 +65,20 @@ def attach(
         ValueError: on all ranks alike, for what cannot be exact: DDP, FSDP1, DeepSpeed, several ranks with whole
             parameters, fp16 (which needs a scaled loss), ``skip_nonfinite``.
     """
-    if optimizer is None:
-        kind: type[UpdatesInBackward] = LayerwiseAPOLLOMini if mini else LayerwiseAPOLLO
-    elif mini:
+    if optimizer is not None and mini:
         raise ValueError("mini=True is for APOLLO: leave it out, or optimizer=")
-    else:
-        kind = layerwise(optimizer)
+    kind = layerwise(optimizer or (APOLLOMini if mini else APOLLO))
     return kind(model, params, **options)
-
-
-_KINDS: dict[type[ShardedOptimizer], type[UpdatesInBackward]] = {}
 
 
 def layerwise(optimizer: type[ShardedOptimizer]) -> type[UpdatesInBackward]:
     """The class of an optimizer that updates inside backward."""
     if not isinstance(optimizer, type) or not issubclass(optimizer, ShardedOptimizer):
         raise ValueError(f"optimizer must be one of apollo_dist's classes, got {optimizer!r}")
-    name, doc = f"Layerwise{optimizer.__name__}", {"__doc__": optimizer.__doc__}
-    return _KINDS.setdefault(optimizer, type(name, (UpdatesInBackward, optimizer), doc))
+    if optimizer not in _KINDS:
+        name, doc = f"Layerwise{optimizer.__name__}", {"__doc__": optimizer.__doc__}
+        _KINDS[optimizer] = type(name, (UpdatesInBackward, optimizer), doc)
+    return _KINDS[optimizer]
 
 
 @dataclass(eq=False)
@@ -345,6 +341,13 @@ class LayerwiseAPOLLO(UpdatesInBackward, APOLLO):
 
 class LayerwiseAPOLLOMini(LayerwiseAPOLLO, APOLLOMini):
     """``LayerwiseAPOLLO`` with the defaults of ``APOLLOMini``."""
+
+
+# By optimizer its class that updates inside backward, made when it is asked for.
+_KINDS: dict[type[ShardedOptimizer], type[UpdatesInBackward]] = {
+    APOLLO: LayerwiseAPOLLO,
+    APOLLOMini: LayerwiseAPOLLOMini,
+}
 
 
 def _fp16(what: str) -> str:
