@@ -35,7 +35,7 @@ class AdamW(ElementRule):
     options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-6, not_negative)}
 
     def epsilon(self, step: int, group: Group) -> float:
-        """Epsilon for a kernel that divides by its own correction of V: multiplied by that before."""
+        """The kernel adds epsilon to the corrected root of V. Here both are corrected, so epsilon is, too."""
         return float(group["eps"] / math.sqrt(1.0 - group["betas"][1] ** step))
 
     def update(
