@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from apollo_dist.pretrain.config import OPTIMIZERS, JsonOptimizer
@@ -82,9 +83,15 @@ class Outcome:
     step_ms: float
     state_bytes: int
 
+    @property
+    def value(self) -> float:
+        """Bits per byte where they are known, else the loss."""
+        return self.loss if self.bits is None else self.bits
+
     @classmethod
+    @cache
     def of(cls, job: Job) -> Outcome:
-        """Read it from a finished run's folder."""
+        """Read it from a finished run's folder, which does not change any more."""
         rows = read_rows(job.folder / FILE)
         validated = [row for row in rows if "validation_loss" in row][-1]
         steps = [row for row in rows if "loss" in row]
@@ -128,14 +135,9 @@ def best(jobs: Sequence[Job]) -> Job:
 def line(jobs: Sequence[Job], rates: Sequence[Job]) -> str:
     """A line of the table: the runs of the best learning rate, and the other rates' results."""
     outcomes = [Outcome.of(job) for job in jobs]
-    values = [one.loss if one.bits is None else one.bits for one in outcomes]
+    values = [one.value for one in outcomes]
     spread = f" ± {statistics.stdev(values):.3f}" if len(values) > 1 else ""
-    others = ", ".join(
-        f"{job.lr:.3g}: {one.loss if one.bits is None else one.bits:.3f}"
-        for job in rates
-        if job.lr != jobs[0].lr
-        for one in [Outcome.of(job)]
-    )
+    others = ", ".join(f"{job.lr:.3g}: {Outcome.of(job).value:.3f}" for job in rates if job.lr != jobs[0].lr)
     step = statistics.median(one.step_ms for one in outcomes)
     cells = [jobs[0].optimizer, f"{jobs[0].lr:.3g}", f"{statistics.mean(values):.3f}{spread}", str(len(values)), others]
     return "| " + " | ".join([*cells, f"{outcomes[0].state_bytes:,}", f"{step:.0f}"]) + " |"
