@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .judge import assert_small
 from .models import relative_error
 from .reference import Reference
 
@@ -150,6 +151,4 @@ def step_rates(optimizer: torch.optim.Optimizer) -> list[float]:
 def assert_equal_to_one_process(cases: Mapping[str, dict[str, float] | str], tolerance: float = 1e-5) -> None:
     """Check the weights' errors of each case; where a run ended with a message, it fails with that."""
     for case, found in cases.items():
-        assert isinstance(found, dict), f"{case}: {found}"
-        worst = max(found, key=found.get)  # type: ignore[arg-type]
-        assert found[worst] < tolerance, f"{case}: {worst} is off by {found[worst]:.1e}"
+        assert_small(case, found, tolerance)

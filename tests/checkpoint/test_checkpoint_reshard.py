@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ..judge import assert_small
 from ..models import relative_error
 from ..ranks import run_ranks
 from .checkpoint_runs import expected, leg
@@ -32,5 +33,4 @@ def test_the_chain_equals_an_undisturbed_run(name, tmp_path):
             results if engine != "zero0 bf16" else []
         ):  # its fp32 masters are not to be seen, but in the next
             errors = {name: relative_error(w, wanted[name]) for name, w in weights.items()}
-            worst = max(errors, key=errors.get)
-            assert errors[worst] < tolerance, f"{engine} at {world}: {worst} is off by {errors[worst]:.1e}"
+            assert_small(f"{engine} at {world}", errors, tolerance)
