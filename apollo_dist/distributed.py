@@ -214,7 +214,7 @@ def gather(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     return everyone  # type: ignore[return-value]
 
 
-def agree(
+def check_same_on_all_ranks(
     facts: Mapping[str, object] | Callable[[], Mapping[str, object]],
     group: dist.ProcessGroup | None = None,
     explain: Callable[[str], str] = lambda fact: "",

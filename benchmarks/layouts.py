@@ -20,8 +20,8 @@ from apollo_dist.exchange import collectives
 from apollo_dist.planning.estimate import RULES, divide
 from apollo_dist.planning.fake import fake_ranks
 from apollo_dist.pretrain.model import decoder_layers
-from apollo_dist.sharding.local_shard import Holding, ShardGroup, whole_cover
-from apollo_dist.sharding.regions import FlatCover
+from apollo_dist.sharding.local_shard import LocalShard, ShardGroup, whole_partition
+from apollo_dist.sharding.regions import FlatPartition
 from apollo_dist.state.slots import Slot
 from apollo_dist.step.elementwise import ElementwiseTensor, step_elementwise
 from apollo_dist.step.matrix import specs_of
@@ -80,11 +80,11 @@ def make_step(
         p.grad = torch.empty_like(p, dtype=grads)
     optimizer = apollo_dist.APOLLO(model, process_group=group, **options)
     plans = optimizer.prepare()
-    low = {m.holding.name for plan in plans for step in plan.shard_groups for m in step.matrices}
-    held = [holding for plan in plans for holding, _ in plan.holdings]
+    low = {m.shard.name for plan in plans for step in plan.shard_groups for m in step.matrices}
+    held = [shard for plan in plans for shard, _ in plan.shards]
     elements = {True: 0, False: 0}
-    for holding in held:
-        elements[holding.name in low] += holding.numel
+    for shard in held:
+        elements[shard.name in low] += shard.numel
     return optimizer.step, {"matrices": elements[True], "rest": elements[False]}, optimizer.param_groups
 
 
@@ -108,19 +108,19 @@ def _flat_step(
     made = apollo_dist.APOLLO(model, process_group=dist.new_group([0]), **options).param_groups
     groups = {known[id(p)]: group for group in made for p in group["params"]}
     low = {name for name, group in groups.items() if group["rank"] is not None}
-    shard = ShardGroup(dist.group.WORLD, world, dist.get_rank()) if world > 1 else ShardGroup()
+    shard_group = ShardGroup(dist.group.WORLD, world, dist.get_rank()) if world > 1 else ShardGroup()
     entries: list[Entry] = []
     tensors: list[ElementwiseTensor] = []
     elements = {"matrices": 0, "rest": 0}
-    for name, cover in divide(shapes, low, layout, world).items():
-        holding = _flat(name, shapes[name], cover, shard, weights, grads, layout)
+    for name, partition in divide(shapes, low, layout, world).items():
+        shard = _flat(name, shapes[name], partition, shard_group, weights, grads, layout)
         group = groups[name]
-        elements["matrices" if name in low else "rest"] += holding.numel
+        elements["matrices" if name in low else "rest"] += shard.numel
         if name in low:
-            listed = specs_of(holding, RULES.matrix, group)
-            entries += [Entry(holding, *each, RULES.matrix, group) for each in listed]
-        elif holding.numel:
-            tensors.append(ElementwiseTensor(holding, RULES.element, group, Slot()))
+            listed = specs_of(shard, RULES.matrix, group)
+            entries += [Entry(shard, *each, RULES.matrix, group) for each in listed]
+        elif shard.numel:
+            tensors.append(ElementwiseTensor(shard, RULES.element, group, Slot()))
     step = ShardGroupStep(entries)
     step.load(lambda name: Slot(), options.get("cache_projection") is True)
 
@@ -135,22 +135,22 @@ def _flat_step(
 def _flat(
     name: str,
     shape: tuple[int, ...],
-    cover: FlatCover,
-    shard: ShardGroup,
+    partition: FlatPartition,
+    shard_group: ShardGroup,
     weights: torch.dtype,
     grads: torch.dtype,
     layout: str,
-) -> Holding:
-    count = cover.numel(shard.rank)
+) -> LocalShard:
+    count = partition.numel(shard_group.rank)
     weight, grad = (torch.empty(count, dtype=dtype, device=META) for dtype in (weights, grads))
-    return Holding(
+    return LocalShard(
         name=name,
         shape=shape,
         dtype=weights,
         device=META,
         layout=layout,
-        group=shard,
-        cover=cover if shard.size > 1 else whole_cover(count),
+        group=shard_group,
+        partition=partition if shard_group.size > 1 else whole_partition(count),
         weight=lambda: weight,
         grad=lambda: grad,
     )

@@ -30,7 +30,7 @@ from apollo_dist.exchange.collectives import Exchange
 from apollo_dist.exchange.plan import MatrixSpec, Plan, make_plan
 from apollo_dist.rules.apollo import APOLLO
 from apollo_dist.sharding.local_shard import ShardGroup
-from apollo_dist.sharding.regions import FlatCover, Range, cover_tiles, cut_ranges, even_ranges, row_ranges
+from apollo_dist.sharding.regions import FlatPartition, Range, cut_ranges, even_ranges, flat_partition_tiles, row_ranges
 from apollo_dist.step.matrix import exchanged
 
 Shape = tuple[int, int]
@@ -74,7 +74,7 @@ def parameters(model: str) -> int:
     return layers * block + 2 * VOCABULARY * hidden + hidden
 
 
-def covers(model: str, layout: str, world: int) -> dict[str, tuple[Shape, FlatCover]]:
+def partitions(model: str, layout: str, world: int) -> dict[str, tuple[Shape, FlatPartition]]:
     """What each rank holds of each matrix.
 
     FSDP1 wraps each decoder layer: its parameters are one flat buffer, cut evenly. ZeRO-1 (and 2) cut one flat buffer
@@ -93,7 +93,7 @@ def covers(model: str, layout: str, world: int) -> dict[str, tuple[Shape, FlatCo
             ranges[name] = row_ranges(m, n, world)
         elif layout == "zero3":
             ranges[name] = even_ranges(m * n, world)
-    return {name: ((shape[0], shape[1]), FlatCover(ranges[name])) for name, shape in matrices.items()}
+    return {name: ((shape[0], shape[1]), FlatPartition(ranges[name])) for name, shape in matrices.items()}
 
 
 def _flat(shapes: Shapes, partition: int, world: int) -> dict[str, tuple[Range, ...]]:
@@ -108,14 +108,14 @@ def _flat(shapes: Shapes, partition: int, world: int) -> dict[str, tuple[Range, 
 def specs(model: str, layout: str, optimizer: str, world: int) -> list[MatrixSpec]:
     """The matrices as the planner sees them."""
     return [
-        exchanged(name, m, n, RULE.spec(m, n, OPTIMIZERS[optimizer]), cover.tiles(0, m, n))
-        for name, ((m, n), cover) in covers(model, layout, world).items()
+        exchanged(name, m, n, RULE.spec(m, n, OPTIMIZERS[optimizer]), partition.tiles(0, m, n))
+        for name, ((m, n), partition) in partitions(model, layout, world).items()
     ]
 
 
 def prepare(model: str, layout: str, optimizer: str, world: int) -> tuple[Plan, Exchange]:
     """All that the middle rank works out before its first step."""
-    for known in (cover_tiles, row_ranges, even_ranges):
+    for known in (flat_partition_tiles, row_ranges, even_ranges):
         known.cache_clear()
     plan = make_plan(specs(model, layout, optimizer, world), world)
     assert plan.digest
@@ -244,9 +244,9 @@ def same_plan(model: str, world: int) -> bool:
         chosen = low_rank_names(of_model(llama, rank=1))
         start = time.perf_counter()
         found = []
-        for holding in read(list(llama.parameters()), lambda p: names[id(p)], Engine()):
-            if holding.name in chosen:
-                found += [spec for _, spec, _ in specs_of(holding, RULE, OPTIMIZERS["APOLLO"])]
+        for shard in read(list(llama.parameters()), lambda p: names[id(p)], Engine()):
+            if shard.name in chosen:
+                found += [spec for _, spec, _ in specs_of(shard, RULE, OPTIMIZERS["APOLLO"])]
         real = make_plan(found, world)
         print(
             f"{model} on {world} ranks: {len(found)} matrices read and planned in {time.perf_counter() - start:.2f} s"

@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed import agree, rank_of, run_together
+from ..distributed import check_same_on_all_ranks, rank_of, run_together
 from ..optimizers.base import ShardedOptimizer
 from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
-from ..sharding.local_shard import Holding, canonical_name, view_of
+from ..sharding.local_shard import LocalShard, canonical_name, view_of
 from ..step.elementwise import ElementwiseTensor
 from ..step.matrix import Matrix
 from ..step.plan import StepPlan
@@ -124,7 +124,9 @@ def contents(model: Any, optimizer: Any, saved: Mapping[str, Any] | None = None)
     found = Contents(engine=model if zero_engine.is_engine(model) else None)
     client = run_together(lambda: _client(found.engine, optimizer, saved is not None))
     found.weights_alone = client is None
-    agree({"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None})
+    check_same_on_all_ranks(
+        {"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None}
+    )
     if isinstance(client, ShardedOptimizer) and saved is not None:
         client.expect_state(
             {name for name, about in saved["parameters"].items() if about["kind"] not in (FROZEN, BUFFER)}
@@ -173,15 +175,15 @@ def _client(engine: Any, optimizer: Any, may_be_none: bool) -> torch.optim.Optim
     return inner
 
 
-def _ours(found: Contents, optimizer: ShardedOptimizer, builds: Sequence[StepPlan]) -> list[Holding]:
-    """Add state and description of an optimizer of ours; the holdings of its parameters."""
+def _ours(found: Contents, optimizer: ShardedOptimizer, builds: Sequence[StepPlan]) -> list[LocalShard]:
+    """Add state and description of an optimizer of ours; the shards of its parameters."""
     parameters = found.description.setdefault("parameters", {})
-    holdings = [holding for build in builds for holding, _ in build.holdings]
+    shards = [shard for build in builds for shard, _ in build.shards]
     for build in builds:
         parameters.update((name, {"kind": rule}) for name, rule in build.element_rules.items())
         for matrix in (m for group_step in build.shard_groups for m in group_step.matrices):
             rank = matrix.spec.rank
-            parameters[matrix.holding.name] = {"kind": LOW_RANK, "rank": rank} if rank else {"kind": matrix.rule.name}
+            parameters[matrix.shard.name] = {"kind": LOW_RANK, "rank": rank} if rank else {"kind": matrix.rule.name}
             _add_matrix(found, matrix)
         for tensor in build.elementwise:
             _add_adam(found, tensor)
@@ -189,7 +191,7 @@ def _ours(found: Contents, optimizer: ShardedOptimizer, builds: Sequence[StepPla
     found.groups = [
         (
             group,
-            [h.name for build in builds for h, of in build.holdings if of is group]
+            [h.name for build in builds for h, of in build.shards if of is group]
             + [name for build in builds for name, _, of in build.idle if of is group],
         )
         for group in optimizer.param_groups
@@ -199,7 +201,7 @@ def _ours(found: Contents, optimizer: ShardedOptimizer, builds: Sequence[StepPla
         "seed": optimizer.seed,
         "groups": [{"options": options_of(group), "parameters": names} for group, names in found.groups],
     }
-    return holdings
+    return shards
 
 
 def _add_matrix(found: Contents, m: Matrix) -> None:
@@ -224,12 +226,12 @@ def _add_matrix(found: Contents, m: Matrix) -> None:
 
 
 def _add_adam(found: Contents, tensor: ElementwiseTensor) -> None:
-    holding, key = tensor.holding, f"optimizer.{tensor.holding.name}"
-    boxes = holding.cover.boxes(holding.group.rank, holding.shape)
-    if not torch.Size(holding.shape).numel():
+    shard, key = tensor.shard, f"optimizer.{tensor.shard.name}"
+    boxes = shard.partition.boxes(shard.group.rank, shard.shape)
+    if not torch.Size(shard.shape).numel():
         return
     for name in tensor.names:
-        found.tensors[f"{key}.{name}"] = Shards.of(holding.shape, boxes, tensor.state[name], key)
+        found.tensors[f"{key}.{name}"] = Shards.of(shard.shape, boxes, tensor.state[name], key)
     _add_step(found, key, tensor.state, True)
 
 
@@ -239,21 +241,21 @@ def _add_step(found: Contents, key: str, state: dict[str, Any], writes: bool) ->
     found.after_load.append(lambda: state.update(step=int(step)))
 
 
-def _model(found: Contents, module: nn.Module, holdings: Sequence[Holding], optimized: set[int]) -> None:
-    """Add the weights: those that the optimizer updates from its holdings, the others from the model."""
+def _model(found: Contents, module: nn.Module, shards: Sequence[LocalShard], optimized: set[int]) -> None:
+    """Add the weights: those that the optimizer updates from its shards, the others from the model."""
     names = {canonical_name(name) for name, _ in module.named_parameters(remove_duplicate=False)}
-    for holding in holdings:
-        if holding.name not in names:
+    for shard in shards:
+        if shard.name not in names:
             raise ValueError(
-                f"the optimizer knows a parameter as {holding.name}, which is no name of the model's: a checkpoint is "
+                f"the optimizer knows a parameter as {shard.name}, which is no name of the model's: a checkpoint is "
                 "keyed by names. Build the optimizer from the model, or from named_parameters()"
             )
-        _add_holding(found, holding, found.description["parameters"][holding.name])
-    held = {holding.name for holding in holdings}
+        _add_shard(found, shard, found.description["parameters"][shard.name])
+    held = {shard.name for shard in shards}
     for name, parameter in module.named_parameters():
         name = canonical_name(name)
         if name not in held and id(parameter) not in optimized:
-            _add_holding(found, _frozen(name, parameter), {"kind": FROZEN})
+            _add_shard(found, _frozen(name, parameter), {"kind": FROZEN})
     first = rank_of() == 0
     for name, buffer in persistent_buffers(module):
         found.description["parameters"][name] = {**_described(buffer.shape, buffer.dtype), "kind": BUFFER}
@@ -261,21 +263,21 @@ def _model(found: Contents, module: nn.Module, holdings: Sequence[Holding], opti
             found.tensors[f"model.{name}"] = Shards.whole(buffer, writes=first)
 
 
-def _add_holding(found: Contents, holding: Holding, about: Mapping[str, Any]) -> None:
-    found.description["parameters"][holding.name] = {**_described(holding.shape, holding.dtype), **about}
-    if torch.Size(holding.shape).numel():
-        boxes, local = holding.cover.boxes(holding.group.rank, holding.shape), holding.weight()
-        if local.numel() != holding.numel:
+def _add_shard(found: Contents, shard: LocalShard, about: Mapping[str, Any]) -> None:
+    found.description["parameters"][shard.name] = {**_described(shard.shape, shard.dtype), **about}
+    if torch.Size(shard.shape).numel():
+        boxes, local = shard.partition.boxes(shard.group.rank, shard.shape), shard.weight()
+        if local.numel() != shard.numel:
             raise ValueError(
-                f"{holding.name}: its weights are not in memory between steps (NVMe offload), and cannot be saved or "
+                f"{shard.name}: its weights are not in memory between steps (NVMe offload), and cannot be saved or "
                 "loaded by name. Offload to the CPU, or use engine.save_checkpoint and load_checkpoint"
             )
-        found.tensors[f"model.{holding.name}"] = Shards.of(holding.shape, boxes, local, holding.name)
+        found.tensors[f"model.{shard.name}"] = Shards.of(shard.shape, boxes, local, shard.name)
 
 
-def _frozen(name: str, parameter: Tensor) -> Holding:
-    holding = zero_engine.read_frozen(name, parameter)
-    return detect.read([parameter], lambda _: name, zero.Engine())[0] if holding is None else holding
+def _frozen(name: str, parameter: Tensor) -> LocalShard:
+    shard = zero_engine.read_frozen(name, parameter)
+    return detect.read([parameter], lambda _: name, zero.Engine())[0] if shard is None else shard
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -16,7 +16,7 @@ from torch.optim import Adam, AdamW
 
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
-from ..sharding.local_shard import Holding, canonical_name
+from ..sharding.local_shard import LocalShard, canonical_name
 from .options import options_of
 from .shards import Shards
 
@@ -30,8 +30,8 @@ _STATE: dict[type[torch.optim.Optimizer], tuple[tuple[str, ...], tuple[str, ...]
 }
 
 
-def add(found: Contents, optimizer: torch.optim.Optimizer, module: nn.Module) -> list[Holding]:
-    """Add the optimizer's state and description to ``found``; the holdings of its parameters.
+def add(found: Contents, optimizer: torch.optim.Optimizer, module: nn.Module) -> list[LocalShard]:
+    """Add the optimizer's state and description to ``found``; the shards of its parameters.
 
     Raises:
         ValueError: for an optimizer whose state this version does not know.
@@ -56,23 +56,23 @@ def add(found: Contents, optimizer: torch.optim.Optimizer, module: nn.Module) ->
         return names_by_id[id(tensor)]
 
     parameters = found.description.setdefault("parameters", {})
-    holdings: list[Holding] = []
+    shards: list[LocalShard] = []
     for call in zero_engine.step_calls(found.wrapper, optimizer.param_groups):
         for group, tensors in call:
             names: list[str] = []
             for tensor in tensors:
                 held = detect.read([tensor], name_of, engine)
-                for holding in held:
-                    names.append(holding.name)
-                    parameters[holding.name] = {"kind": type(optimizer).__name__}
-                holdings += held
+                for shard in held:
+                    names.append(shard.name)
+                    parameters[shard.name] = {"kind": type(optimizer).__name__}
+                shards += held
                 _add_state(found, optimizer.state[tensor], tensor, [h for h in held if h.numel], known)
             _note_group(found, group, names)
     found.description["optimizer"] = {
         "name": type(optimizer).__name__,
         "groups": [{"options": options_of(group), "parameters": names} for group, names in found.groups],
     }
-    return holdings
+    return shards
 
 
 def _note_group(found: Contents, group: dict[str, Any], names: list[str]) -> None:
@@ -87,21 +87,21 @@ def _add_state(
     found: Contents,
     state: dict[str, Any],
     tensor: Tensor,
-    holdings: list[Holding],
+    shards: list[LocalShard],
     known: tuple[tuple[str, ...], tuple[str, ...]],
 ) -> None:
     """Add the state of one tensor, which holds parts of several parameters under ZeRO."""
     for moment in known[0]:
         if moment not in state:
             state[moment] = torch.zeros_like(tensor, memory_format=torch.preserve_format)
-        for holding in holdings:
-            boxes = holding.cover.boxes(holding.group.rank, holding.shape)
-            part = _part(_local(state[moment]), _local(tensor), holding)
-            found.tensors[f"optimizer.{holding.name}.{moment}"] = Shards.of(holding.shape, boxes, part, holding.name)
+        for shard in shards:
+            boxes = shard.partition.boxes(shard.group.rank, shard.shape)
+            part = _part(_local(state[moment]), _local(tensor), shard)
+            found.tensors[f"optimizer.{shard.name}.{moment}"] = Shards.of(shard.shape, boxes, part, shard.name)
     for number in known[1]:
         if number not in state:
             state[number] = torch.zeros((), dtype=torch.float32)
-        copies = {holding.name: state[number].detach().clone().view(1) for holding in holdings}
+        copies = {shard.name: state[number].detach().clone().view(1) for shard in shards}
         for name, copy in copies.items():
             found.tensors[f"optimizer.{name}.{number}"] = Shards.whole(copy)
         found.after_load.append(partial(_set_number, state, number, copies))
@@ -116,12 +116,12 @@ def _set_number(state: dict[str, Any], number: str, loaded: dict[str, Tensor]) -
         state[number].fill_(value)
 
 
-def _part(state: Tensor, tensor: Tensor, holding: Holding) -> Tensor:
-    """Where the holding's elements lie in a state that is laid out like ``tensor``."""
-    if holding.numel == tensor.numel():
+def _part(state: Tensor, tensor: Tensor, shard: LocalShard) -> Tensor:
+    """Where the shard's elements lie in a state that is laid out like ``tensor``."""
+    if shard.numel == tensor.numel():
         return state
-    at = (holding.weight().data_ptr() - tensor.data_ptr()) // tensor.element_size()
-    return state.view(-1)[at : at + holding.numel]
+    at = (shard.weight().data_ptr() - tensor.data_ptr()) // tensor.element_size()
+    return state.view(-1)[at : at + shard.numel]
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from .._version import __version__
-from ..distributed import agree, gather_together, rank_of, run_first, run_together, world_of
+from ..distributed import check_same_on_all_ranks, gather_together, rank_of, run_first, run_together, world_of
 from ..optimizers.options import plain
 from . import folder, hub
 from .contents import Contents, contents
@@ -93,7 +93,7 @@ def save(
     counted = _steps_of(found)
     step, keep = counted if step is None else plain(step), plain(keep)
     run_together(lambda: _check(step, keep))
-    agree({"step": step, "keep": keep, "background": background, "what is saved": found.description})
+    check_same_on_all_ranks({"step": step, "keep": keep, "background": background, "what is saved": found.description})
     module = model if found.engine is None else model.module
     # The first rank's, which writes them; all hear of a failure.
     files = run_together(lambda: {EXTRA: _pack(extra), **hub.files(module, tokenizer)} if rank_of() == 0 else {})

@@ -60,7 +60,7 @@ def _prepare(classes: Classes) -> Callable[..., Any]:
         replaced = bool(getattr(accelerator, "is_fsdp2", False))
         if replaced:
             for optimizer in ours:
-                optimizer._let_go()
+                optimizer._release_parameters()
         result = prepare(accelerator, *objects, **kwargs)
         model = next(item for item in result if isinstance(item, nn.Module))
         if not zero_engine.is_engine(model):

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import agree, run_together, together
+from ..distributed import check_same_on_all_ranks, run_together, together
 from ..rules.base import Rules
 from ..rules.registry import RULE, rules_of
 from ..selection.kept import KeptChoice
@@ -23,9 +23,9 @@ from ..step.failing import Failures, Steps
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import StepPlan, fingerprint, plan_step
 from .grouped import GroupedOptimizer
-from .model_ref import PresentModel, check_not_replaced
+from .model_ref import ModelRef, check_not_replaced
 from .options import plain
-from .param_groups import Member
+from .param_groups import ParamInfo
 
 logger = logging.getLogger("apollo_dist")
 
@@ -77,9 +77,9 @@ class ShardedOptimizer(GroupedOptimizer):
         self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
         self._choice, self._roles = KeptChoice(exclude), KeptRoles()
         self._process_group = process_group
-        self._model = PresentModel(params if model is None and isinstance(params, nn.Module) else model)
+        self._model = ModelRef(params if model is None and isinstance(params, nn.Module) else model)
         self._guard = NonFiniteGuard(plain(skip_nonfinite), plain(max_skipped_steps), process_group)
-        self._members: dict[int, Member] = {}
+        self._members: dict[int, ParamInfo] = {}
         # Keeps the given parameters alive, so that their ids stay theirs.
         self._given: list[Tensor] = []
         self._frozen_once = set()
@@ -90,7 +90,7 @@ class ShardedOptimizer(GroupedOptimizer):
         self._constructed = False
         self._failures = Failures(process_group)
         run_together(lambda: self._construct(params, common | declared, options), process_group)
-        agree(self._facts, process_group, self._explain)
+        check_same_on_all_ranks(self._facts, process_group, self._explain)
         self._constructed = True
 
     def prepare(self, engine: Any = None) -> list[StepPlan]:
@@ -200,10 +200,10 @@ class ShardedOptimizer(GroupedOptimizer):
         run_together(lambda: self._follow_model(engine), self._process_group)
         detect.make_groups((p for group in self.param_groups for p in group["params"]), self._process_group)
         built = run_together(lambda: self._build(engine), self._process_group)
-        agree(built.facts, self._process_group, self._explain)
+        check_same_on_all_ranks(built.facts, self._process_group, self._explain)
         # A build of the same parameters under other tensors is out of date.
         names = built.names()
-        self._begin(holding.name for holding, _ in built.holdings)
+        self._begin(shard.name for shard, _ in built.shards)
         self._generation += 1
         others = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
         with together(self._process_group):

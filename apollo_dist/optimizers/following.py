@@ -26,7 +26,7 @@ from .model_changes import (
     planned,
     tell_new,
 )
-from .model_ref import PresentModel, find_model
+from .model_ref import ModelRef, find_model
 from .picklable import PicklableOptimizer
 
 logger = logging.getLogger("apollo_dist")
@@ -86,7 +86,7 @@ class FollowingOptimizer(PicklableOptimizer):
                     "attach comes before the first step: parameters that came without names have state by now, and "
                     "projections that belong to their places in the list and not to their names in the model"
                 )
-            self._model = PresentModel(model)
+            self._model = ModelRef(model)
             self._follow(strict)
 
         run_together(local, self._process_group)
@@ -178,17 +178,17 @@ class FollowingOptimizer(PicklableOptimizer):
                 if engine.wrapper is None and id(p) not in self._members and not p.requires_grad
             ]
         if engine.wrapper is None:
-            self._planned = [planned(h.name, p) for (h, _), p in zip(built.holdings, built.tensors, strict=True)]
+            self._planned = [planned(h.name, p) for (h, _), p in zip(built.shards, built.tensors, strict=True)]
         if world_of(self._process_group) > 1:
-            self._unreduced |= self._frozen_once.intersection(holding.name for holding, _ in built.holdings)
+            self._unreduced |= self._frozen_once.intersection(shard.name for shard, _ in built.shards)
             self._frozen_once.difference_update(self._unreduced)
             self._frozen_once.update(name for name, _, _ in built.idle)
 
     def _check_reduced(self, built: StepPlan) -> None:
-        holdings = [holding for holding, _ in built.holdings]
-        self._unreduced = check_reduced(holdings, self._unreduced, self._process_group)
+        shards = [shard for shard, _ in built.shards]
+        self._unreduced = check_reduced(shards, self._unreduced, self._process_group)
 
-    def _let_go(self) -> None:
+    def _release_parameters(self) -> None:
         """Hold no parameters, only their names: they are about to be replaced, and ``attach`` follows."""
         # Under keys that are no ids, since those of freed tensors are used again.
         self._members = {-1 - i: m for i, m in enumerate(self._members.values())}

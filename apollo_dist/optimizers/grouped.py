@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..distributed import agree, rank_of, run_together
+from ..distributed import check_same_on_all_ranks, rank_of, run_together
 from ..rules.base import Rules
 from ..rules.registry import RULE, rules_of
 from ..rules.roles import Role
@@ -29,15 +29,15 @@ from .options import (
     validate_options,
 )
 from .param_groups import (
-    CHOOSE,
-    Member,
+    SELECT_BY_NAME,
+    ParamInfo,
     check_named_alike,
     chosen_groups,
-    member,
     named_parameters,
+    param_info,
     split_params,
 )
-from .stateful import given_twice
+from .stateful import check_no_duplicates
 
 logger = logging.getLogger("apollo_dist")
 
@@ -178,7 +178,7 @@ class GroupedOptimizer(FollowingOptimizer):
         given, members, chosen = list(self._given), dict(self._members), dict(self._choice.low_rank)
         try:
             run_together(lambda: self._add_group(param_group), self._process_group)
-            agree(
+            check_same_on_all_ranks(
                 lambda: fingerprint(self.seed, self.param_groups, self._members_of_groups(), self.rules),
                 self._process_group,
                 self._explain,
@@ -210,14 +210,16 @@ class GroupedOptimizer(FollowingOptimizer):
         if group.get(RULE) is None and not self._choose and _is_chosen(rules):
             group.setdefault("rank", None)
         if choose:
-            group[CHOOSE] = True
+            group[SELECT_BY_NAME] = True
         declared = {key: option.default for key, option in rules.options.items()}
         group = {**declared, **{k: self.defaults[k] for k in (options_of(rules) if own else COMMON)}, **group}
         validate_options(group, where, rules)
-        found = [member(len(self._given) + i, name, tensor, choose=choose) for i, (name, tensor) in enumerate(pairs)]
+        found = [
+            param_info(len(self._given) + i, name, tensor, choose=choose) for i, (name, tensor) in enumerate(pairs)
+        ]
         tensors = [tensor for _, tensor in pairs]
         self._leave_groups(tensors)
-        given_twice(zip((m.name for m in found), tensors, strict=True), self._members)
+        check_no_duplicates(zip((m.name for m in found), tensors, strict=True), self._members)
         added = dict(zip(map(id, tensors), found, strict=True))
         check_unique(m.name for m in [*self._members.values(), *added.values()])
         if not choose and group.get("rank") is not None:
@@ -280,7 +282,7 @@ class GroupedOptimizer(FollowingOptimizer):
             "process_group=GROUP, the group of the ranks that train the same parameters as they do"
         )
 
-    def _members_of_groups(self) -> list[list[Member]]:
+    def _members_of_groups(self) -> list[list[ParamInfo]]:
         return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]
 
 
@@ -291,14 +293,14 @@ def _is_chosen(rules: Rules) -> bool:
 
 def _without_choice(group: dict[str, Any], rank: int) -> dict[str, Any]:
     """A group of another APOLLO's ``param_groups`` as it was given to that: without a rank, if it came without."""
-    if not group.get(CHOOSE):
+    if not group.get(SELECT_BY_NAME):
         return group
     if group.get("rank") not in (None, rank):
         raise ValueError(
             f"a parameter group comes from an APOLLO that chose matrices for rank {group['rank']}, and this one is to "
-            f"choose for rank {rank}: pass rank={group['rank']}, or give the group a rank and no {CHOOSE!r}"
+            f"choose for rank {rank}: pass rank={group['rank']}, or give the group a rank and no {SELECT_BY_NAME!r}"
         )
-    return {key: value for key, value in group.items() if key not in (CHOOSE, "rank")}
+    return {key: value for key, value in group.items() if key not in (SELECT_BY_NAME, "rank")}
 
 
 def _as_groups(params: Any) -> list[dict[str, Any]]:

@@ -29,7 +29,7 @@ from ..step.shard_group import ShardGroupStep
 from .apollo import APOLLO, APOLLOMini
 from .base import ShardedOptimizer
 from .model_changes import any_trains
-from .model_ref import PresentModel
+from .model_ref import ModelRef
 
 # Updates inside backward under FSDP2 were wrong with torch 2.6 (on CPUs), and right with 2.8; 2.7 was not run.
 FSDP2_SINCE = "2.8"
@@ -120,7 +120,7 @@ class UpdatesInBackward(ShardedOptimizer):
         super().__init__(model if params is None else params, model=model, **options)
         # Hooks are on the parameters of now: no others may take their place, least of all the unsharded copies that
         # FSDP2 shows in the middle of a backward pass.
-        self._model = PresentModel(None)
+        self._model = ModelRef(None)
         self._hook_up()
 
     def _hook_up(self) -> None:
@@ -215,9 +215,9 @@ class UpdatesInBackward(ShardedOptimizer):
         numbers = {m.name: m.part for m in self._members.values()}
         parts: dict[int, _Part] = {number: _Part() for number in numbers.values()}
         for group_step in built.shard_groups:
-            parts[numbers[group_step.matrices[0].holding.name]].shard_groups.append(group_step)
+            parts[numbers[group_step.matrices[0].shard.name]].shard_groups.append(group_step)
         for tensor in built.elementwise:
-            parts[numbers[tensor.holding.name]].elementwise.append(tensor)
+            parts[numbers[tensor.shard.name]].elementwise.append(tensor)
         found = {}
         for p in self._hooked:
             part = parts[self._members[id(p)].part]
@@ -307,9 +307,9 @@ class UpdatesInBackward(ShardedOptimizer):
     def _attach_model(self, model: nn.Module, strict: bool) -> None:
         present = {id(p) for p in model.parameters()}
         if any(id(p) not in present for p in self._hooked):
-            self._let_go()
+            self._release_parameters()
 
-    def _let_go(self) -> None:
+    def _release_parameters(self) -> None:
         raise ValueError(
             "the model's parameters are replaced by others, and updates inside backward stay with those that they were "
             "attached to: call layerwise.attach once the model is wrapped (with Accelerate on what prepare() returned)"

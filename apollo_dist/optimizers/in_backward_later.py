@@ -13,7 +13,7 @@ from torch import nn
 from ..sharding import fsdp2
 from .grouped import GroupedOptimizer
 from .in_backward import LayerwiseAPOLLO
-from .model_ref import PresentModel
+from .model_ref import ModelRef
 
 
 class TrainerLayerwiseAPOLLO(LayerwiseAPOLLO):
@@ -44,11 +44,11 @@ class TrainerLayerwiseAPOLLO(LayerwiseAPOLLO):
         GroupedOptimizer._attach_model(self, model, strict)
         if fsdp2.reduced_together(model):
             self._waits, self._module = False, model
-            self._model = PresentModel(None)
+            self._model = ModelRef(None)
             super()._hook_up()
 
-    def _let_go(self) -> None:
+    def _release_parameters(self) -> None:
         if self._waits:
-            GroupedOptimizer._let_go(self)
+            GroupedOptimizer._release_parameters(self)
         else:
-            super()._let_go()
+            super()._release_parameters()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import gather
-from ..sharding.local_shard import Holding
+from ..sharding.local_shard import LocalShard
 
 logger = logging.getLogger("apollo_dist")
 
@@ -167,7 +167,7 @@ def check_removed(names: Sequence[str], new: Sequence[str]) -> None:
         )
 
 
-def check_reduced(holdings: Iterable[Holding], names: set[str], group: dist.ProcessGroup | None) -> set[str]:
+def check_reduced(shards: Iterable[LocalShard], names: set[str], group: dist.ProcessGroup | None) -> set[str]:
     """Find gradients of parameters that were frozen before, and that nothing averages over the ranks now.
 
     DistributedDataParallel averages what was trainable when it was built; a parameter that trains since then has
@@ -175,7 +175,7 @@ def check_reduced(holdings: Iterable[Holding], names: set[str], group: dist.Proc
     gradients are what shows that they were averaged. A collective, and it waits for the device; once for a parameter.
 
     Args:
-        holdings: of all parameters.
+        shards: of all parameters.
         names: those to look at, the same on all ranks.
         group: the ranks that train the same parameters.
 
@@ -186,11 +186,11 @@ def check_reduced(holdings: Iterable[Holding], names: set[str], group: dist.Proc
         ValueError: on all ranks alike.
     """
     norms: dict[str, float | None] = {}
-    for holding in holdings:
-        if holding.name in names and holding.layout == "whole":
-            grad = holding.grad()
+    for shard in shards:
+        if shard.name in names and shard.layout == "whole":
+            grad = shard.grad()
             wide = torch.float64 if grad is not None and grad.dtype == torch.float64 else torch.float32
-            norms[holding.name] = None if grad is None else float(torch.linalg.vector_norm(grad, dtype=wide))
+            norms[shard.name] = None if grad is None else float(torch.linalg.vector_norm(grad, dtype=wide))
     everyone = gather(norms, group)
     later = set()
     for name, mine in everyone[0].items():

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from ..sharding import dtensor, fsdp1
 from ..sharding.detect import logical_shape
 from ..sharding.local_shard import canonical_name
-from .param_groups import CHOOSE, Member, member
+from .param_groups import SELECT_BY_NAME, ParamInfo, param_info
 
 logger = logging.getLogger("apollo_dist")
 
 
-class PresentModel:
+class ModelRef:
     """A model held weakly, or none.
 
     Args:
@@ -67,7 +67,7 @@ class PresentModel:
         return None if self._model is None else self._model()
 
     def changes(
-        self, held: Sequence[Tensor], members: Mapping[int, Member], before: Set[int]
+        self, held: Sequence[Tensor], members: Mapping[int, ParamInfo], before: Set[int]
     ) -> tuple[list[str], list[str], list[str]]:
         """What became of an optimizer's parameters in the model.
 
@@ -90,8 +90,8 @@ class PresentModel:
         return [name for name in gone if name not in now], moved, new
 
     def follow(
-        self, groups: Sequence[dict[str, Any]], members: Mapping[int, Member], *, strict: bool
-    ) -> dict[int, Member]:
+        self, groups: Sequence[dict[str, Any]], members: Mapping[int, ParamInfo], *, strict: bool
+    ) -> dict[int, ParamInfo]:
         """Members for the parameters in ``groups``, with the model's names where none were given.
 
         A parameter that the model does not have any more is exchanged in ``groups``, in place, for the one that now has
@@ -110,21 +110,21 @@ class PresentModel:
         """
         now = self._parameters()
         names = {id(parameter): name for name, parameter in now.items()}
-        found: dict[int, Member] = {}
+        found: dict[int, ParamInfo] = {}
         replaced = 0
         for group in groups:
-            choose = bool(group.get(CHOOSE))
+            choose = bool(group.get(SELECT_BY_NAME))
             for i, parameter in enumerate(group["params"]):
                 known, name = members.get(id(parameter)), names.get(id(parameter))
                 if known is not None and known.named and name is None and known.name in now:
                     group["params"][i] = current = now[known.name]
                     _check_shape(known, current)
-                    found[id(current)] = member(len(found), known.name, current, choose=choose)
+                    found[id(current)] = param_info(len(found), known.name, current, choose=choose)
                     replaced += 1
                 elif known is not None and (known.named or (name is None and not strict)):
                     found[id(parameter)] = known
                 elif name is not None:
-                    found[id(parameter)] = member(len(found), name, parameter, choose=choose)
+                    found[id(parameter)] = param_info(len(found), name, parameter, choose=choose)
                 else:
                     raise ValueError(
                         f"a parameter of shape {tuple(parameter.shape)} is not one of {type(self.module).__name__}'s, "
@@ -143,7 +143,7 @@ class PresentModel:
         return found
 
 
-def _check_shape(known: Member, current: Tensor) -> None:
+def _check_shape(known: ParamInfo, current: Tensor) -> None:
     if logical_shape(current) != known.shape:
         raise ValueError(
             f"{known.name} had shape {known.shape} when the optimizer was built, and the model now has one of shape "

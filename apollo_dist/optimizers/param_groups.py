@@ -17,11 +17,11 @@ from ..sharding.local_shard import canonical_name
 from .options import check_known, options_of
 
 # Set by the optimizer on groups whose members the library chooses: they came without a rank.
-CHOOSE = "choose_by_name"
+SELECT_BY_NAME = "choose_by_name"
 
 
 @dataclass(frozen=True)
-class Member:
+class ParamInfo:
     """A parameter as it was given: canonical name (``param_3`` where none was), logical shape, dtype, whether named.
 
     Members with the same ``part`` step together: their matrices share a plan and its two collectives. ``choose`` says
@@ -36,8 +36,8 @@ class Member:
     choose: bool = False
 
 
-def member(index: int, name: str | None, tensor: torch.Tensor, *, choose: bool = False) -> Member:
-    """The member that a parameter becomes.
+def param_info(index: int, name: str | None, tensor: torch.Tensor, *, choose: bool = False) -> ParamInfo:
+    """What is known of a parameter as it was given.
 
     Args:
         index: its place among all parameters, which names it where ``name`` is None.
@@ -53,7 +53,7 @@ def member(index: int, name: str | None, tensor: torch.Tensor, *, choose: bool =
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}; APOLLO optimizes real floating-point parameters only")
     fsdp1.check(name, tensor)
-    return Member(name, detect.logical_shape(tensor), tensor.dtype, named, choose=choose)
+    return ParamInfo(name, detect.logical_shape(tensor), tensor.dtype, named, choose=choose)
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

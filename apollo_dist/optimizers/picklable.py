@@ -10,7 +10,7 @@ from torch import Tensor
 from ..state import parameter_state
 from ..state.slots import copied
 from ..step.failing import Failures
-from .model_ref import PresentModel
+from .model_ref import ModelRef
 from .stateful import StatefulOptimizer
 
 # What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
@@ -44,7 +44,7 @@ class PicklableOptimizer(StatefulOptimizer):
         self._process_group, self._engine, self._driver, self._constructed = None, None, None, True
         self._frozen_once = set()
         self._failures = Failures(None)
-        self._model = PresentModel(None)
+        self._model = ModelRef(None)
         self._init_state()
         self.state = defaultdict(dict, foreign)
         super().__setstate__(state)

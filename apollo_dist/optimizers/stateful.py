@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ..distributed import agree, rank_of, run_together
+from ..distributed import check_same_on_all_ranks, rank_of, run_together
 from ..rules.base import Rules
 from ..rules.registry import rules_of
 from ..rules.roles import Role
@@ -28,10 +28,10 @@ from ..step.failing import Failures
 from ..step.nonfinite import NonFiniteGuard
 from ..step.plan import StepPlan
 from .model_changes import Planned, Watch
-from .model_ref import PresentModel
+from .model_ref import ModelRef
 from .option_changes import OptionChanges
 from .options import make_plain, options_of, validate_options
-from .param_groups import CHOOSE, Member
+from .param_groups import SELECT_BY_NAME, ParamInfo
 from .targets import targets
 
 logger = logging.getLogger("apollo_dist")
@@ -54,10 +54,10 @@ class StatefulOptimizer(Optimizer):
     _choice: KeptChoice
     _roles: KeptRoles
     _from_model: bool
-    _members: dict[int, Member]
+    _members: dict[int, ParamInfo]
     _given: list[Tensor]
     _slots: dict[str, Slot]
-    _model: PresentModel
+    _model: ModelRef
     # State of whole parameters that was loaded, by name, until a build takes it over.
     _pending: dict[str, dict[str, Any]]
     # Names of the parameters when slots were loaded, which must have brought state for them; None where none were.
@@ -192,7 +192,7 @@ class StatefulOptimizer(Optimizer):
 
     def _tell_of_conversion(self) -> None:
         """Once: DeepSpeed is about to save what its converter cannot read."""
-        divided = any(h.layout == "zero" for build in self._builds.values() for h, _ in build.holdings)
+        divided = any(h.layout == "zero" for build in self._builds.values() for h, _ in build.shards)
         if divided and not self._told and rank_of(self._process_group) == 0:
             logger.warning(
                 "what DeepSpeed saves of this optimizer loads at the same number of ranks and stage only; "
@@ -220,7 +220,7 @@ class StatefulOptimizer(Optimizer):
             given = given if changed is None else changed
         # Nothing changes on any rank before all have read it.
         loaded = run_together(lambda: self._read(given), self._process_group)
-        agree(loaded.facts(), self._process_group)
+        check_same_on_all_ranks(loaded.facts(), self._process_group)
         self._accepted = frozenset()
         if rank_of() == 0:
             tell(loaded.notes)
@@ -279,7 +279,7 @@ class StatefulOptimizer(Optimizer):
             seed=self.seed,
             accepted=self._accepted,
             validate=self._validate,
-            decided_here=(CHOOSE,),
+            decided_here=(SELECT_BY_NAME,),
             options_of=lambda group: options_of(rules_of(group, self.rules)),
         )
 
@@ -302,7 +302,7 @@ class StatefulOptimizer(Optimizer):
     def _expected_choice(self) -> Mapping[str, bool]:
         raise NotImplementedError
 
-    def _members_in(self, group: Mapping[str, Any]) -> list[Member]:
+    def _members_in(self, group: Mapping[str, Any]) -> list[ParamInfo]:
         return [self._members[id(p)] for p in group["params"]]
 
     def _tensors(self, named: bool = False) -> list[Tensor]:
@@ -357,8 +357,8 @@ class StatefulOptimizer(Optimizer):
                 "apollo_dist.checkpoint to continue under another engine"
             )
         parameter_state.restore(build, self._pending, self._process_group)
-        for holding, _ in build.holdings:
-            self._pending.pop(holding.name, None)
+        for shard, _ in build.shards:
+            self._pending.pop(shard.name, None)
 
     def _show(self) -> None:
         """Fill ``state`` for other tools to look at; under DeepSpeed it is left to that."""
@@ -380,7 +380,7 @@ def _stack(name: str) -> str:
     return name.rpartition("[")[0] if name.endswith("]") else name
 
 
-def given_twice(tensors: Iterable[tuple[str, Tensor]], known: Mapping[int, Member]) -> None:
+def check_no_duplicates(tensors: Iterable[tuple[str, Tensor]], known: Mapping[int, ParamInfo]) -> None:
     """Raise ValueError if a tensor comes twice, or is known already: it would be updated twice in a step."""
     names = {key: m.name for key, m in known.items()}
     for name, tensor in tensors:

@@ -13,12 +13,12 @@ from ..rules.roles import UNKNOWN, Role
 from ..sharding.local_shard import matrices
 from ..state.loaded import Target
 from ..step.plan import Views
-from .param_groups import CHOOSE, Member
+from .param_groups import SELECT_BY_NAME, ParamInfo
 
 
 def targets(
     groups: Sequence[Mapping[str, Any]],
-    members: Sequence[Sequence[Member]],
+    members: Sequence[Sequence[ParamInfo]],
     own: Rules,
     chosen: Mapping[str, bool],
     roles: Mapping[str, Role],
@@ -34,7 +34,7 @@ def targets(
         roles: by name what a parameter is in its model.
     """
     views = Views(own)
-    listed: list[list[tuple[Member, Tensor, Mapping[str, Any], Rules]]] = []
+    listed: list[list[tuple[ParamInfo, Tensor, Mapping[str, Any], Rules]]] = []
     for group, held in zip(groups, members, strict=True):
         rules = rules_of(group, own)
         seen = [views.of(group, roles.get(m.name, Role(UNKNOWN))) for m in held]
@@ -48,7 +48,7 @@ def targets(
 
 
 def _target(
-    m: Member,
+    m: ParamInfo,
     parameter: Tensor,
     group: Mapping[str, Any],
     rules: Rules,
@@ -56,7 +56,9 @@ def _target(
     chosen: Mapping[str, bool],
     names: set[str],
 ) -> Target:
-    by_matrix = chosen.get(m.name) if group.get(CHOOSE) else isinstance(rules.rule_of(m.shape, group), MatrixRule)
+    by_matrix = (
+        chosen.get(m.name) if group.get(SELECT_BY_NAME) else isinstance(rules.rule_of(m.shape, group), MatrixRule)
+    )
     element = rules.element
     own = names - set(element.state)
     of_element = dict.fromkeys(element.state_of(group), m.shape)

@@ -16,8 +16,8 @@ from ..rules.roles import ROLE, Role
 from ..selection import choice
 from ..selection.choice import check_any, check_matrix, low_rank_names
 from ..selection.roles import of_names
-from ..sharding.local_shard import Cover, matrices, matrix_name
-from ..sharding.regions import FlatCover, Range, Tile, cut_ranges, even_ranges, row_ranges
+from ..sharding.local_shard import Partition, matrices, matrix_name
+from ..sharding.regions import FlatPartition, Range, Tile, cut_ranges, even_ranges, row_ranges
 from ..step.matrix import exchanged
 
 LAYOUTS = ("whole", "fsdp1", "fsdp2", "zero", "zero3")
@@ -91,12 +91,12 @@ def estimate(
     options = {"rank": rank, "scale_type": scale_type, "disable_nl": disable_nl}
     ranks = 1 if layout == "whole" else world
     low = {name: tuple(shape) for name, shape in shapes.items() if name in chosen}
-    covers = divide(shapes, chosen, layout, ranks, compute_bytes)
+    partitions = divide(shapes, chosen, layout, ranks, compute_bytes)
     for name, shape in low.items():
         check_matrix(name, shape, rank)
     calls = _sub_groups(low, sub_group_size, ranks) if layout == "zero3" else [low]
-    plans = [make_plan(_specs(part, covers, lambda _, m, n: matrix.spec(m, n, options)), ranks) for part in calls]
-    rest = [cover for name, cover in covers.items() if name not in chosen]
+    plans = [make_plan(_specs(part, partitions, lambda _, m, n: matrix.spec(m, n, options)), ranks) for part in calls]
+    rest = [partition for name, partition in partitions.items() if name not in chosen]
     result = estimate_plans(plans, rest, ranks, rules.element)
     return _repeated(result, world // ranks)
 
@@ -136,7 +136,7 @@ def estimate_rule(
     views = {name: {**group, ROLE: known[name]} for name in given}
     by_rule = {name: rules.rule_of(shape, views[name]) for name, shape in given.items()}
     ranks = 1 if layout == "whole" else world
-    covers = divide(given, (), layout, ranks, compute_bytes)
+    partitions = divide(given, (), layout, ranks, compute_bytes)
 
     def declared(name: str, m: int, n: int) -> Spec:
         matrix = by_rule[name]
@@ -145,8 +145,8 @@ def estimate_rule(
 
     calls = _sub_groups(given, sub_group_size, ranks) if layout == "zero3" else [given]
     of_matrices = [{n: s for n, s in part.items() if isinstance(by_rule[n], MatrixRule)} for part in calls]
-    plans = [make_plan(_specs(part, covers, declared), ranks) for part in of_matrices if part]
-    rest = [cover for name, cover in covers.items() if not isinstance(by_rule[name], MatrixRule)]
+    plans = [make_plan(_specs(part, partitions, declared), ranks) for part in of_matrices if part]
+    rest = [partition for name, partition in partitions.items() if not isinstance(by_rule[name], MatrixRule)]
     return _repeated(estimate_plans(plans, rest, ranks, rules.element, group), world // ranks)
 
 
@@ -166,7 +166,7 @@ def state_bytes(shapes: Shapes, rank: int, scale_type: str, world: int, layout: 
 
 def estimate_plans(
     plans: Iterable[Plan],
-    rest: Iterable[Cover],
+    rest: Iterable[Partition],
     ranks: int,
     element: ElementRule = RULES.element,
     group: Mapping[str, Any] | None = None,
@@ -175,7 +175,7 @@ def estimate_plans(
 
     Args:
         plans: of the low-rank matrices, one for each call of ``step()``.
-        rest: covers of the other parameters.
+        rest: partitions of the other parameters.
         ranks: of the shard group.
         element: the rule of the other parameters.
         group: their options; None for the rule's defaults.
@@ -183,9 +183,9 @@ def estimate_plans(
     state, sent, buffers, collectives = [0] * ranks, [0] * ranks, [0] * ranks, 0
     defaults = {key: option.default for key, option in element.options.items()}
     numbers = len(element.state_of(defaults if group is None else group))
-    for cover in rest:
+    for partition in rest:
         for k in range(ranks):
-            state[k] += NUMBER * numbers * cover.numel(k)
+            state[k] += NUMBER * numbers * partition.numel(k)
     for plan in plans:
         collectives += plan.needs_exchange1 + plan.needs_exchange2
         for k in range(ranks):
@@ -201,18 +201,20 @@ def estimate_plans(
 
 def divide(
     shapes: Shapes, low_rank: Collection[str], layout: str, world: int, compute_bytes: int = 4
-) -> dict[str, FlatCover]:
+) -> dict[str, FlatPartition]:
     """Which elements of each parameter each rank of a shard group holds; see ``estimate`` for the arguments."""
     given = {name: tuple(shape) for name, shape in shapes.items()}
     if layout == "fsdp1":
         return {
-            name: cover for unit in units(given) for name, cover in _flat_unit(unit, world, compute_bytes)[0].items()
+            name: partition
+            for unit in units(given)
+            for name, partition in _flat_unit(unit, world, compute_bytes)[0].items()
         }
-    covers: dict[str, FlatCover] = {}
+    partitions: dict[str, FlatPartition] = {}
     # ZeRO-1 and 2 have a flat buffer for each parameter group: the low-rank matrices, and the others.
     for part in parameter_groups(given, low_rank):
-        covers |= {name: FlatCover(ranges) for name, ranges in _divide_group(part, layout, world).items()}
-    return covers
+        partitions |= {name: FlatPartition(ranges) for name, ranges in _divide_group(part, layout, world).items()}
+    return partitions
 
 
 def shard_numel(shapes: Shapes, low_rank: Collection[str], layout: str, world: int, compute_bytes: int = 4) -> int:
@@ -246,8 +248,10 @@ def units(shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, tuple[int, ..
     return [unit for unit in found.values() if unit]
 
 
-def _flat_unit(unit: Mapping[str, tuple[int, ...]], world: int, compute_bytes: int) -> tuple[dict[str, FlatCover], int]:
-    """FSDP1's flat parameter of one wrapped module: the covers, and the elements of one rank's part."""
+def _flat_unit(
+    unit: Mapping[str, tuple[int, ...]], world: int, compute_bytes: int
+) -> tuple[dict[str, FlatPartition], int]:
+    """FSDP1's flat parameter of one wrapped module: the partitions, and the elements of one rank's part."""
     aligned = max(1, _FSDP1_ALIGNMENT // compute_bytes)
     starts, end = [], 0
     for shape in unit.values():
@@ -255,7 +259,7 @@ def _flat_unit(unit: Mapping[str, tuple[int, ...]], world: int, compute_bytes: i
         end = starts[-1] + math.prod(shape)
     part = -(-end // world)
     return {
-        name: FlatCover(cut_ranges(at, math.prod(shape), part, world))
+        name: FlatPartition(cut_ranges(at, math.prod(shape), part, world))
         for (name, shape), at in zip(unit.items(), starts, strict=True)
     }, part
 
@@ -283,7 +287,7 @@ def _flat_partition(numel: int, world: int) -> int:
 
 def _specs(
     low: Mapping[str, tuple[int, ...]],
-    covers: Mapping[str, FlatCover],
+    partitions: Mapping[str, FlatPartition],
     declared: Callable[[str, int, int], Spec],
 ) -> list[MatrixSpec]:
     """What is exchanged of matrices: ``declared`` takes a name and the shape m, n."""
@@ -291,10 +295,10 @@ def _specs(
     known: dict[tuple[int, tuple[int, ...]], list[tuple[tuple[Tile, ...], ...]]] = {}
     for name, shape in low.items():
         count, m, n = matrices(shape)
-        cover = covers[name]
-        key = (id(cover.ranges), shape)
+        partition = partitions[name]
+        key = (id(partition.ranges), shape)
         if key not in known:
-            known[key] = [cover.tiles(i, m, n) for i in range(count)]
+            known[key] = [partition.tiles(i, m, n) for i in range(count)]
         spec = declared(name, m, n)
         specs += [exchanged(matrix_name(name, i, count), m, n, spec, held) for i, held in enumerate(known[key])]
     return specs

@@ -17,7 +17,7 @@ from torch import nn
 from ..exchange.plan import Plan
 from ..optimizers.apollo import APOLLO
 from ..pretrain.config import ModelConfig
-from ..sharding.local_shard import Cover
+from ..sharding.local_shard import Partition
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,8 @@ class Reading:
     """
 
     plans: list[Plan]
-    low_rank: dict[str, Cover]
-    rest: dict[str, Cover]
+    low_rank: dict[str, Partition]
+    rest: dict[str, Partition]
 
 
 def meta_model(config: ModelConfig, sequence_length: int = 256) -> nn.Module:
@@ -94,10 +94,10 @@ def read_fsdp2(model: nn.Module, world: int, shards: int, optimizers: Sequence[d
 
 def _read(optimizer: APOLLO) -> Reading:
     plans: list[Plan] = []
-    covers: tuple[dict[str, Cover], dict[str, Cover]] = ({}, {})
+    partitions: tuple[dict[str, Partition], dict[str, Partition]] = ({}, {})
     for build in optimizer.prepare():
         plans += [group_step.plan for group_step in build.shard_groups]
-        matrices = {m.holding.name for group_step in build.shard_groups for m in group_step.matrices}
-        for holding, _ in build.holdings:
-            covers[holding.name not in matrices][holding.name] = holding.cover
-    return Reading(plans, *covers)
+        matrices = {m.shard.name for group_step in build.shard_groups for m in group_step.matrices}
+        for shard, _ in build.shards:
+            partitions[shard.name not in matrices][shard.name] = shard.partition
+    return Reading(plans, *partitions)

@@ -199,8 +199,8 @@ def _of_apollo_and_adamw(
             kind: estimate_plans(reading.plans, reading.rest.values(), shards)
             for kind, reading in zip(kinds, readings, strict=True)
         }
-        covers = [*readings[0].low_rank.values(), *readings[0].rest.values()]
-        return found | {"adamw": estimate_plans([], covers, shards)}
+        partitions = [*readings[0].low_rank.values(), *readings[0].rest.values()]
+        return found | {"adamw": estimate_plans([], partitions, shards)}
     found = {
         kind: estimate(
             shapes,

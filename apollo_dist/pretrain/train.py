@@ -8,7 +8,7 @@ from importlib.metadata import version
 import torch
 from torch import nn
 
-from apollo_dist.distributed import agree
+from apollo_dist.distributed import check_same_on_all_ranks
 from apollo_dist.pretrain.checkpoint import Checkpoints
 from apollo_dist.pretrain.compute import configure_compute
 from apollo_dist.pretrain.config import COMPUTE_KEYS, PLACE_KEYS, Config
@@ -177,7 +177,7 @@ def validate(run: Run) -> None:
 
 def _agree(facts: dict[str, object]) -> None:
     with alike():
-        agree(facts)
+        check_same_on_all_ranks(facts)
 
 
 def _validated(run: Run) -> Evaluation | None:

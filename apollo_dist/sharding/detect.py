@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from . import dtensor, fsdp1, whole
 from .deepspeed import zero
-from .local_shard import Holding
+from .local_shard import LocalShard
 
 
-def read(tensors: Sequence[Tensor], name_of: zero.Name, engine: zero.Engine) -> list[Holding]:
+def read(tensors: Sequence[Tensor], name_of: zero.Name, engine: zero.Engine) -> list[LocalShard]:
     """What this rank holds of the parameters in ``tensors`` (one parameter group's ``params``), in order.
 
     Args:
@@ -23,11 +23,11 @@ def read(tensors: Sequence[Tensor], name_of: zero.Name, engine: zero.Engine) -> 
     Raises:
         ValueError: if the layout of a tensor cannot be read; the message says what to do.
     """
-    holdings: list[Holding] = []
+    shards: list[LocalShard] = []
     for tensor in tensors:
         found = None if engine.wrapper is None else zero.read(engine.wrapper, tensor, name_of)
-        holdings += [_plain(tensor, name_of(tensor))] if found is None else found
-    return holdings
+        shards += [_plain(tensor, name_of(tensor))] if found is None else found
+    return shards
 
 
 def make_groups(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> None:
@@ -43,7 +43,7 @@ def make_groups(tensors: Iterable[Tensor], group: dist.ProcessGroup | None) -> N
     dtensor.make_groups(tensors, group)
 
 
-def _plain(tensor: Tensor, name: str) -> Holding:
+def _plain(tensor: Tensor, name: str) -> LocalShard:
     if tensor.grad is not None and tensor.grad.is_sparse:
         raise ValueError(
             f"{name} has a sparse gradient, which APOLLO does not support; use sparse=False in nn.Embedding"

@@ -1,8 +1,8 @@
 """DTensor parameters: FSDP2 (``fully_shard``) on any dim, HSDP, tensor parallelism, and both together.
 
 The mesh axes that shard a parameter make its shard group; axes that replicate it repeat the work. ``Shard(0)`` on one
-axis cuts a row-major tensor into runs of whole rows, which is a flat cover; other placements give each rank a product
-of index runs. Ranks beyond the last row hold nothing and still take part in everything.
+axis cuts a row-major tensor into runs of whole rows, which is a flat partition; other placements give each rank a
+product of index runs. Ranks beyond the last row hold nothing and still take part in everything.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.torch_version import TorchVersion
 
 from ..distributed import gather_together, global_rank, world_of
-from .grid import GridCover, Runs, chunk, positions, strided_chunk
+from .grid import GridPartition, Runs, chunk, positions, strided_chunk
 from .internals import first_of, version_of
-from .local_shard import WHOLE, Cover, Holding, ShardGroup, whole_cover
-from .regions import FlatCover, row_ranges
+from .local_shard import WHOLE, LocalShard, Partition, ShardGroup, whole_partition
+from .regions import FlatPartition, row_ranges
 
 # From this version of torch on ``_StridedShard`` cuts uneven dims as ``grid.strided_chunk`` does (2.6 and 2.8 do not,
 # 2.9 and 2.10 were not run).
@@ -34,8 +34,8 @@ UNEVEN_STRIDES = "2.11"
 _groups: list[tuple[object, tuple[int, ...], dist.ProcessGroup]] = []
 
 
-def read(name: str, parameter: DTensor) -> Holding:
-    """The holding of a DTensor parameter; local.
+def read(name: str, parameter: DTensor) -> LocalShard:
+    """The shard of a DTensor parameter; local.
 
     Where several mesh axes shard it, ``make_groups`` has made the process group over them.
 
@@ -44,26 +44,26 @@ def read(name: str, parameter: DTensor) -> Holding:
             not the part that the placements say.
     """
     local = parameter.to_local()
-    group, cover = _divide(name, parameter)
-    if local.numel() != cover.numel(group.rank):
+    group, partition = _divide(name, parameter)
+    if local.numel() != partition.numel(group.rank):
         raise ValueError(
             f"{name}: rank {group.rank} of the shard group holds {local.numel()} elements, expected "
-            f"{cover.numel(group.rank)} from {parameter.placements} of shape {tuple(parameter.shape)}"
+            f"{partition.numel(group.rank)} from {parameter.placements} of shape {tuple(parameter.shape)}"
         )
-    return Holding(
+    return LocalShard(
         name=name,
         shape=tuple(parameter.shape),
         dtype=parameter.dtype,
         device=local.device,
         layout="dtensor",
         group=group,
-        cover=cover,
+        partition=partition,
         weight=lambda: _local(parameter),
         grad=lambda: _local_grad(name, parameter),
     )
 
 
-def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Cover]:
+def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Partition]:
     mesh, placements, shape = parameter.device_mesh, parameter.placements, parameter.shape
     # Exact types: a kind of Shard that is not known may mean another order of rows.
     unsupported = [p for p in placements if type(p) not in (Replicate, Shard, _StridedShard)]
@@ -74,14 +74,14 @@ def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Cover]:
         )
     process_group = shard_group(parameter)
     if process_group is None:
-        return WHOLE, whole_cover(parameter.numel())
+        return WHOLE, whole_partition(parameter.numel())
     group = ShardGroup.of(process_group)
     sharded = [placements[axis] for axis in _sharding_axes(parameter)]
     if len(sharded) == 1 and type(sharded[0]) is Shard and sharded[0].dim % len(shape) == 0:
-        return group, FlatCover(row_ranges(shape[0], parameter.numel() // max(shape[0], 1), group.size))
+        return group, FlatPartition(row_ranges(shape[0], parameter.numel() // max(shape[0], 1), group.size))
     stands = places(mesh)
     ranks = dist.get_process_group_ranks(process_group)
-    return group, GridCover(tuple(_runs(parameter, stands[rank]) for rank in ranks))
+    return group, GridPartition(tuple(_runs(parameter, stands[rank]) for rank in ranks))
 
 
 def shard_group(parameter: DTensor) -> dist.ProcessGroup | None:

@@ -1,4 +1,4 @@
-"""Holdings inside the flat tensors that DeepSpeed gives to ``step()``; shared by the stages."""
+"""Local shards inside the flat tensors that DeepSpeed gives to ``step()``; shared by the stages."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .local_shard import Holding, ShardGroup, whole_cover
-from .regions import FlatCover, Range
+from .local_shard import LocalShard, ShardGroup, whole_partition
+from .regions import FlatPartition, Range
 
 logger = logging.getLogger("apollo_dist")
 
 
-def flat_holding(
+def flat_shard(
     name: str,
     shape: tuple[int, ...],
     parameter: Tensor,
@@ -22,7 +22,7 @@ def flat_holding(
     at: int,
     group: ShardGroup,
     ranges: tuple[Range, ...],
-) -> Holding:
+) -> LocalShard:
     """A parameter of which this rank's range lies in ``flat`` from position ``at`` on.
 
     The tensor is read at every step: under NVMe offload its memory comes and goes.
@@ -41,20 +41,20 @@ def flat_holding(
     def grad() -> Tensor | None:
         return None if flat.grad is None or not parameter.requires_grad else flat.grad.view(-1)[at:end]
 
-    return Holding(
+    return LocalShard(
         name=name,
         shape=shape,
         dtype=flat.dtype,
         device=flat.device,
         layout="zero",
         group=group,
-        cover=FlatCover(ranges) if group.size > 1 else whole_cover(stop - start),
+        partition=FlatPartition(ranges) if group.size > 1 else whole_partition(stop - start),
         weight=lambda: flat.detach().view(-1)[at:end],
         grad=grad,
     )
 
 
-def tell_other_weights(pairs: Iterable[tuple[Holding, Tensor]]) -> None:
+def tell_other_weights(pairs: Iterable[tuple[LocalShard, Tensor]]) -> None:
     """Log which fp32 weights are not those of the model, once they are read for the first time.
 
     DeepSpeed trains the fp32 weights and gives them to the model after a step. They differ before the first one where
@@ -62,7 +62,7 @@ def tell_other_weights(pairs: Iterable[tuple[Holding, Tensor]]) -> None:
     somebody loaded weights into the model after ``deepspeed.initialize``, which are then lost.
 
     Args:
-        pairs: holdings made by ``flat_holding``, each with the same elements as the model holds them, 1-D, in its
+        pairs: shards made by ``flat_shard``, each with the same elements as the model holds them, 1-D, in its
             precision.
     """
     other = [h.name for h, model in pairs if not torch.equal(h.weight().to(model), model.detach())]

@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .internals import UnknownInternals, require
-from .local_shard import WHOLE, Holding, ShardGroup, whole_cover
-from .regions import FlatCover, Range, cut_ranges
+from .local_shard import WHOLE, LocalShard, ShardGroup, whole_partition
+from .regions import FlatPartition, Range, cut_ranges
 
 # Parameter -> (the FSDP module that flattened it, its number there). The module, held weakly, holds the parameter.
 _known: Any = WeakIdKeyDictionary()
@@ -99,8 +99,8 @@ def _found(tensor: Tensor) -> tuple[Any, int, Any] | None:
     return None if owner is None else (owner._flat_param, number, owner._handle)
 
 
-def read(name: str, parameter: Tensor) -> Holding:
-    """The holding of an FSDP1 parameter.
+def read(name: str, parameter: Tensor) -> LocalShard:
+    """The shard of an FSDP1 parameter.
 
     Raises:
         ValueError: if it is not registered, not contiguous, sharded in another way as well, or gathered at present.
@@ -117,20 +117,22 @@ def read(name: str, parameter: Tensor) -> Holding:
         )
     if flat._param_extensions[number] is not None:
         raise ValueError(f"{name} is a DTensor inside FSDP1; use FSDP2 (fully_shard) together with tensor parallelism")
-    group, cover = WHOLE, whole_cover(math.prod(shape))
+    group, partition = WHOLE, whole_partition(math.prod(shape))
     if handle.uses_sharded_strategy:
         group = ShardGroup.of(handle.process_group)
     if group.size > 1:
-        cover = FlatCover(cut_ranges(_start(flat, number), math.prod(shape), flat._sharded_size.numel(), group.size))
-    _check_local(name, parameter, flat._shard_param_infos[number], cover.ranges[group.rank])
-    return Holding(
+        partition = FlatPartition(
+            cut_ranges(_start(flat, number), math.prod(shape), flat._sharded_size.numel(), group.size)
+        )
+    _check_local(name, parameter, flat._shard_param_infos[number], partition.ranges[group.rank])
+    return LocalShard(
         name=name,
         shape=shape,
         dtype=parameter.dtype,
         device=parameter.device,
         layout="fsdp1",
         group=group,
-        cover=cover,
+        partition=partition,
         weight=parameter.detach,
         grad=lambda: parameter.grad if parameter.numel() and parameter.requires_grad else None,
     )

@@ -1,4 +1,4 @@
-"""Covers made of index runs along each dimension: DTensors on several mesh axes, or on another dim than the first.
+"""Partitions made of index runs along each dimension: DTensors on several mesh axes, or on another dim than the first.
 
 A rank holds the product of some runs of rows and some runs of columns. Its local tensor has them in order, without
 what lies between::
@@ -21,7 +21,7 @@ Runs = tuple[Range, ...]
 
 
 @dataclass(frozen=True)
-class GridCover:
+class GridPartition:
     """Which runs of a parameter's indices each rank of a shard group holds.
 
     ``runs[k][d]`` are rank k's half-open runs along dimension d, in the order of its local tensor; it may have none.
@@ -33,7 +33,7 @@ class GridCover:
         """How many elements rank ``rank`` holds."""
         return math.prod(_count(along) for along in self.runs[rank])
 
-    def held(self, rank: int) -> list[tuple[int, ...]]:
+    def signature(self, rank: int) -> list[tuple[int, ...]]:
         """What rank ``rank`` holds, as plain integers (dimension, start, stop): checkpoints compare it."""
         return [(dim, *run) for dim, along in enumerate(self.runs[rank]) for run in along]
 

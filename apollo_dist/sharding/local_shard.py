@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .regions import Box, FlatCover, Tile
+from .regions import Box, FlatPartition, Tile
 
 # Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
 PARAMETER_LAYOUTS = ("whole", "dtensor")
@@ -30,13 +30,13 @@ def canonical_name(name: str) -> str:
     return ".".join(parts)
 
 
-class Cover(Protocol):
+class Partition(Protocol):
     """How the ranks of a shard group divide one parameter among themselves."""
 
     def numel(self, rank: int) -> int:
         """How many elements rank ``rank`` holds."""
 
-    def held(self, rank: int) -> list[tuple[int, ...]]:
+    def signature(self, rank: int) -> list[tuple[int, ...]]:
         """What rank ``rank`` holds, as plain integers: checkpoints compare it."""
 
     def boxes(self, rank: int, shape: tuple[int, ...]) -> list[Box]:
@@ -67,7 +67,7 @@ WHOLE = ShardGroup()
 
 
 @dataclass(frozen=True)
-class Holding:
+class LocalShard:
     """What this rank holds of one parameter.
 
     Attributes:
@@ -76,8 +76,8 @@ class Holding:
         dtype, device: of the weights that the step updates.
         layout: "whole", "dtensor", "fsdp1" or "zero", for the log.
         group: the ranks that divide the parameter.
-        cover: who of them holds what.
-        weight: returns the local weights; any shape, row-major order is that of ``cover``'s offsets.
+        partition: who of them holds what.
+        weight: returns the local weights; any shape, row-major order is that of ``partition``'s offsets.
         grad: returns the local gradient in the same order, or None where there is none, or where the parameter is
             frozen at present.
     """
@@ -88,14 +88,14 @@ class Holding:
     device: torch.device
     layout: str
     group: ShardGroup
-    cover: Cover
+    partition: Partition
     weight: Callable[[], Tensor]
     grad: Callable[[], Tensor | None]
 
     @property
     def numel(self) -> int:
         """How many elements of the parameter this rank holds."""
-        return self.cover.numel(self.group.rank)
+        return self.partition.numel(self.group.rank)
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -121,9 +121,9 @@ def matrix_name(name: str, index: int, count: int) -> str:
     return name if count == 1 else f"{name}[{index}]"
 
 
-def whole_cover(numel: int) -> FlatCover:
+def whole_partition(numel: int) -> FlatPartition:
     """One rank holds all ``numel`` elements."""
-    return FlatCover(((0, numel),))
+    return FlatPartition(((0, numel),))
 
 
 def view_of(flat: Tensor, offset: int, sizes: Sequence[int], strides: Sequence[int] | None = None) -> Tensor:

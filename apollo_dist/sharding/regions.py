@@ -162,7 +162,7 @@ def _inside(index: int, boxes: list[Box]) -> list[Box]:
 
 
 @dataclass(frozen=True)
-class FlatCover:
+class FlatPartition:
     """Which row-major flat range of one parameter each rank of a shard group holds.
 
     ``ranges[k]`` is rank k's half-open range of the parameter's elements; it may be empty.
@@ -175,7 +175,7 @@ class FlatCover:
         start, stop = self.ranges[rank]
         return max(0, stop - start)
 
-    def held(self, rank: int) -> list[tuple[int, ...]]:
+    def signature(self, rank: int) -> list[tuple[int, ...]]:
         """What rank ``rank`` holds, as plain integers: checkpoints compare it."""
         return [self.ranges[rank]]
 
@@ -186,15 +186,15 @@ class FlatCover:
     def tiles(self, index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
         """For each rank its tiles of the ``index``-th m x n matrix of the parameter (0 for a 2-D parameter).
 
-        Offsets count from the start of the rank's own range. Equal covers give the same object while it is known, so
-        that the layers of a model share it.
+        Offsets count from the start of the rank's own range. Equal partitions give the same object while it is known,
+        so that the layers of a model share it.
         """
-        return cover_tiles(self.ranges, index, m, n)
+        return flat_partition_tiles(self.ranges, index, m, n)
 
 
 @lru_cache(maxsize=64)
-def cover_tiles(ranges: tuple[Range, ...], index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
-    """``FlatCover(ranges).tiles(index, m, n)``; the last results are kept."""
+def flat_partition_tiles(ranges: tuple[Range, ...], index: int, m: int, n: int) -> tuple[tuple[Tile, ...], ...]:
+    """``FlatPartition(ranges).tiles(index, m, n)``; the last results are kept."""
     base = index * m * n
     result = []
     for start, stop in ranges:

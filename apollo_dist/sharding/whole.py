@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .local_shard import WHOLE, Holding, whole_cover
+from .local_shard import WHOLE, LocalShard, whole_partition
 
 
-def read(name: str, parameter: Tensor, of: Tensor | None = None) -> Holding:
-    """The holding of a plain parameter, or of a clone ``of`` one, which then says whether it is frozen."""
+def read(name: str, parameter: Tensor, of: Tensor | None = None) -> LocalShard:
+    """The shard of a plain parameter, or of a clone ``of`` one, which then says whether it is frozen."""
     model = parameter if of is None else of
-    return Holding(
+    return LocalShard(
         name=name,
         shape=tuple(parameter.shape),
         dtype=parameter.dtype,
         device=parameter.device,
         layout="whole",
         group=WHOLE,
-        cover=whole_cover(parameter.numel()),
+        partition=whole_partition(parameter.numel()),
         weight=parameter.detach,
         grad=lambda: parameter.grad if model.requires_grad else None,
     )

@@ -22,7 +22,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from ..distributed import meet, run_together
-from ..sharding.local_shard import PARAMETER_LAYOUTS, Holding, view_of
+from ..sharding.local_shard import PARAMETER_LAYOUTS, LocalShard, view_of
 from ..step.elementwise import ElementwiseTensor
 from ..step.plan import StepPlan
 from .owned_tensor import OwnedTensor, Rows, as_dtensor
@@ -34,7 +34,7 @@ State = dict[str, Any]
 
 def by_parameter(build: StepPlan) -> bool:
     """Whether the parameters themselves are what the optimizer was given in this step, so that state can go by them."""
-    return all(holding.layout in PARAMETER_LAYOUTS for holding, _ in build.holdings)
+    return all(shard.layout in PARAMETER_LAYOUTS for shard, _ in build.shards)
 
 
 def collect(build: StepPlan) -> dict[str, State]:
@@ -45,7 +45,7 @@ def collect(build: StepPlan) -> dict[str, State]:
     low, adam = _parameters(build)
     found: dict[str, State] = {}
     for p in low:
-        state = found[p.holding.name] = {STEP: step_tensor(p.matrices[0].state[STEP])}
+        state = found[p.shard.name] = {STEP: step_tensor(p.matrices[0].state[STEP])}
         for key in p.declared.matrix:
             state[key] = _by_matrix(p, key)
         for key in p.declared.channel:
@@ -53,9 +53,9 @@ def collect(build: StepPlan) -> dict[str, State]:
             state[key] = _by_channel(p, key, parts[0] if len(parts) == 1 else torch.cat(parts))
         for key in p.declared.element:
             parts = [m.state[key] for m in p.matrices]
-            state[key] = _like_parameter(p.tensor, parts[0] if len(parts) == 1 else torch.cat(parts), p.holding.shape)
+            state[key] = _like_parameter(p.tensor, parts[0] if len(parts) == 1 else torch.cat(parts), p.shard.shape)
     for tensor, part in adam:
-        found[part.holding.name] = _by_element(tensor, part)
+        found[part.shard.name] = _by_element(tensor, part)
     return found
 
 
@@ -68,18 +68,18 @@ def template(build: StepPlan) -> dict[str, State]:
     found: dict[str, State] = {}
     for p in low:
         count = len(p.matrices)
-        kind: dict[str, Any] = {"dtype": p.holding.compute_dtype, "device": p.holding.device}
-        start, stop = p.chunks[p.holding.group.rank]
-        state = found[p.holding.name] = {STEP: step_tensor(0)}
+        kind: dict[str, Any] = {"dtype": p.shard.compute_dtype, "device": p.shard.device}
+        start, stop = p.chunks[p.shard.group.rank]
+        state = found[p.shard.name] = {STEP: step_tensor(0)}
         for key in p.declared.matrix:
             state[key] = torch.zeros((count,) if count > 1 else (), **kind)
         for key, width in p.declared.channel.items():
             state[key] = _like(p.mesh, torch.zeros((stop - start, width), **kind), p.shape(key), p.placements)
         for key in p.declared.element:
-            state[key] = _like_parameter(p.tensor, torch.zeros(p.holding.numel, **kind), p.holding.shape)
+            state[key] = _like_parameter(p.tensor, torch.zeros(p.shard.numel, **kind), p.shard.shape)
     for tensor, part in adam:
         fresh = {key: torch.zeros_like(value) for key, value in _by_element(tensor, part).items()}
-        found[part.holding.name] = fresh
+        found[part.shard.name] = fresh
     return found
 
 
@@ -96,7 +96,7 @@ def show(build: StepPlan) -> list[tuple[Tensor, State, Slot]]:
         if len(slots) == 1:
             state |= {key: _by_matrix(p, key) for key in p.declared.matrix}
             state |= {key: _by_channel(p, key, slots[0][key]) for key in p.declared.channel}
-            state |= {key: _like_parameter(p.tensor, slots[0][key], p.holding.shape) for key in p.declared.element}
+            state |= {key: _like_parameter(p.tensor, slots[0][key], p.shard.shape) for key in p.declared.element}
         else:
             state |= {key: [slot[key] for slot in slots] for key in p.declared.names}
         found.append((p.tensor, state, slots[0]))
@@ -120,45 +120,45 @@ def restore(build: StepPlan, states: Mapping[str, Mapping[str, Any]], group: dis
     low, adam = _parameters(build)
     # What lies otherwise here becomes whole first: a collective, so before anything can fail.
     fitting: dict[str, State] = {}
-    for p in (p for p in low if p.holding.name in states):
+    for p in (p for p in low if p.shard.name in states):
         rows = {**dict.fromkeys(p.declared.matrix, p.participants), **dict.fromkeys(p.declared.channel, p.rows)}
-        fitting[p.holding.name] = {
+        fitting[p.shard.name] = {
             key: _fitting(value, *_layout(p.tensor))
             if key in p.declared.element
             else _fitting(value, p.mesh, p.placements, rows.get(key), p.even)
-            for key, value in states[p.holding.name].items()
+            for key, value in states[p.shard.name].items()
         }
     for tensor, part in adam:
-        if part.holding.name in states:
-            given = states[part.holding.name]
-            fitting[part.holding.name] = {key: _fitting(value, *_layout(tensor)) for key, value in given.items()}
+        if part.shard.name in states:
+            given = states[part.shard.name]
+            fitting[part.shard.name] = {key: _fitting(value, *_layout(tensor)) for key, value in given.items()}
 
     def local_part() -> None:
-        for p in (p for p in low if p.holding.name in fitting):
-            _restore_low_rank(p, fitting[p.holding.name])
+        for p in (p for p in low if p.shard.name in fitting):
+            _restore_low_rank(p, fitting[p.shard.name])
         for _, part in adam:
-            if part.holding.name in fitting:
-                _restore_elements(part, fitting[part.holding.name])
+            if part.shard.name in fitting:
+                _restore_elements(part, fitting[part.shard.name])
 
     run_together(local_part, group)
 
 
 def _parameters(build: StepPlan) -> tuple[list[LowRank], list[tuple[Tensor, ElementwiseTensor]]]:
     """The low-rank parameters and the others, in order, each with its tensor in ``param_groups``."""
-    tensors = {id(h): t for t, (h, _) in zip(build.tensors, build.holdings, strict=True)}
+    tensors = {id(h): t for t, (h, _) in zip(build.tensors, build.shards, strict=True)}
     low: dict[int, LowRank] = {}
     for group_step in build.shard_groups:
         for plan, matrix in zip(group_step.plan.matrices, group_step.matrices, strict=True):
-            key = id(matrix.holding)
-            p = low.setdefault(key, LowRank(tensors[key], matrix.holding, [], []))
+            key = id(matrix.shard)
+            p = low.setdefault(key, LowRank(tensors[key], matrix.shard, [], []))
             p.plans.append(plan)
             p.matrices.append(matrix)
-    return list(low.values()), [(tensors[id(a.holding)], a) for a in build.elementwise]
+    return list(low.values()), [(tensors[id(a.shard)], a) for a in build.elementwise]
 
 
 def _by_channel(p: LowRank, key: str, local: Tensor) -> Tensor:
     """What this rank owns of a state, (its channels, width), as a tensor of all channels."""
-    if p.mesh is None or p.holding.group.process_group is None or p.even:
+    if p.mesh is None or p.shard.group.process_group is None or p.even:
         return _like(p.mesh, local, p.shape(key), p.placements)
     return OwnedTensor.of(local, p.shape(key), p.mesh, p.placements, p.rows)
 
@@ -167,11 +167,11 @@ def _by_matrix(p: LowRank, key: str) -> Tensor:
     """A number of each matrix; what a rank without elements of a matrix has is not that matrix's."""
     numbers = [m.state[key] for m in p.matrices]
     everywhere = all(len(ranges) == len(numbers) for ranges in p.participants)
-    if everywhere or p.mesh is None or p.holding.group.process_group is None:
+    if everywhere or p.mesh is None or p.shard.group.process_group is None:
         return numbers[0] if len(numbers) == 1 else torch.stack(numbers)
     if len(numbers) == 1:
         return OwnedTensor.of(numbers[0], (), p.mesh, p.placements, p.participants)
-    mine = [numbers[e] for e, _ in p.participants[p.holding.group.rank]]
+    mine = [numbers[e] for e, _ in p.participants[p.shard.group.rank]]
     local = torch.stack(mine) if mine else numbers[0].new_empty(0)
     return OwnedTensor.of(local, (len(numbers),), p.mesh, p.placements, p.participants)
 
@@ -179,7 +179,7 @@ def _by_matrix(p: LowRank, key: str) -> Tensor:
 def _by_element(tensor: Tensor, part: ElementwiseTensor) -> State:
     found: State = {STEP: step_tensor(part.state[STEP])}
     for key in part.names:
-        found[key] = _like_parameter(tensor, part.state[key], part.holding.shape)
+        found[key] = _like_parameter(tensor, part.state[key], part.shard.shape)
     return found
 
 
@@ -236,23 +236,23 @@ def _check_shape(name: str, key: str, value: Any, shape: Sequence[int]) -> None:
 
 def _restore_elements(part: ElementwiseTensor, state: Mapping[str, Any]) -> None:
     for key in part.names:
-        _take_local(part.holding, key, state[key], part.state[key])
+        _take_local(part.shard, key, state[key], part.state[key])
     part.state[STEP] = int(state[STEP])
 
 
-def _take_local(holding: Holding, key: str, value: Any, flat: Tensor) -> None:
+def _take_local(shard: LocalShard, key: str, value: Any, flat: Tensor) -> None:
     """Write this rank's elements of a state of a parameter to ``flat``, in the order of the local weights."""
-    _check_shape(holding.name, key, value, holding.shape)
+    _check_shape(shard.name, key, value, shard.shape)
     if isinstance(value, DTensor):
         flat.copy_(value.to_local().reshape(-1))
         return
-    for box in holding.cover.boxes(holding.group.rank, holding.shape):
+    for box in shard.partition.boxes(shard.group.rank, shard.shape):
         window = tuple(slice(at, at + size) for at, size in zip(box.offsets, box.sizes, strict=True))
         view_of(flat, box.offset, box.sizes, box.strides).copy_(value[window])
 
 
 def _restore_low_rank(p: LowRank, state: Mapping[str, Any]) -> None:
-    name, count = p.holding.name, len(p.matrices)
+    name, count = p.shard.name, len(p.matrices)
     for matrix in p.matrices:
         matrix.state[STEP] = int(state[STEP])
     for key in p.declared.matrix:
@@ -260,7 +260,7 @@ def _restore_low_rank(p: LowRank, state: Mapping[str, Any]) -> None:
         if numbers.numel() != count:
             _check_shape(name, key, numbers, (count,))
         if isinstance(numbers, OwnedTensor):
-            mine = [e for e, _ in p.participants[p.holding.group.rank]]
+            mine = [e for e, _ in p.participants[p.shard.group.rank]]
             known = dict(zip(mine, numbers.to_local().reshape(-1).unbind(), strict=False))
         else:
             known = dict(enumerate(numbers.reshape(-1).unbind()))
@@ -269,7 +269,7 @@ def _restore_low_rank(p: LowRank, state: Mapping[str, Any]) -> None:
     for key in p.declared.element:
         parts = [matrix.state[key] for matrix in p.matrices]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)
-        _take_local(p.holding, key, state[key], flat)
+        _take_local(p.shard, key, state[key], flat)
         for part, values in zip(parts, torch.split(flat, [len(part) for part in parts]), strict=True):
             part.copy_(values)
     for key in p.declared.channel:
@@ -278,7 +278,7 @@ def _restore_low_rank(p: LowRank, state: Mapping[str, Any]) -> None:
         if isinstance(value, DTensor):
             rows = value.to_local()
         else:
-            parts = [value[start:stop] for start, stop in p.rows[p.holding.group.rank]]
+            parts = [value[start:stop] for start, stop in p.rows[p.shard.group.rank]]
             rows = torch.cat(parts) if len(parts) > 1 else parts[0] if parts else value[:0]
         at = 0
         for matrix in p.matrices:

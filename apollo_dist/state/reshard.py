@@ -17,7 +17,7 @@ from ..exchange.plan import MatrixPlan
 from ..rules.base import State
 from ..sharding.dtensor import places, shard_mesh
 from ..sharding.grid import Runs, chunk
-from ..sharding.local_shard import Holding
+from ..sharding.local_shard import LocalShard
 from ..sharding.regions import Range, joined
 from ..step.matrix import Matrix
 from .owned_tensor import Rows
@@ -31,7 +31,7 @@ class LowRank:
     """
 
     tensor: Tensor
-    holding: Holding
+    shard: LocalShard
     plans: list[MatrixPlan]
     matrices: list[Matrix]
 
@@ -69,7 +69,7 @@ class LowRank:
     @cached_property
     def rows(self) -> Rows:
         """The rows that each rank of the shard group owns, as it stores them."""
-        group = self.holding.group
+        group = self.shard.group
         found = tuple(self._rows([_owned(plan, rank) for plan in self.plans]) for rank in range(group.size))
         mine = self._rows([matrix.channels.owned for matrix in self.matrices])
         assert found[group.rank] == mine, "the plan and this rank's state disagree"
@@ -85,7 +85,7 @@ class LowRank:
         """For each rank of the shard group the matrices that it has elements of, whose norms it knows."""
         return tuple(
             tuple((e, e + 1) for e, plan in enumerate(self.plans) if rank in plan.participants)
-            for rank in range(self.holding.group.size)
+            for rank in range(self.shard.group.size)
         )
 
     @property
@@ -97,7 +97,7 @@ class LowRank:
     def chunks(self) -> Sequence[Range]:
         """The rows of each rank of the shard group in the even division: torch.chunk's."""
         mesh, rows = self.mesh, self.channels * len(self.matrices)
-        process_group = self.holding.group.process_group
+        process_group = self.shard.group.process_group
         if process_group is None:
             return [(0, rows)]
         assert mesh is not None

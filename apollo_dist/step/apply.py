@@ -70,7 +70,7 @@ def update(m: Matrix, carriers: Sequence[Tensor], factor: Tensor | None) -> None
         factor: of X: the scaling factors of the held channels times that of the matrix, (channels, 1); or
             for the whole matrix, a scalar; None for 1.
     """
-    group, rule, dtype = m.group, m.rule, m.holding.compute_dtype
+    group, rule, dtype = m.group, m.rule, m.shard.compute_dtype
     # R is made of the negated gradient in ``complete``; norms do not differ.
     value = (1.0 if group["maximize"] else -1.0) * rule.gain(group)
     lr = group["lr"]
@@ -80,7 +80,7 @@ def update(m: Matrix, carriers: Sequence[Tensor], factor: Tensor | None) -> None
         factor = size if factor is None else factor * size
     else:
         value *= size
-    stored = m.holding.weight()
+    stored = m.shard.weight()
     weights, copied = m.split(stored)
     work = [cast(weight, dtype) for weight in weights]
     if rule.decay_first:

@@ -50,7 +50,7 @@ class Batch:
         ends = list(accumulate(self.counts))
         self.channels = ends[-1]
         self.rows = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
-        device = matrices[0].holding.device.type
+        device = matrices[0].shard.device.type
         rank = self.declared.reduce.low_rank
         self.chunks = runs_of([count * rank for count in self.counts], _NUMBERS.get(device, _ACCELERATOR))
         state = self.declared.state
@@ -80,7 +80,7 @@ class Batch:
             active: for each matrix of the shard group whether it has a gradient.
         """
         return [
-            [cast(tile, m.holding.compute_dtype) for tile in m.reduced()] if active[i] else None
+            [cast(tile, m.shard.compute_dtype) for tile in m.reduced()] if active[i] else None
             for i, m in enumerate(self.matrices, start=self.first)
         ]
 
@@ -120,7 +120,7 @@ class Batch:
 def make_batches(matrices: Sequence[Matrix]) -> list[Batch]:
     """Divide a shard group's matrices, in order, into batches."""
     sizes = [m.numel for m in matrices]
-    limit = _ELEMENTS.get(matrices[0].holding.device.type, _ACCELERATOR)
+    limit = _ELEMENTS.get(matrices[0].shard.device.type, _ACCELERATOR)
     runs = runs_of(sizes, limit, lambda i, j: _alike(matrices[i], matrices[j]))
     return [Batch([matrices[i] for i in run], run[0]) for run in runs]
 
@@ -141,4 +141,4 @@ def runs_of(sizes: Sequence[int], limit: int, alike: Callable[[int, int], bool] 
 
 def _alike(a: Matrix, b: Matrix) -> bool:
     same_rule = a.group is b.group and a.rule is b.rule and a.declared == b.declared
-    return same_rule and a.holding.compute_dtype == b.holding.compute_dtype
+    return same_rule and a.shard.compute_dtype == b.shard.compute_dtype

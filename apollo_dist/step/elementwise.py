@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..rules.base import ElementRule
-from ..sharding.local_shard import Holding
+from ..sharding.local_shard import LocalShard
 from ..state.slots import Slot, ready
 from .apply import decay
 
@@ -21,31 +21,31 @@ class ElementwiseTensor:
         names: of the state.
     """
 
-    def __init__(self, holding: Holding, rule: ElementRule, group: Mapping[str, Any], state: Slot) -> None:
-        self.holding, self.rule, self.group, self.state = holding, rule, group, state
+    def __init__(self, shard: LocalShard, rule: ElementRule, group: Mapping[str, Any], state: Slot) -> None:
+        self.shard, self.rule, self.group, self.state = shard, rule, group, state
         self.names = rule.state_of(group)
         ready(
             state,
-            holding.name,
-            dict.fromkeys(self.names, (holding.numel,)),
-            {"dtype": holding.compute_dtype, "device": holding.device},
-            holding.cover.held(holding.group.rank),
+            shard.name,
+            dict.fromkeys(self.names, (shard.numel,)),
+            {"dtype": shard.compute_dtype, "device": shard.device},
+            shard.partition.signature(shard.group.rank),
         )
 
     def begin_step(self) -> bool:
         """Count the step if there is a gradient; without one the tensor is skipped."""
-        if self.holding.grad() is None:
+        if self.shard.grad() is None:
             return False
         self.state["step"] += 1
         return True
 
     def gradient(self) -> Tensor:
         """The local gradient, flat, in the compute dtype."""
-        grad = self.holding.grad()
+        grad = self.shard.grad()
         assert grad is not None
         if grad.is_sparse:
-            raise ValueError(f"{self.holding.name} has a sparse gradient, which is not supported")
-        return grad.detach().reshape(-1).to(self.holding.compute_dtype)
+            raise ValueError(f"{self.shard.name} has a sparse gradient, which is not supported")
+        return grad.detach().reshape(-1).to(self.shard.compute_dtype)
 
 
 def step_elementwise(tensors: list[ElementwiseTensor]) -> None:
@@ -53,12 +53,12 @@ def step_elementwise(tensors: list[ElementwiseTensor]) -> None:
     batches: dict[tuple[Any, ...], list[ElementwiseTensor]] = {}
     for t in tensors:
         if t.begin_step():
-            key = (id(t.rule), id(t.group), t.state["step"], t.holding.device, t.holding.compute_dtype)
+            key = (id(t.rule), id(t.group), t.state["step"], t.shard.device, t.shard.compute_dtype)
             batches.setdefault(key, []).append(t)
     for batch in batches.values():
         group, rule = batch[0].group, batch[0].rule
-        weights = [t.holding.weight() for t in batch]
-        work = [w.reshape(-1).to(t.holding.compute_dtype) for w, t in zip(weights, batch, strict=True)]
+        weights = [t.shard.weight() for t in batch]
+        work = [w.reshape(-1).to(t.shard.compute_dtype) for w, t in zip(weights, batch, strict=True)]
         if rule.decay_first:
             decay(work, rule.learning_rate(group), rule.weight_decay(group))
         state = {name: [t.state[name] for t in batch] for name in batch[0].names}

@@ -14,7 +14,7 @@ from ..exchange.plan import MatrixSpec
 from ..exchange.routes import Channels
 from ..projections.cache import ProjectionSlice
 from ..rules.base import MatrixRule, Spec
-from ..sharding.local_shard import Holding, matrices, matrix_name, view_of
+from ..sharding.local_shard import LocalShard, matrices, matrix_name, view_of
 from ..sharding.regions import Tile, tiles_in_blocks
 
 
@@ -52,13 +52,13 @@ class Place:
     n: int
 
 
-def specs_of(holding: Holding, rule: MatrixRule, group: Mapping[str, Any]) -> list[tuple[Place, MatrixSpec, Spec]]:
+def specs_of(shard: LocalShard, rule: MatrixRule, group: Mapping[str, Any]) -> list[tuple[Place, MatrixSpec, Spec]]:
     """The matrices in one parameter, each with what is exchanged of it, and what the rule declares for it."""
-    count, m, n = matrices(holding.shape)
+    count, m, n = matrices(shard.shape)
     declared = rule.spec(m, n, group)
     found = []
     for i in range(count):
-        name, tiles = matrix_name(holding.name, i, count), holding.cover.tiles(i, m, n)
+        name, tiles = matrix_name(shard.name, i, count), shard.partition.tiles(i, m, n)
         found.append((Place(i, m, n), exchanged(name, m, n, declared, tiles), declared))
     return found
 
@@ -120,22 +120,22 @@ class Matrix:
         spec: MatrixSpec,
         declared: Spec,
         rule: MatrixRule,
-        holding: Holding,
+        shard: LocalShard,
         channels: Channels,
         group: Mapping[str, Any],
         state: dict[str, Any],
     ) -> None:
         self.place = place
-        self.spec, self.declared, self.rule, self.holding = spec, declared, rule, holding
+        self.spec, self.declared, self.rule, self.shard = spec, declared, rule, shard
         self.channels, self.group, self.state = channels, group, state
-        self.tiles = spec.tiles[holding.group.rank]
+        self.tiles = spec.tiles[shard.group.rank]
         # Where the matrix begins in the local weights: those of one matrix lie together.
         self._first = min((tile.offset for tile in self.tiles), default=0)
         self.local_only, self.projected, self.held = (
             Pieces.of(self.tiles, spec.by_rows, chosen)
             for chosen in (channels.local_only, channels.projected, channels.held)
         )
-        self.factory_kwargs: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
+        self.factory_kwargs: dict[str, Any] = {"dtype": shard.compute_dtype, "device": shard.device}
 
     @property
     def projection_slice(self) -> ProjectionSlice:
@@ -147,7 +147,7 @@ class Matrix:
         needed = bool(self.projected.parts), bool(self.local_only.parts) or elements
         if not self.spec.rank:
             needed = False, False
-        return ProjectionSlice(self.spec.name, self.spec.rank, self.holding.compute_dtype, columns, edges, needed)
+        return ProjectionSlice(self.spec.name, self.spec.rank, self.shard.compute_dtype, columns, edges, needed)
 
     @property
     def refresh(self) -> int:
@@ -159,7 +159,7 @@ class Matrix:
 
     def begin_step(self) -> bool:
         """Count the step if there is a gradient; without one this rank leaves the matrix alone."""
-        if self.holding.grad() is None:
+        if self.shard.grad() is None:
             return False
         self.state["step"] += 1
         return True
@@ -180,7 +180,7 @@ class Matrix:
     def pieces(self) -> list[tuple[Tile, int]]:
         """The local tiles of the m x n matrix, and where each begins in a state by element."""
         place = self.place
-        tiles = self.holding.cover.tiles(place.index, place.m, place.n)[self.holding.group.rank]
+        tiles = self.shard.partition.tiles(place.index, place.m, place.n)[self.shard.group.rank]
         return [(tile, tile.offset - self._first) for tile in tiles]
 
     def tile_views(self, flat: Tensor) -> list[Tensor]:
@@ -212,11 +212,11 @@ class Matrix:
         Each is (channels of the tile, its inner extent): a tile whose channels are columns comes transposed.
         Low-precision gradients are converted anew in each phase, so that never more than one batch is kept in float32.
         """
-        return [cast(view, self.holding.compute_dtype) for view in self.stored_gradients()]
+        return [cast(view, self.shard.compute_dtype) for view in self.stored_gradients()]
 
     def stored_gradients(self) -> list[Tensor]:
         """The gradient of each tile, channels first, in the dtype that it is stored in."""
-        grad = self.holding.grad()
+        grad = self.shard.grad()
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"{self.spec.name} has a sparse gradient, which is not supported")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..integrations.deepspeed import refuse
 from ..optimizers.options import options_of
-from ..optimizers.param_groups import CHOOSE, Member
+from ..optimizers.param_groups import SELECT_BY_NAME, ParamInfo
 from ..rules.base import ElementRule, MatrixRule, Rules
 from ..rules.registry import RULE, rules_of
 from ..rules.roles import ROLE, Role
@@ -21,7 +21,7 @@ from ..selection.choice import check_matrix
 from ..selection.verdict import abbreviate
 from ..sharding import detect
 from ..sharding.deepspeed import zero
-from ..sharding.local_shard import PARAMETER_LAYOUTS, Holding, canonical_name
+from ..sharding.local_shard import PARAMETER_LAYOUTS, LocalShard, canonical_name
 from ..state.slots import Slot
 from .elementwise import ElementwiseTensor
 from .failing import Steps
@@ -35,11 +35,11 @@ class StepPlan:
 
     Attributes:
         tensors: the tensors of ``param_groups``, kept so that their ids stay theirs.
-        shard_groups: the matrices that matrix rules update, by part (``Member.part``) and shard group.
+        shard_groups: the matrices that matrix rules update, by part (``ParamInfo.part``) and shard group.
         elementwise: the other parameters, as far as this rank holds any of them.
         elementwise_shapes, element_rules: of the other parameters, wherever they are held, rules and shapes, and rules
             by name.
-        holdings: of every parameter, also those of which this rank holds nothing, with its group.
+        shards: of every parameter, also those of which this rank holds nothing, with its group.
         facts: what all ranks must agree on before the first exchange.
         chosen: for the log, which matrices the library chose; "" where groups with a rank say it.
         groups: ``param_groups``, kept like the tensors.
@@ -53,7 +53,7 @@ class StepPlan:
     elementwise: list[ElementwiseTensor] = field(default_factory=list)
     elementwise_shapes: list[tuple[str, tuple[int, ...]]] = field(default_factory=list)
     element_rules: dict[str, str] = field(default_factory=dict)
-    holdings: list[tuple[Holding, dict[str, Any]]] = field(default_factory=list)
+    shards: list[tuple[LocalShard, dict[str, Any]]] = field(default_factory=list)
     facts: dict[str, object] = field(default_factory=dict)
     chosen: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
@@ -63,7 +63,7 @@ class StepPlan:
     def names(self) -> set[str]:
         """Names of all matrices and tensors."""
         return {m.spec.name for group_step in self.shard_groups for m in group_step.matrices} | {
-            a.holding.name for a in self.elementwise
+            a.shard.name for a in self.elementwise
         }
 
     @property
@@ -73,16 +73,16 @@ class StepPlan:
 
     def gradients(self) -> list[Tensor]:
         """This rank's gradients, each once."""
-        holdings = [m.holding for group_step in self.shard_groups for m in group_step.matrices] + [
-            a.holding for a in self.elementwise
+        shards = [m.shard for group_step in self.shard_groups for m in group_step.matrices] + [
+            a.shard for a in self.elementwise
         ]
-        found = (holding.grad() for holding in {id(holding): holding for holding in holdings}.values())
+        found = (shard.grad() for shard in {id(shard): shard for shard in shards}.values())
         return [grad for grad in found if grad is not None and grad.numel()]
 
     def summary(self) -> str:
         """One line: what is low-rank, what is not, which layout, what is exchanged."""
         matrices = [m for group_step in self.shard_groups for m in group_step.matrices]
-        layouts = sorted({m.holding.layout for m in matrices} | {a.holding.layout for a in self.elementwise})
+        layouts = sorted({m.shard.layout for m in matrices} | {a.shard.layout for a in self.elementwise})
         shared = sum(group_step.plan.shared_channels for group_step in self.shard_groups)
         first, second = (sum(group_step.exchange.bytes_sent[i] for group_step in self.shard_groups) for i in (0, 1))
         said = [*self._matrices(matrices), *self._tensors()]
@@ -115,7 +115,7 @@ class StepPlan:
 
 
 def fingerprint(
-    seed: int, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[Member]], own: Rules
+    seed: int, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[ParamInfo]], own: Rules
 ) -> dict[str, object]:
     """What ranks must have in common from the start: seed, rules, hyperparameters, names, shapes and dtypes.
 
@@ -135,7 +135,7 @@ def fingerprint(
 
 def plan_step(
     groups: Sequence[dict[str, Any]],
-    members: Mapping[int, Member],
+    members: Mapping[int, ParamInfo],
     engine: zero.Engine,
     slots: Callable[[str], Slot],
     rules: Rules,
@@ -174,12 +174,12 @@ def plan_step(
     names = _names(members, engine)
     chosen = decide(names, engine)
     result = StepPlan([])
-    if any(group.get(CHOOSE) for group in groups):
+    if any(group.get(SELECT_BY_NAME) for group in groups):
         result.chosen = f"; chosen: {abbreviate(name for name in names.values() if chosen.get(name))}"
     parts = {names[key]: m.part for key, m in members.items()}
     entries: dict[tuple[Any, ...], list[Entry]] = {}
     views = Views(rules)
-    seen: list[list[Member]] = []
+    seen: list[list[ParamInfo]] = []
     known = {None, *trained}  # what has no name here is DeepSpeed's
     for group in groups:
         seen.append([])
@@ -187,24 +187,24 @@ def plan_step(
         result.tensors += working
         kept = set(map(id, working))
         result.idle += [(names[id(t)], t, group) for t in group["params"] if id(t) not in kept]
-        for holding in detect.read(working, partial(_name_of, names), engine):
-            seen[-1].append(Member(holding.name, holding.shape, holding.dtype, True))
-            result.holdings.append((holding, group))
-            view = views.of(group, role_of(holding.name))
-            rule = rule_of(view, holding.name, holding.shape, rules, chosen)
+        for shard in detect.read(working, partial(_name_of, names), engine):
+            seen[-1].append(ParamInfo(shard.name, shard.shape, shard.dtype, True))
+            result.shards.append((shard, group))
+            view = views.of(group, role_of(shard.name))
+            rule = rule_of(view, shard.name, shard.shape, rules, chosen)
             if isinstance(rule, MatrixRule):
                 if rule.chosen:
-                    check_matrix(holding.name, holding.shape, group["rank"])
-                began = trained.get(holding.name, generation)
-                key = (parts.get(holding.name, 0), began, id(holding.group.process_group), holding.device)
-                listed = specs_of(holding, rule, view)
-                entries.setdefault(key, []).extend(Entry(holding, *each, rule, view) for each in listed)
+                    check_matrix(shard.name, shard.shape, group["rank"])
+                began = trained.get(shard.name, generation)
+                key = (parts.get(shard.name, 0), began, id(shard.group.process_group), shard.device)
+                listed = specs_of(shard, rule, view)
+                entries.setdefault(key, []).extend(Entry(shard, *each, rule, view) for each in listed)
                 continue
-            result.element_rules[holding.name] = rule.name
-            result.elementwise_shapes.append((rule.name, tuple(holding.shape)))
+            result.element_rules[shard.name] = rule.name
+            result.elementwise_shapes.append((rule.name, tuple(shard.shape)))
             # Of a parameter in ``param_groups`` every rank counts the steps, also where it has no element of it.
-            if holding.numel or holding.layout in PARAMETER_LAYOUTS:
-                result.elementwise.append(ElementwiseTensor(holding, rule, group, slots(holding.name)))
+            if shard.numel or shard.layout in PARAMETER_LAYOUTS:
+                result.elementwise.append(ElementwiseTensor(shard, rule, group, slots(shard.name)))
     result.groups = list(groups)
     result.facts = fingerprint(seed, groups, seen, rules)
     for i, members_of_group in enumerate(entries.values()):
@@ -262,10 +262,10 @@ def rule_of(
         chosen: of parameters that the library decides on, by name whether the matrix rule takes them.
     """
     rules = rules_of(group, own)
-    return rules.element if group.get(CHOOSE) and not chosen[name] else rules.rule_of(shape, group)
+    return rules.element if group.get(SELECT_BY_NAME) and not chosen[name] else rules.rule_of(shape, group)
 
 
-def _names(members: Mapping[int, Member], engine: zero.Engine) -> dict[int, str]:
+def _names(members: Mapping[int, ParamInfo], engine: zero.Engine) -> dict[int, str]:
     """Names by ``id``: as given; where none was, the engine's; else ``param_0, param_1, ...``."""
     engine_names: dict[int, str] = zero.names(engine.wrapper)
     if engine.module is not None:

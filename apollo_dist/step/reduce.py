@@ -37,7 +37,7 @@ def partial(m: Matrix, projection: Projection | None, active: bool) -> Partial:
         return Partial(low_rank, norms, None)
     stored = m.reduced()
     if count:
-        grads = [cast(view, m.holding.compute_dtype) for view in stored]
+        grads = [cast(view, m.shard.compute_dtype) for view in stored]
         _project(grads, m.projected, projection, low_rank)
         if norms is not None:
             _channel_norms(grads, m.projected, norms)
@@ -73,7 +73,7 @@ def complete(
         low_rank[alone:] = received.low_rank
         squares = None if norms is None or received.norms is None else received.norms.to(norms.dtype)
         for channels, inner, elements in received.elements:
-            part = elements.to(m.holding.compute_dtype)
+            part = elements.to(m.shard.compute_dtype)
             if m.spec.rank:
                 low_rank[alone:][channels].addmm_(part, _columns(projection, inner, m.spec.rank))
             if squares is not None:

@@ -11,7 +11,7 @@ from ..exchange.collectives import Exchange
 from ..exchange.plan import MatrixSpec, make_plan
 from ..projections.cache import ProjectionCache
 from ..rules.base import MatrixRule, Spec
-from ..sharding.local_shard import Holding
+from ..sharding.local_shard import LocalShard
 from ..state.slots import Slot, ready
 from .batch import Batch, make_batches
 from .matrix import Matrix, Place
@@ -20,7 +20,7 @@ from .matrix import Matrix, Place
 class Entry(NamedTuple):
     """A matrix that a rule updates: where it is, what is exchanged of it, what the rule declares, its group."""
 
-    holding: Holding
+    shard: LocalShard
     place: Place
     spec: MatrixSpec
     declared: Spec
@@ -32,8 +32,8 @@ class ShardGroupStep:
     """All matrices of one shard group on one device: they share one plan and its two collectives."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
-        group, device = entries[0].holding.group, entries[0].holding.device
-        wide = any(entry.holding.compute_dtype == torch.float64 for entry in entries)
+        group, device = entries[0].shard.group, entries[0].shard.device
+        wide = any(entry.shard.compute_dtype == torch.float64 for entry in entries)
         self.dtype = torch.float64 if wide else torch.float32
         self.device = device
         self.plan = make_plan([entry.spec for entry in entries], group.size)
@@ -50,17 +50,17 @@ class ShardGroupStep:
             cache_projection: whether projections are kept until they are redrawn.
         """
         for entry, channels in zip(self._entries, self.exchange.channels, strict=True):
-            holding, place, spec, declared, rule, group = entry
+            shard, place, spec, declared, rule, group = entry
             slot = slots(spec.name)
             shapes: dict[str, tuple[int, ...]] = {
                 name: (channels.owned.count, width) for name, width in declared.state.channel.items()
             }
             shapes |= dict.fromkeys(declared.state.matrix, ())
-            numel = sum(tile.numel for tile in spec.tiles[holding.group.rank])
+            numel = sum(tile.numel for tile in spec.tiles[shard.group.rank])
             shapes |= dict.fromkeys(declared.state.element, (numel,))
-            kwargs: dict[str, Any] = {"dtype": holding.compute_dtype, "device": holding.device}
+            kwargs: dict[str, Any] = {"dtype": shard.compute_dtype, "device": shard.device}
             ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges])
-            self.matrices.append(Matrix(place, spec, declared, rule, holding, channels, group, slot))
+            self.matrices.append(Matrix(place, spec, declared, rule, shard, channels, group, slot))
         slices = [m.projection_slice for m in self.matrices]
         self.projections = ProjectionCache(slices, self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)

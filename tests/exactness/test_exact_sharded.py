@@ -127,25 +127,25 @@ def placed(rank: int, world: int) -> list[str]:
                 with pytest.raises(ValueError, match="pieces over several mesh axes"):
                     dtensor.read("layers.0.weight", parameter)
                 continue
-            holding = dtensor.read("layers.0.weight", parameter)
-            flat = holding.weight().reshape(-1)
+            shard = dtensor.read("layers.0.weight", parameter)
+            flat = shard.weight().reshape(-1)
             # A gradient that autograd left whole on the second axis, or on both, is cut without communication.
             for left in ((placements[0], Replicate()), (Replicate(), Replicate())):
                 parameter.grad = distribute_tensor(values, mesh, list(left), **LOCAL)
                 with CommDebugMode() as communicated:
-                    same = torch.equal(holding.grad(), local.to_local())
+                    same = torch.equal(shard.grad(), local.to_local())
                 if not same or communicated.get_total_counts():
                     wrong.append(f"{shape} {placements}: the gradient {left}, {communicated.get_total_counts()}")
-            for box in holding.cover.boxes(holding.group.rank, shape):
+            for box in shard.partition.boxes(shard.group.rank, shape):
                 inside = values[tuple(slice(o, o + s) for o, s in zip(box.offsets, box.sizes, strict=True))]
                 if not torch.equal(inside, view_of(flat, box.offset, box.sizes, box.strides)):
                     wrong.append(f"{shape} {placements} box {box}")
             m, n = shape[-2:]
             count = shape[0] if len(shape) == 3 else 1
             for index in range(count):
-                tiles = holding.cover.tiles(index, m, n)
+                tiles = shard.partition.tiles(index, m, n)
                 matrix = values[index] if count > 1 else values
-                for tile in tiles[holding.group.rank]:
+                for tile in tiles[shard.group.rank]:
                     inside = matrix[tile.row : tile.row + tile.height, tile.column : tile.column + tile.width]
                     strides = (tile.stride, 1) if tile.stride else None
                     if not torch.equal(inside, view_of(flat, tile.offset, (tile.height, tile.width), strides)):
@@ -220,9 +220,9 @@ def test_a_parallelized_model_equals_one_process():
 
 def test_flat_ranges_follow_each_other():
     """The ranges of all ranks, as read on each of them, are those of one division of the parameter."""
-    for covers in zip(*run_ranks(ranges, 3), strict=True):
-        assert covers[0] == covers[1] == covers[2]
-        name, numel, found = covers[0]
+    for partitions in zip(*run_ranks(ranges, 3), strict=True):
+        assert partitions[0] == partitions[1] == partitions[2]
+        name, numel, found = partitions[0]
         held = [r for r in found if r[0] < r[1]]
         assert held[0][0] == 0 and held[-1][1] == numel, name
         assert all(a[1] == b[0] for a, b in pairwise(held)), name
@@ -234,4 +234,4 @@ def ranges(rank: int, world: int) -> list[tuple]:
     wrapped = fsdp1(Bag(), "one flat", world)
     layout.register(wrapped)
     named = [(name, p) for name, p in wrapped.named_parameters()]
-    return [(name, torch.Size(layout.shape_of(p)).numel(), layout.read(name, p).cover.ranges) for name, p in named]
+    return [(name, torch.Size(layout.shape_of(p)).numel(), layout.read(name, p).partition.ranges) for name, p in named]

@@ -9,7 +9,7 @@ import pytest
 
 from apollo_dist.exchange.plan import MatrixSpec, make_plan
 from apollo_dist.exchange.routes import Elements, Projected, ReduceRoutes, ReplyRoutes
-from apollo_dist.sharding.regions import FlatCover, Tile, check_cover, cut_ranges, flat_tiles, row_ranges
+from apollo_dist.sharding.regions import FlatPartition, Tile, check_cover, cut_ranges, flat_tiles, row_ranges
 
 
 def cells(tile: Tile) -> list[tuple[int, int]]:
@@ -26,11 +26,11 @@ def test_flat_tiles_are_the_range_in_order(m, n):
 
 
 def test_cover_must_be_exact():
-    good = FlatCover(((0, 7), (7, 7), (7, 15))).tiles(0, 3, 5)
+    good = FlatPartition(((0, 7), (7, 7), (7, 15))).tiles(0, 3, 5)
     check_cover("w", 3, 5, good)
     for ranges in [((0, 7), (8, 15)), ((0, 8), (7, 15)), ((0, 7), (7, 14)), ((1, 7), (7, 15)), ((0, 5), (10, 15))]:
         with pytest.raises(ValueError, match="w:"):
-            check_cover("w", 3, 5, FlatCover(ranges).tiles(0, 3, 5))
+            check_cover("w", 3, 5, FlatPartition(ranges).tiles(0, 3, 5))
 
 
 def spec(m, n, ranges, **changes):
@@ -42,7 +42,7 @@ def spec(m, n, ranges, **changes):
         state=(values["rank"],),
         matrix_state=1,
         element_state=0,
-        tiles=FlatCover(ranges).tiles(0, m, n),
+        tiles=FlatPartition(ranges).tiles(0, m, n),
         **values,
     )
 

@@ -115,7 +115,7 @@ def fsdp1_agrees(rank: int, world: int, low_precision: bool) -> bool:
     module = model()
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     size = 2 if low_precision else 4
-    covers = divide(shapes, (), "fsdp1", world, size)
+    partitions = divide(shapes, (), "fsdp1", world, size)
     wrapped = FullyShardedDataParallel(
         module,
         auto_wrap_policy=ModuleWrapPolicy({type(decoder_layers(module)[0])}),
@@ -130,7 +130,7 @@ def fsdp1_agrees(rank: int, world: int, low_precision: bool) -> bool:
         flat = inner._flat_param
         total += flat.numel()
         for fqn, info in zip(flat._fqns, flat._shard_param_infos, strict=True):
-            start, stop = covers[canonical_name(f"{name}.{fqn}" if name else fqn)].ranges[rank]
+            start, stop = partitions[canonical_name(f"{name}.{fqn}" if name else fqn)].ranges[rank]
             held = (info.intra_param_start_idx, info.intra_param_end_idx + 1) if info.in_shard else (0, 0)
             assert (start, stop) == held, (fqn, start, stop, held)
             seen += 1

@@ -257,7 +257,7 @@ def test_every_way_to_build_an_optimizer_chooses_the_same(case: tuple[nn.Module,
     built["attached"].attach(model)
     for way, optimizer in built.items():
         (plan,) = optimizer.prepare()
-        found = {m.holding.name for group_step in plan.shard_groups for m in group_step.matrices}
+        found = {m.shard.name for group_step in plan.shard_groups for m in group_step.matrices}
         assert {n for n in found if not is_frozen(model, n)} == wanted, way
 
 

@@ -99,7 +99,7 @@ def choices(world: int) -> dict[str, list[set[str]]]:
         found[kind] = [low_rank_names(of_model(model, 4))]
         for optimizer in built:
             (plan,) = optimizer.prepare()
-            found[kind].append({m.holding.name for group_step in plan.shard_groups for m in group_step.matrices})
+            found[kind].append({m.shard.name for group_step in plan.shard_groups for m in group_step.matrices})
     return found
 
 
@@ -116,7 +116,7 @@ def bad_groups(rank: int) -> dict[str, Any]:
             found[case] = str(error)
     optimizer.add_param_group({"params": [("layers.2.linear.weight", extra)]})
     (plan,) = optimizer.prepare()
-    found["low-rank"] = {m.holding.name for group_step in plan.shard_groups for m in group_step.matrices}
+    found["low-rank"] = {m.shard.name for group_step in plan.shard_groups for m in group_step.matrices}
     return found
 
 

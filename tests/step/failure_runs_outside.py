@@ -79,11 +79,11 @@ def _calls(
         ),
         "building": (
             lambda: Native("fsdp2", rank, world),
-            [(grouped, "validate_options", 1), (grouped, "member", 2), (base, "fingerprint", 1)],
+            [(grouped, "validate_options", 1), (grouped, "param_info", 2), (base, "fingerprint", 1)],
         ),
         "add_param_group": (
             lambda: run.optimizer.add_param_group({"params": [("extra", extra)]}),
-            [(grouped, "given_twice", 1), (grouped, "fingerprint", 1)],
+            [(grouped, "check_no_duplicates", 1), (grouped, "fingerprint", 1)],
         ),
         "save": (
             lambda: checkpoint.save(f"{root}/other", run.model, run.optimizer, step=1),

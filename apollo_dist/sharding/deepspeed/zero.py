@@ -20,9 +20,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from .. import whole
-from ..flat import flat_holding, tell_other_weights
+from ..flat import flat_shard, tell_other_weights
 from ..internals import UnknownInternals, require, version_of
-from ..local_shard import Holding, ShardGroup
+from ..local_shard import LocalShard, ShardGroup
 from ..regions import cut_ranges
 from . import zero3
 
@@ -151,8 +151,8 @@ def updated(wrapper: Any) -> set[int]:
     return set()
 
 
-def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
-    """The holdings inside one tensor of ``param_groups``, or None if the wrapper does not manage it.
+def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[LocalShard] | None:
+    """The shards inside one tensor of ``param_groups``, or None if the wrapper does not manage it.
 
     Args:
         wrapper: DeepSpeed's optimizer wrapper.
@@ -173,11 +173,11 @@ def read(wrapper: Any, tensor: Tensor, name_of: Name) -> list[Holding] | None:
             found = [i for i, partition in enumerate(partitions) if partition is tensor]
             # An error in a later group has to come before the first one steps.
             later = range(1, len(partitions)) if found == [0] else ()
-            holdings = [
+            shards = [
                 _read_flat(parameters[i], flats[i], partitions[i], views[i], wrapper.real_dp_process_group[i], name_of)
                 for i in (*found, *later)
             ]
-            return holdings[0] if found else None
+            return shards[0] if found else None
     if hasattr(wrapper, "fp16_groups") and hasattr(wrapper, "fp32_groups"):
         for model_params, clones in zip(wrapper.fp16_groups, wrapper.fp32_groups, strict=True):
             for parameter, clone in zip(model_params, clones, strict=True):
@@ -197,7 +197,7 @@ def _read_flat(
     views: Sequence[Tensor],
     process_group: Any,
     name_of: Name,
-) -> list[Holding]:
+) -> list[LocalShard]:
     """Intersect every parameter's place in the flat buffer with every rank's partition of it.
 
     Places are addresses: values may differ before the first step, see ``tell_other_weights``.
@@ -212,7 +212,7 @@ def _read_flat(
             f"the partition of rank {group.rank} is not elements {group.rank * n}..{group.rank * n + n} of its ZeRO "
             "flat buffer; this layout cannot be read"
         )
-    holdings, pairs = [], []
+    shards, pairs = [], []
     for parameter in parameters:
         name = name_of(parameter)
         start, remainder = divmod(parameter.data_ptr() - flat.data_ptr(), flat.element_size())
@@ -221,8 +221,8 @@ def _read_flat(
         ranges = cut_ranges(start, parameter.numel(), n, group.size)
         low, high = ranges[group.rank]
         at = low + start - group.rank * n if high > low else 0
-        holding = flat_holding(name, tuple(parameter.shape), parameter, partition, at, group, ranges)
-        pairs.append((holding, parameter.reshape(-1)[low:high]))
-        holdings.append(holding)
+        shard = flat_shard(name, tuple(parameter.shape), parameter, partition, at, group, ranges)
+        pairs.append((shard, parameter.reshape(-1)[low:high]))
+        shards.append(shard)
     tell_other_weights(pairs)
-    return holdings
+    return shards

@@ -20,9 +20,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..flat import flat_holding, tell_other_weights
+from ..flat import flat_shard, tell_other_weights
 from ..internals import require
-from ..local_shard import Holding, ShardGroup
+from ..local_shard import LocalShard, ShardGroup
 from ..regions import even_ranges
 
 Name = Callable[[Tensor], str]
@@ -33,8 +33,8 @@ def is_stage3(wrapper: Any) -> bool:
     return hasattr(wrapper, "fp32_partitioned_groups_flat")
 
 
-def read(wrapper: Any, flat: Tensor, name_of: Name) -> list[Holding] | None:
-    """The holdings inside a sub-group's flat, or None if it is not one.
+def read(wrapper: Any, flat: Tensor, name_of: Name) -> list[LocalShard] | None:
+    """The shards inside a sub-group's flat, or None if it is not one.
 
     Args:
         wrapper: DeepSpeed's stage 3 optimizer.
@@ -61,15 +61,15 @@ def read(wrapper: Any, flat: Tensor, name_of: Name) -> list[Holding] | None:
 
 def _read_sub_group(
     wrapper: Any, parameters: Sequence[Any], flat: Tensor, name_of: Name, swapped_out: bool = False
-) -> list[Holding]:
-    """The holdings inside a flat; ``swapped_out`` says that its memory may be another's, since it is not its turn."""
+) -> list[LocalShard]:
+    """The shards inside a flat; ``swapped_out`` says that its memory may be another's, since it is not its turn."""
     sizes = [int(parameter.ds_tensor.ds_numel) for parameter in parameters]
     if not swapped_out and flat.numel() != sum(sizes):
         raise ValueError(
             f"a ZeRO-3 sub-group of {len(sizes)} partitions with {sum(sizes)} elements has a flat buffer of "
             f"{flat.numel()}; this layout cannot be read"
         )
-    holdings, pairs = [], []
+    shards, pairs = [], []
     for parameter, size, at in zip(parameters, sizes, accumulate(sizes, initial=0), strict=False):
         name = name_of(parameter)
         # DeepSpeed's own map, by which it puts gradients into the flat. Values say nothing: they may differ before the
@@ -87,12 +87,12 @@ def _read_sub_group(
                 f"{name}: its ZeRO-3 partition has {size} elements, expected {-(-parameter.ds_numel // group.size)} "
                 f"for {parameter.ds_numel} elements on {group.size} ranks"
             )
-        holding = flat_holding(name, tuple(parameter.ds_shape), parameter, flat, at, group, ranges)
+        shard = flat_shard(name, tuple(parameter.ds_shape), parameter, flat, at, group, ranges)
         if not swapped_out and parameter.ds_tensor.status.name == "AVAILABLE":  # else it is on NVMe, too
-            pairs.append((holding, parameter.ds_tensor.view(-1)[: holding.numel]))
-        holdings.append(holding)
+            pairs.append((shard, parameter.ds_tensor.view(-1)[: shard.numel]))
+        shards.append(shard)
     tell_other_weights(pairs)
-    return holdings
+    return shards
 
 
 def _check_swapping(wrapper: Any, name_of: Name) -> None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..internals import UnknownInternals, first_of, require, version_of
-from ..local_shard import Holding, ShardGroup, whole_cover
-from ..regions import FlatCover, even_ranges
+from ..local_shard import LocalShard, ShardGroup, whole_partition
+from ..regions import FlatPartition, even_ranges
 from .zero3 import is_stage3
 
 # What of a dynamic loss scaler changes during training.
@@ -141,7 +141,7 @@ def check_free(module: torch.nn.Module) -> None:
             )
 
 
-def read_frozen(name: str, parameter: Any) -> Holding | None:
+def read_frozen(name: str, parameter: Any) -> LocalShard | None:
     """This rank's part of a ZeRO-3 parameter that no optimizer updates; None for any other parameter."""
     partition = getattr(parameter, "ds_tensor", None)
     if partition is None:
@@ -149,14 +149,14 @@ def read_frozen(name: str, parameter: Any) -> Holding | None:
     group = ShardGroup.of(parameter.ds_process_group)
     ranges = even_ranges(parameter.ds_numel, group.size)
     low, high = ranges[group.rank]
-    return Holding(
+    return LocalShard(
         name=name,
         shape=tuple(parameter.ds_shape),
         dtype=parameter.dtype,
         device=partition.device,
         layout="zero",
         group=group,
-        cover=FlatCover(ranges) if group.size > 1 else whole_cover(parameter.ds_numel),
+        partition=FlatPartition(ranges) if group.size > 1 else whole_partition(parameter.ds_numel),
         weight=lambda: partition.data.view(-1)[: high - low],  # padding follows
         grad=lambda: None,
     )
