@@ -17,7 +17,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +27,14 @@ from ..optimizers.base import ShardedOptimizer
 from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import LocalShard, canonical_name, view_of
-from ..step.elementwise import ElementwiseTensor
-from ..step.matrix import Matrix
-from ..step.plan import StepPlan
 from . import elementwise
 from .options import options_of, restore_options
 from .shards import Piece, Shards
+
+if TYPE_CHECKING:
+    from ..step.elementwise import ElementwiseTensor
+    from ..step.matrix import Matrix
+    from ..step.plan import StepPlan
 
 logger = logging.getLogger("apollo_dist")
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,9 @@ from torch.distributed.checkpoint.planner import LoadPlan, TensorWriteData, Writ
 
 from ..distributed import RankError, described, global_rank, known_to_all, rank_of
 from ..sharding.local_shard import view_of
-from ..sharding.regions import Box
+
+if TYPE_CHECKING:
+    from ..sharding.regions import Box
 
 
 @dataclass(frozen=True)

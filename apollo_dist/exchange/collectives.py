@@ -14,18 +14,20 @@ A rank's own contribution goes through the same buffers; it does not leave the d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import meet
-from ..sharding.local_shard import ShardGroup
-from ..sharding.regions import Range
-from .plan import Plan
 from .routes import Elements, Projected, ReduceRoutes, ReplyAllReduce, ReplyRoutes, Scales
 from .waiting import wait
+
+if TYPE_CHECKING:
+    from ..sharding.local_shard import ShardGroup
+    from ..sharding.regions import Range
+    from .plan import Plan
 
 
 class Partial(NamedTuple):

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .channels import ChannelPartition, Integers
+if TYPE_CHECKING:
+    from .channels import ChannelPartition, Integers
 
 # Pools with common holders depend on each other: rounds of levelling one pool after the other, with the others as they
 # are, reduce the sum of squared loads each time. From a start in proportion to elements few are needed.

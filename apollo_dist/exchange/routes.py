@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from ..sharding.regions import Range
 from .channels import ChannelPartition, ChannelSet, held_channels
 from .plan import MatrixPlan, Plan, sends_elements, sum_by_holder
+
+if TYPE_CHECKING:
+    from ..sharding.regions import Range
 
 
 class Projected(NamedTuple):

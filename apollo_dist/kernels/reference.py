@@ -6,12 +6,15 @@ Arithmetic is in fp32, whatever gradients and weights are stored in, and rounds 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..projections.philox import philox_4x32_10
-from .parts import AdamWPart, ApplyPart, ProjectPart
+
+if TYPE_CHECKING:
+    from .parts import AdamWPart, ApplyPart, ProjectPart
 
 
 def draw(keys: Tensor, table: Tensor, out: Tensor) -> None:

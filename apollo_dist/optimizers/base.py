@@ -5,14 +5,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import check_same_on_all_ranks, run_together, together
-from ..rules.base import Rules
 from ..rules.registry import RULE, rules_of
 from ..selection.kept import KeptChoice
 from ..selection.roles import KeptRoles
@@ -25,7 +24,10 @@ from ..step.plan import StepPlan, fingerprint, plan_step
 from .grouped import GroupedOptimizer
 from .model_ref import ModelRef, check_not_replaced
 from .options import plain
-from .param_groups import ParamInfo
+
+if TYPE_CHECKING:
+    from ..rules.base import Rules
+    from .param_groups import ParamInfo
 
 logger = logging.getLogger("apollo_dist")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Set
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
@@ -13,7 +13,6 @@ from ..distributed import rank_of, run_together, world_of
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import canonical_name
-from ..step.plan import StepPlan
 from .model_changes import (
     Watch,
     any_trains,
@@ -28,6 +27,9 @@ from .model_changes import (
 )
 from .model_ref import ModelRef, find_model
 from .picklable import PicklableOptimizer
+
+if TYPE_CHECKING:
+    from ..step.plan import StepPlan
 
 logger = logging.getLogger("apollo_dist")
 

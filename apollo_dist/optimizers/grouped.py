@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from ..distributed import check_same_on_all_ranks, rank_of, run_together
-from ..rules.base import Rules
 from ..rules.registry import RULE, rules_of
-from ..rules.roles import Role
 from ..selection.choice import Parameter, check_matrix, name_pattern
 from ..sharding import fsdp2
 from ..sharding.deepspeed import zero
@@ -38,6 +36,10 @@ from .param_groups import (
     split_params,
 )
 from .stateful import check_no_duplicates
+
+if TYPE_CHECKING:
+    from ..rules.base import Rules
+    from ..rules.roles import Role
 
 logger = logging.getLogger("apollo_dist")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,14 +22,16 @@ from ..sharding import dtensor, fsdp1, fsdp2
 from ..sharding.deepspeed import zero_engine
 from ..sharding.internals import version_of
 from ..state.callers import called_to_make_state
-from ..step.elementwise import ElementwiseTensor
 from ..step.failing import Steps
-from ..step.plan import StepPlan
-from ..step.shard_group import ShardGroupStep
 from .apollo import APOLLO, APOLLOMini
 from .base import ShardedOptimizer
 from .model_changes import any_trains
 from .model_ref import ModelRef
+
+if TYPE_CHECKING:
+    from ..step.elementwise import ElementwiseTensor
+    from ..step.plan import StepPlan
+    from ..step.shard_group import ShardGroupStep
 
 # Updates inside backward under FSDP2 were wrong with torch 2.6 (on CPUs), and right with 2.8; 2.7 was not run.
 FSDP2_SINCE = "2.8"

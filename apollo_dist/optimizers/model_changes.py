@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import gather
-from ..sharding.local_shard import LocalShard
+
+if TYPE_CHECKING:
+    from ..sharding.local_shard import LocalShard
 
 logger = logging.getLogger("apollo_dist")
 

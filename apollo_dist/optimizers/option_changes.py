@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..rules.base import Rules
 from ..rules.registry import RULE, rules_of
 from .options import make_plain, options_of, validate_options
+
+if TYPE_CHECKING:
+    from ..rules.base import Rules
 
 Group = dict[str, Any]
 

@@ -5,13 +5,15 @@ from __future__ import annotations
 import numbers
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..rules.base import Rules
 from ..rules.options import flag, not_negative
 from ..rules.registry import RULE
+
+if TYPE_CHECKING:
+    from ..rules.base import Rules
 
 # Options that the step reads, whatever the rule.
 COMMON = ("lr", "weight_decay", "maximize")

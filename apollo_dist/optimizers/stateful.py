@@ -6,33 +6,35 @@ import logging
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
 from ..distributed import check_same_on_all_ranks, rank_of, run_together
-from ..rules.base import Rules
 from ..rules.registry import rules_of
-from ..rules.roles import Role
-from ..selection.kept import KeptChoice
-from ..selection.roles import KeptRoles
 from ..sharding import fsdp1
 from ..state import parameter_state
 from ..state.callers import called_to_load_into
 from ..state.identity import NAMES, identify
 from ..state.loaded import Loaded, Target, read, tell
 from ..state.slots import STEP, Slot, step_tensor
-from ..step.failing import Failures
-from ..step.nonfinite import NonFiniteGuard
-from ..step.plan import StepPlan
-from .model_changes import Planned, Watch
-from .model_ref import ModelRef
 from .option_changes import OptionChanges
 from .options import make_plain, options_of, validate_options
 from .param_groups import SELECT_BY_NAME, ParamInfo
 from .targets import targets
+
+if TYPE_CHECKING:
+    from ..rules.base import Rules
+    from ..rules.roles import Role
+    from ..selection.kept import KeptChoice
+    from ..selection.roles import KeptRoles
+    from ..step.failing import Failures
+    from ..step.nonfinite import NonFiniteGuard
+    from ..step.plan import StepPlan
+    from .model_changes import Planned, Watch
+    from .model_ref import ModelRef
 
 logger = logging.getLogger("apollo_dist")
 

@@ -19,8 +19,10 @@ products and attention. The chunked loss keeps no log-probabilities, and has a c
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from ..pretrain.config import ModelConfig
+if TYPE_CHECKING:
+    from ..pretrain.config import ModelConfig
 
 
 @dataclass(frozen=True)

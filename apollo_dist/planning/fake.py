@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
 
-from ..exchange.plan import Plan
 from ..optimizers.apollo import APOLLO
-from ..pretrain.config import ModelConfig
-from ..sharding.local_shard import Partition
+
+if TYPE_CHECKING:
+    from ..exchange.plan import Plan
+    from ..pretrain.config import ModelConfig
+    from ..sharding.local_shard import Partition
 
 
 @dataclass(frozen=True)

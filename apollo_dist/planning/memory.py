@@ -6,17 +6,19 @@ import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from ..pretrain.config import ModelConfig
 from ..selection.choice import check_any, low_rank_names, of_model
 from ..selection.roles import of_model as of_parameters
 from .activations import Activations, activations
 from .estimate import Estimate, divide, estimate, estimate_plans, estimate_rule, shard_numel, units
 from .fake import meta_model, read_fsdp2
 from .options import CHECKPOINTING, Options
+
+if TYPE_CHECKING:
+    from ..pretrain.config import ModelConfig
 
 OPTIMIZERS = ("apollo", "apollo-mini", "scale", "adam-mini", "adamw")
 RULES = {"scale": "scale", "adam-mini": "adam_mini"}

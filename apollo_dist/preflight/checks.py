@@ -7,10 +7,12 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from .facts import Facts
-from .limits import Limits
-from .network import Measured
+if TYPE_CHECKING:
+    from .facts import Facts
+    from .limits import Limits
+    from .network import Measured
 
 OK, FAILED, NOTE = "ok", "FAIL", "note"
 

@@ -9,13 +9,16 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from apollo_dist.pretrain.config import Config, ModelConfig
 from apollo_dist.pretrain.decide import decide
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.versions import node, versions
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config, ModelConfig
 
 WRITTEN = 1 << 20  # bytes of the write test, each rank
 BYTES_PER_PARAMETER = 12  # in a checkpoint: fp32 weights, and at most AdamW's two moments

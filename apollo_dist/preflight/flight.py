@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
@@ -20,9 +21,11 @@ from apollo_dist.pretrain.versions import node
 from . import checks
 from .checks import FAILED, NOTE, Row
 from .facts import Facts, find_out, written
-from .limits import Limits
 from .meeting import Lost, Meeting
 from .network import Measured, measure
+
+if TYPE_CHECKING:
+    from .limits import Limits
 
 # Shares of the time that a preflight has, after which it goes on without who is absent.
 COME, REPORT, MEASURE = 0.5, 0.7, 0.9

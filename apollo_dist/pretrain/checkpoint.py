@@ -9,16 +9,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from apollo_dist import checkpoint
-from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.data import Data
 from apollo_dist.pretrain.distributed import Ranks, alike
-from apollo_dist.pretrain.engines.base import Engine
 from apollo_dist.pretrain.override import Change, apply, changes, options_now
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config
+    from apollo_dist.pretrain.data import Data
+    from apollo_dist.pretrain.engines.base import Engine
 
 T = TypeVar("T")
 

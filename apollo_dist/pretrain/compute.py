@@ -9,16 +9,18 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Callable
 from functools import partial, wraps
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.initial import named_parameters_and_modules
 from apollo_dist.pretrain.model import decoder_layers
 from apollo_dist.pretrain.placing import materialize
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config
 
 _aten = torch.ops.aten
 # What "selective" keeps: results of matrix products and of attention. The rest of a layer is cheap to compute again.

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from apollo_dist.pretrain.metrics import FILE
 from apollo_dist.pretrain.optimizers import adamw_bytes, state_bytes
 from apollo_dist.pretrain.plot import plot
-from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.stop import FINISHED_FILE, STOPPED, STOPPED_FILE, record
 from apollo_dist.pretrain.watchdog import SLOW
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.run import Run
 
 
 def stop(run: Run) -> int:

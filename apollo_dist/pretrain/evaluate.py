@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from apollo_dist.pretrain.data.packed import Windows
-from apollo_dist.pretrain.distributed import Ranks
-from apollo_dist.pretrain.engines.base import Engine
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.data.packed import Windows
+    from apollo_dist.pretrain.distributed import Ranks
+    from apollo_dist.pretrain.engines.base import Engine
 
 CHECK_EVERY = 8  # forward passes between two questions whether to go on
 

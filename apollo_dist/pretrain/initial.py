@@ -9,12 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from apollo_dist.pretrain.config import Config
 from apollo_dist.projections.philox import MASK32, philox_4x32_10, words_of
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config
 
 # Elements that are generated together, from a quarter as many counters. Blocks begin at multiples of it, so an element
 # has the same place in the same kernel call whoever generates it: libraries of vector functions round the last bit

@@ -10,11 +10,12 @@ import resource
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from apollo_dist.pretrain.config import Config
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config
 
 FILE = "metrics.jsonl"
 

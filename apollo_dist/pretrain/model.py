@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from apollo_dist.pretrain.config import ModelConfig
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.placing import place_whole
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import ModelConfig
 
 
 def build_model(config: ModelConfig, sequence_length: int, seed: int) -> nn.Module:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from apollo_dist.pretrain.batching import BatchPlan
-from apollo_dist.pretrain.checkpoint import Checkpoints
-from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.data import Data
-from apollo_dist.pretrain.distributed import Ranks
-from apollo_dist.pretrain.engines import Engine
-from apollo_dist.pretrain.evaluate import Evaluation
-from apollo_dist.pretrain.metrics import Metrics
-from apollo_dist.pretrain.stop import Requests
 from apollo_dist.pretrain.watchdog import SLOW, Watchdog
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.checkpoint import Checkpoints
+    from apollo_dist.pretrain.config import Config
+    from apollo_dist.pretrain.data import Data
+    from apollo_dist.pretrain.distributed import Ranks
+    from apollo_dist.pretrain.engines import Engine
+    from apollo_dist.pretrain.evaluate import Evaluation
+    from apollo_dist.pretrain.metrics import Metrics
+    from apollo_dist.pretrain.stop import Requests
 
 
 @dataclass

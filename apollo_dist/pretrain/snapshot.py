@@ -13,18 +13,20 @@ import sys
 from collections.abc import Sequence
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from apollo_dist.pretrain.batching import BatchPlan
-from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.distributed import Ranks
-from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
-from apollo_dist.pretrain.override import Change
-from apollo_dist.pretrain.settings import Settings
 from apollo_dist.pretrain.stop import write_whole
 from apollo_dist.pretrain.versions import node, revision, versions
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.config import Config
+    from apollo_dist.pretrain.distributed import Ranks
+    from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
+    from apollo_dist.pretrain.override import Change
+    from apollo_dist.pretrain.settings import Settings
 
 FOLDER = "config"
 # Of the launchers' variables, those that say what ran where; others may hold secrets.

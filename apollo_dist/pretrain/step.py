@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
 from apollo_dist.pretrain.distributed import SetupError, alike
 from apollo_dist.pretrain.metrics import memory_bytes
-from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.utilization import utilization
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.run import Run
 
 
 def train_step(run: Run) -> None:

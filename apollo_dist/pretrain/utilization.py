@@ -11,9 +11,12 @@ each counted whole though the mask hides half. Recomputed activations are not co
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 
-from apollo_dist.pretrain.config import Config, ModelConfig
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config, ModelConfig
 
 # Dense bf16 FLOPs/s by NVIDIA's data sheets, by what the device's name contains; the first that fits.
 PEAK_BF16 = {

@@ -18,8 +18,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
-from apollo_dist.pretrain.distributed import Ranks
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.distributed import Ranks
 
 HUNG = 86  # exit code of a rank that waited too long
 SLOW = 10.0  # set-up, the first step, validation, a checkpoint and the end may take this many times the limit

@@ -9,13 +9,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..kernels.reduce import as_gemm_operand
-from ..sharding.regions import Range
 from . import gaussian as projection
+
+if TYPE_CHECKING:
+    from ..sharding.regions import Range
 
 
 class Phase(IntEnum):

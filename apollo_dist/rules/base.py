@@ -16,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .options import Option
+if TYPE_CHECKING:
+    from .options import Option
 
 Group = Mapping[str, Any]  # a parameter group's options
 

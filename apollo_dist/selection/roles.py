@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
 
 from ..rules.roles import BIAS, EMBEDDING, HEAD, KEY, LINEAR, NORM, OTHER, QUERY, UNKNOWN, Role
 from . import by_module, by_name
-from .choice import Parameter
 from .tree import OTHER as NO_MAP
 from .tree import Tree, Use, paths_above
 from .verdict import abbreviate, says_head
+
+if TYPE_CHECKING:
+    from .choice import Parameter
 
 logger = logging.getLogger("apollo_dist")
 

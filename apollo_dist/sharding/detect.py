@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from . import dtensor, fsdp1, whole
 from .deepspeed import zero
-from .local_shard import LocalShard
+
+if TYPE_CHECKING:
+    from .local_shard import LocalShard
 
 
 def read(tensors: Sequence[Tensor], name_of: zero.Name, engine: zero.Engine) -> list[LocalShard]:

@@ -12,7 +12,7 @@ Everything is what this rank has anyway, so nothing is communicated.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,11 +23,13 @@ from torch.distributed.tensor.placement_types import Placement
 
 from ..distributed import meet, run_together
 from ..sharding.local_shard import PARAMETER_LAYOUTS, LocalShard, view_of
-from ..step.elementwise import ElementwiseTensor
-from ..step.plan import StepPlan
 from .owned_tensor import OwnedTensor, Rows, as_dtensor
 from .reshard import LowRank
 from .slots import STEP, Slot, step_tensor
+
+if TYPE_CHECKING:
+    from ..step.elementwise import ElementwiseTensor
+    from ..step.plan import StepPlan
 
 State = dict[str, Any]
 

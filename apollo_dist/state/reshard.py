@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
@@ -13,14 +14,16 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from ..exchange.channels import ChannelSet, held_channels
-from ..exchange.plan import MatrixPlan
-from ..rules.base import State
 from ..sharding.dtensor import places, shard_mesh
 from ..sharding.grid import Runs, chunk
-from ..sharding.local_shard import LocalShard
 from ..sharding.regions import Range, joined
-from ..step.matrix import Matrix
-from .owned_tensor import Rows
+
+if TYPE_CHECKING:
+    from ..exchange.plan import MatrixPlan
+    from ..rules.base import State
+    from ..sharding.local_shard import LocalShard
+    from ..step.matrix import Matrix
+    from .owned_tensor import Rows
 
 
 @dataclass

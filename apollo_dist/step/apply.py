@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..kernels.transfer import to_device
-from .batch import Batch, Tiles
 from .matrix import Matrix, cast, take
+
+if TYPE_CHECKING:
+    from .batch import Batch, Tiles
 
 
 def apply(

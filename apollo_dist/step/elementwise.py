@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..rules.base import ElementRule
-from ..sharding.local_shard import LocalShard
 from ..state.slots import Slot, ready
 from .apply import decay
+
+if TYPE_CHECKING:
+    from ..rules.base import ElementRule
+    from ..sharding.local_shard import LocalShard
 
 
 class ElementwiseTensor:

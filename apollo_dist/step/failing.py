@@ -9,16 +9,19 @@ be repeated. Later steps cost no communication: a rank that fails raises an alar
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import RankError, described, meet, raised_together, together, world_of
 from ..exchange.waiting import Alarm
-from ..state.slots import Slot
 from .elementwise import ElementwiseTensor, step_elementwise
 from .run import begin_step, finish_step, step_shard_group
-from .shard_group import ShardGroupStep
+
+if TYPE_CHECKING:
+    from ..state.slots import Slot
+    from .shard_group import ShardGroupStep
 
 
 class Failures:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from ..exchange.channels import ChannelSet
 from ..exchange.plan import MatrixSpec
-from ..exchange.routes import Channels
 from ..projections.cache import ProjectionSlice
-from ..rules.base import MatrixRule, Spec
 from ..sharding.local_shard import LocalShard, matrices, matrix_name, view_of
 from ..sharding.regions import Tile, tiles_in_blocks
+
+if TYPE_CHECKING:
+    from ..exchange.channels import ChannelSet
+    from ..exchange.routes import Channels
+    from ..rules.base import MatrixRule, Spec
 
 
 def exchanged(name: str, m: int, n: int, declared: Spec, tiles: tuple[tuple[Tile, ...], ...]) -> MatrixSpec:

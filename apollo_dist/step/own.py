@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..exchange.collectives import Received
 from ..kernels.reduce import line_norms
 from ..projections.cache import Phase, ProjectionCache
 from ..rules.base import Seen
 from ..state.slots import STEP
-from .batch import Batch, Tiles
 from .reduce import complete
+
+if TYPE_CHECKING:
+    from ..exchange.collectives import Received
+    from .batch import Batch, Tiles
 
 
 def own(

@@ -6,7 +6,7 @@ from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,11 +22,13 @@ from ..selection.verdict import abbreviate
 from ..sharding import detect
 from ..sharding.deepspeed import zero
 from ..sharding.local_shard import PARAMETER_LAYOUTS, LocalShard, canonical_name
-from ..state.slots import Slot
 from .elementwise import ElementwiseTensor
-from .failing import Steps
 from .matrix import Matrix, specs_of
 from .shard_group import Entry, ShardGroupStep
+
+if TYPE_CHECKING:
+    from ..state.slots import Slot
+    from .failing import Steps
 
 
 @dataclass

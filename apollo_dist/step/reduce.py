@@ -8,6 +8,7 @@ projected here, are taken by ``complete``.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,9 +16,11 @@ from torch import Tensor
 from ..exchange.channels import ChannelSet
 from ..exchange.collectives import Partial, Received
 from ..kernels.reduce import channel_norms, project
-from ..projections.cache import Projection
-from ..sharding.regions import Range
 from .matrix import Matrix, Pieces, cast, take
+
+if TYPE_CHECKING:
+    from ..projections.cache import Projection
+    from ..sharding.regions import Range
 
 
 def partial(m: Matrix, projection: Projection | None, active: bool) -> Partial:

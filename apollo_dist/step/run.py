@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..exchange.collectives import Received
 from ..projections.cache import Phase
 from .apply import apply, shared_scale
 from .own import own
 from .reduce import partial
-from .shard_group import ShardGroupStep
+
+if TYPE_CHECKING:
+    from ..exchange.collectives import Received
+    from .shard_group import ShardGroupStep
 
 
 @dataclass

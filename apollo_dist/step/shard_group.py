@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..exchange.collectives import Exchange
 from ..exchange.plan import MatrixSpec, make_plan
 from ..projections.cache import ProjectionCache
-from ..rules.base import MatrixRule, Spec
-from ..sharding.local_shard import LocalShard
 from ..state.slots import Slot, ready
 from .batch import Batch, make_batches
 from .matrix import Matrix, Place
+
+if TYPE_CHECKING:
+    from ..rules.base import MatrixRule, Spec
+    from ..sharding.local_shard import LocalShard
 
 
 class Entry(NamedTuple):

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import AdamWPart
 from ..transfer import to_device
 from .dtypes import DTYPES
 from .tables import blocks_of
+
+if TYPE_CHECKING:
+    from ..parts import AdamWPart
 
 # Elements of one program.
 _BLOCK = 4096

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import ApplyPart
 from ..transfer import to_device
 from .dtypes import DTYPES
 from .tables import blocks_of, layout
+
+if TYPE_CHECKING:
+    from ..parts import ApplyPart
 
 # Elements of a program across and along the direction in which memory is contiguous.
 _ACROSS, _ALONG = 8, 1024

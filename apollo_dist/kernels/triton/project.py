@@ -13,17 +13,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..parts import ProjectPart
 from ..transfer import to_device
 from .dtypes import DTYPES
 from .tables import blocks_of, interpreted, layout
+
+if TYPE_CHECKING:
+    from ..parts import ProjectPart
 
 # Parts that a gradient is split into.
 _SPLIT = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}

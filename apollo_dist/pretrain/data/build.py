@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from apollo_dist.pretrain.config import Config, DataConfig
 from apollo_dist.pretrain.data.documents import Document, find_files, read_documents, split, standard_library
 from apollo_dist.pretrain.data.packed import PackedData, Tokens, TrainData, Windows
 from apollo_dist.pretrain.data.streaming import StreamData, read_validation
 from apollo_dist.pretrain.data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config, DataConfig
 
 
 @dataclass(frozen=True)

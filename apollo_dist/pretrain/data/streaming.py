@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from apollo_dist.pretrain.config import Config, DataConfig
 from apollo_dist.pretrain.data.packed import Tokens, check_tokens
-from apollo_dist.pretrain.data.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config, DataConfig
+    from apollo_dist.pretrain.data.tokenizer import Tokenizer
 
 
 def open_dataset(config: DataConfig, split: str) -> Any:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from apollo_dist.pretrain.batching import BatchPlan
-from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.distributed import Ranks
-from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.config import Config
+    from apollo_dist.pretrain.distributed import Ranks
+    from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
 
 
 class Engine(Protocol):

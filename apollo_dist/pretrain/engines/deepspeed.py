@@ -7,20 +7,22 @@ import logging
 import os
 from collections.abc import Iterator
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config, JsonOptimizer
-from apollo_dist.pretrain.distributed import Ranks
-from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
 from apollo_dist.pretrain.engines.native import total_norm
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.optimizers import build_optimizer, schedule
 from apollo_dist.pretrain.placing import place_whole
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.distributed import Ranks
+    from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
 
 
 class DeepSpeed:

@@ -13,11 +13,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.config import Config, JsonOptimizer
 from apollo_dist.pretrain.settings import Settings, convert
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
 
 AUTO = "auto"
 MICRO = "train_micro_batch_size_per_gpu"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -13,13 +13,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, ShardingStrategy
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-from apollo_dist.pretrain.batching import BatchPlan
-from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.native import NativeEngine
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.model import decoder_layers
 from apollo_dist.pretrain.placing import fill_fsdp1, fsdp1_shards, materialize
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.config import Config
+    from apollo_dist.pretrain.distributed import Ranks
 
 STRATEGIES = {
     "full": ShardingStrategy.FULL_SHARD,

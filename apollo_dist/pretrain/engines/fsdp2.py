@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from apollo_dist.pretrain.batching import BatchPlan
-from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.native import NativeEngine
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.model import decoder_layers
 from apollo_dist.pretrain.placing import place_fsdp2
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.config import Config
+    from apollo_dist.pretrain.distributed import Ranks
 
 
 class FSDP2(NativeEngine):

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from apollo_dist.pretrain.batching import BatchPlan
-from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.fsdp2 import shard
 from apollo_dist.pretrain.engines.native import NativeEngine
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.optimizers import local
 from apollo_dist.pretrain.placing import place_whole
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.config import Config
+    from apollo_dist.pretrain.distributed import Ranks
 
 
 class Layerwise(NativeEngine):

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from apollo_dist.pretrain.batching import BatchPlan
-from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.optimizers import build_optimizer, schedule
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.config import Config
+    from apollo_dist.pretrain.distributed import Ranks
 
 
 class NativeEngine:

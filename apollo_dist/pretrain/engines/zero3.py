@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
-from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.initial import InitialWeights, named_parameters_and_modules
 from apollo_dist.pretrain.placing import materialize, move_buffers
+
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.distributed import Ranks
 
 
 def partition(model: nn.Module, initial: InitialWeights, ranks: Ranks, dtype: torch.dtype, values: Any) -> None:
