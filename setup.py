@@ -18,7 +18,7 @@ def version() -> str:
 
 
 # Lower bounds are those of the oldest line in docs/versions.md that passes; launch/test_versions.sh tries others. Some
-# versions in between have faults of their own, which apollo_dist refuses (integrations/deepspeed_config/faults.py).
+# versions in between have faults of their own, which apollo_dist refuses (sharding/deepspeed/faults.py).
 DEEPSPEED = ["deepspeed>=0.17.6"]
 
 # accelerate has no FSDP2 (`fsdp_version`) before 1.6.

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 T = TypeVar("T")
@@ -265,3 +266,11 @@ def _first_difference(
 
 def _short(text: str) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
+
+
+def device_for(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Where a tensor on ``device`` has to be for a collective: NCCL cannot reach states offloaded to the CPU."""
+    backends = dist.get_backend_config(process_group)
+    if f"{device.type}:" in backends or ":" not in backends:
+        return device
+    return torch.accelerator.current_accelerator() or device

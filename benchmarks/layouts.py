@@ -20,13 +20,13 @@ from apollo_dist.exchange import collectives
 from apollo_dist.planning.estimate import RULES, divide
 from apollo_dist.planning.fake import fake_ranks
 from apollo_dist.pretrain.model import decoder_layers
-from apollo_dist.sharding.local_shard import LocalShard, ShardGroup, whole_partition
-from apollo_dist.sharding.regions import FlatPartition
+from apollo_dist.sharding.local_shard import LocalShard, ShardGroup
+from apollo_dist.sharding.regions import FlatPartition, whole_partition
 from apollo_dist.state.slots import Slot
 from apollo_dist.step.elementwise import ElementwiseTensor, step_elementwise
-from apollo_dist.step.matrix import specs_of
 from apollo_dist.step.run import step_shard_group
 from apollo_dist.step.shard_group import Entry, ShardGroupStep
+from apollo_dist.step.specs import specs_of
 
 Shapes = dict[str, tuple[int, ...]]
 META = torch.device("meta")

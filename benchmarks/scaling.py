@@ -31,7 +31,7 @@ from apollo_dist.exchange.plan import MatrixSpec, Plan, make_plan
 from apollo_dist.rules.apollo import APOLLO
 from apollo_dist.sharding.local_shard import ShardGroup
 from apollo_dist.sharding.regions import FlatPartition, Range, cut_ranges, even_ranges, flat_partition_tiles, row_ranges
-from apollo_dist.step.matrix import exchanged
+from apollo_dist.step.specs import exchanged
 
 Shape = tuple[int, int]
 Shapes = dict[str, tuple[int, ...]]
@@ -220,7 +220,7 @@ def same_plan(model: str, world: int) -> bool:
     from apollo_dist.selection.choice import low_rank_names, of_model
     from apollo_dist.sharding.deepspeed.zero import Engine
     from apollo_dist.sharding.detect import read
-    from apollo_dist.step.matrix import specs_of
+    from apollo_dist.step.specs import specs_of
 
     hidden, ffn, layers, narrow = MODELS[model]
     config = LlamaConfig(

@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.torch_version import TorchVersion
 
-from apollo_dist.integrations.deepspeed_config.faults import known_faults, not_yet
 from apollo_dist.sharding import dtensor, fsdp2
+from apollo_dist.sharding.deepspeed.faults import known_faults, not_yet
 
 
 def version(package: str) -> tuple[int, ...]:

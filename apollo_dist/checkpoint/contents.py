@@ -26,7 +26,8 @@ from ..distributed import check_same_on_all_ranks, rank_of, run_together
 from ..optimizers.base import ShardedOptimizer
 from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
-from ..sharding.local_shard import LocalShard, canonical_name, view_of
+from ..sharding.local_shard import LocalShard, view_of
+from ..sharding.names import canonical_name
 from . import elementwise
 from .options import options_of, restore_options
 from .shards import Piece, Shards

@@ -16,11 +16,12 @@ from torch.optim import Adam, AdamW
 
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
-from ..sharding.local_shard import LocalShard, canonical_name
+from ..sharding.names import canonical_name
 from .options import options_of
 from .shards import Shards
 
 if TYPE_CHECKING:
+    from ..sharding.local_shard import LocalShard
     from .contents import Contents
 
 # Optimizers that are known to work, and the state that they make at their first step: for each element, and one number.

@@ -187,3 +187,21 @@ def held_channels(partition: ChannelPartition, rank: int) -> tuple[ChannelSet, C
     runs = np.unique(partition.overlaps(starts, stops, partition.tiles_of(rank)).range)
     shared = zip(starts[runs].tolist(), stops[runs].tolist(), strict=True)
     return ChannelSet.merged(list(alone)), ChannelSet.merged(list(shared))
+
+
+def sum_by_holder(
+    share: Integers, rank: Integers, elements: Integers, world_size: int
+) -> tuple[Integers, Integers, Integers]:
+    """Sum ``elements`` with equal share and rank; ordered by share, then by rank."""
+    key = share * world_size + rank
+    if len(key) and int(key.max()) < 4 * len(
+        key
+    ):  # most pairs occur: quicker than sorting; floats are exact below 2^53
+        dense = np.bincount(key, elements)
+        distinct: Integers = np.nonzero(dense)[0]
+        total: Integers = dense[distinct].astype(np.int64)
+    else:
+        distinct, inverse = np.unique(key, return_inverse=True)
+        total = np.zeros(len(distinct), dtype=np.int64)
+        np.add.at(total, inverse, elements)
+    return distinct // world_size, distinct % world_size, total

@@ -14,13 +14,14 @@ A rank's own contribution goes through the same buffers; it does not leave the d
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ..distributed import meet
+from ..distributed import device_for, meet
+from .messages import Partial, Received
 from .routes import Elements, Projected, ReduceRoutes, ReplyAllReduce, ReplyRoutes, Scales
 from .waiting import wait
 
@@ -28,36 +29,6 @@ if TYPE_CHECKING:
     from ..sharding.local_shard import ShardGroup
     from ..sharding.regions import Range
     from .plan import Plan
-
-
-class Partial(NamedTuple):
-    """What a rank has for exchange 1 of one matrix.
-
-    Attributes:
-        low_rank: its part of R over ``Channels.projected``, (channels, r).
-        norms: its part of the squared channel norms of the gradient over the same, (channels,), where the plan asks
-            for them.
-        tiles: the gradient of its tiles as they are stored, (height, width) each, in any dtype; None for zeros.
-    """
-
-    low_rank: Tensor
-    norms: Tensor | None
-    tiles: Sequence[Tensor] | None
-
-
-class Received(NamedTuple):
-    """What exchange 1 brings for one matrix, over ``Channels.owned_shared``.
-
-    Attributes:
-        low_rank: the sum of the parts of R, (channels, r).
-        norms: the sum of the parts of the squared channel norms, (channels,), or None.
-        elements: what has to be projected and added: (channels in the set, ranges of the projected dimension, the
-            gradient of both, channels first).
-    """
-
-    low_rank: Tensor
-    norms: Tensor | None
-    elements: list[tuple[slice, list[Range], Tensor]]
 
 
 class Exchange:
@@ -243,14 +214,6 @@ def _part(scales: Sequence[Tensor | None], part: Scales) -> Tensor:
     scale = scales[part.matrix]
     assert scale is not None
     return scale[part.position : part.position + part.channels]
-
-
-def device_for(process_group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
-    """Where a tensor on ``device`` has to be for a collective: NCCL cannot reach states offloaded to the CPU."""
-    backends = dist.get_backend_config(process_group)
-    if f"{device.type}:" in backends or ":" not in backends:
-        return device
-    return torch.accelerator.current_accelerator() or device
 
 
 def first_rank_where(condition: Tensor, process_group: dist.ProcessGroup | None = None) -> int | None:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..sharding.regions import Tile, check_cover
-from .channels import ChannelPartition, Integers, Run
+from .channels import ChannelPartition, Integers, Run, sum_by_holder
 from .ownership import MatrixClass, OwnedRanges, assign_owners
 
 
@@ -70,6 +70,10 @@ class MatrixSpec:
     def numbers_per_channel(self) -> int:
         """How many numbers a projected part has for each channel."""
         return self.rank + int(self.channel_norms)
+
+    def sends_elements(self, elements: Integers, channels: Integers) -> npt.NDArray[np.bool_]:
+        """Whether a holder with so many ``elements`` of so many ``channels`` sends them as they are, not projected."""
+        return elements < channels * self.numbers_per_channel
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,6 @@ class MatrixPlan:
         for i, (start, stop, owner) in enumerate(np.stack((s.starts, s.stops, s.owners), axis=1).tolist()):
             found.append(Segment(start, stop, tuple(self.run_of(i).holders.tolist()), owner))
         return tuple(sorted(found, key=lambda segment: segment.start))
-
-
-def sends_elements(spec: MatrixSpec, elements: Integers, channels: Integers) -> npt.NDArray[np.bool_]:
-    """Whether a holder with so many ``elements`` of so many ``channels`` sends them as they are, not projected."""
-    return elements < channels * spec.numbers_per_channel
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,24 +258,6 @@ def elements_held(matrix: MatrixPlan, world_size: int) -> tuple[Integers, Intege
     """(share, holder, elements) for every holder of every share of a matrix."""
     found = matrix.partition.overlaps(matrix.shares.starts, matrix.shares.stops)
     return sum_by_holder(found.range, matrix.partition.rank[found.tile], found.elements, world_size)
-
-
-def sum_by_holder(
-    share: Integers, rank: Integers, elements: Integers, world_size: int
-) -> tuple[Integers, Integers, Integers]:
-    """Sum ``elements`` with equal share and rank; ordered by share, then by rank."""
-    key = share * world_size + rank
-    if len(key) and int(key.max()) < 4 * len(
-        key
-    ):  # most pairs occur: quicker than sorting; floats are exact below 2^53
-        dense = np.bincount(key, elements)
-        distinct: Integers = np.nonzero(dense)[0]
-        total: Integers = dense[distinct].astype(np.int64)
-    else:
-        distinct, inverse = np.unique(key, return_inverse=True)
-        total = np.zeros(len(distinct), dtype=np.int64)
-        np.add.at(total, inverse, elements)
-    return distinct // world_size, distinct % world_size, total
 
 
 def make_plan(specs: Sequence[MatrixSpec], world_size: int) -> Plan:

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .channels import ChannelPartition, ChannelSet, held_channels
-from .plan import MatrixPlan, Plan, sends_elements, sum_by_holder
+from .channels import ChannelPartition, ChannelSet, held_channels, sum_by_holder
 
 if TYPE_CHECKING:
     from ..sharding.regions import Range
+    from .plan import MatrixPlan, Plan
 
 
 class Projected(NamedTuple):
@@ -163,7 +163,7 @@ class ReduceRoutes:
         partition, shares = matrix.partition, matrix.shares
         found = partition.overlaps(shares.starts, shares.stops, partition.tiles_of(rank))
         elements = np.bincount(found.range, found.elements, minlength=len(shares.starts)).astype(np.int64)
-        whole = sends_elements(matrix.spec, elements, shares.counts)
+        whole = matrix.spec.sends_elements(elements, shares.counts)
         parts: dict[int, list[Elements]] = defaultdict(list)
         for at, share in enumerate(found.range.tolist()):
             if whole[share]:
@@ -197,7 +197,7 @@ class ReduceRoutes:
         for at, key in enumerate(zip(found.range.tolist(), partition.rank[found.tile].tolist(), strict=True)):
             parts[key].append(at)
         held = sum_by_holder(found.range, partition.rank[found.tile], found.elements, world)
-        whole = sends_elements(matrix.spec, held[2], counts[held[0]])
+        whole = matrix.spec.sends_elements(held[2], counts[held[0]])
         positions = np.cumsum(counts) - counts
         targets = []
         for count in counts.tolist():

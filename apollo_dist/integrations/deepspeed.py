@@ -25,19 +25,13 @@ from typing import Any
 import torch
 
 from ..distributed import rank_of
-from ..sharding.deepspeed import zero
-from .deepspeed_config.faults import installed, older_than
-from .deepspeed_config.unsupported import unsupported
+from ..sharding.deepspeed.faults import installed, older_than
+from ..sharding.deepspeed.zero_engine import NOT_IN_BACKWARD, refuse
 from .import_hooks import after_import, around
 
 logger = logging.getLogger("apollo_dist")
 
 Classes = tuple[type[torch.optim.Optimizer], ...]
-
-NOT_IN_BACKWARD = (
-    "DeepSpeed collects, reduces and clips gradients itself, and calls step() with what became of them; updates inside "
-    "backward would come before that. Use APOLLO; ZeRO-2 and 3 free gradients early as well"
-)
 
 
 def register(*classes: type[torch.optim.Optimizer], unnamed: Classes = ()) -> None:
@@ -94,13 +88,6 @@ def _wait_for_every_gather(module: ModuleType) -> None:
         return None
 
     around(module.Init, name, call)
-
-
-def refuse(engine: Any) -> None:
-    """Raise ValueError if no optimizer like ours can be exact under a DeepSpeed engine, with reasons and remedies."""
-    findings = [*unsupported(zero.config(engine)), *zero.unsupported(engine)]
-    if findings:
-        raise ValueError("APOLLO cannot train exactly under this DeepSpeed engine:\n" + "\n".join(findings))
 
 
 def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> None:

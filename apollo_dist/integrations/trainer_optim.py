@@ -24,10 +24,12 @@ from torch import nn
 
 from ..distributed import rank_of, world_of
 from ..optimizers.options import check_known
-from ..rules.registry import rules_named
-from ..sharding import detect, fsdp1
+from ..rules import builtin
+from ..sharding import fsdp1
 from ..sharding.internals import first_of
-from ..sharding.local_shard import canonical_name, matrices
+from ..sharding.local_shard import matrices
+from ..sharding.names import canonical_name
+from ..sharding.parameters import logical_shape
 from .deepspeed import NOT_IN_BACKWARD
 from .import_hooks import after_import, around
 
@@ -35,7 +37,7 @@ logger = logging.getLogger("apollo_dist")
 
 PLAIN, LAYERWISE = "apollo_adamw", "apollo_adamw_layerwise"
 # What Hugging Face takes where ``optim_args`` does not say: its rank is 128, the rest are ours as well.
-_APOLLO = rules_named("apollo")
+_APOLLO = builtin.APOLLO
 DEFAULTS: dict[str, Any] = {
     **{key: option.default for key, option in _APOLLO.options.items() if key in _APOLLO.matrix_options},
     "rank": 128,
@@ -200,7 +202,7 @@ def target_names(model: nn.Module, targets: Any, name: str, rank: int) -> set[st
             continue
         for leaf, _ in module.named_parameters(recurse=False):
             key = canonical_name(f"{prefix}.{leaf}")
-            shape = detect.logical_shape(trained[key]) if key in trained else ()
+            shape = logical_shape(trained[key]) if key in trained else ()
             if len(shape) < 2:
                 continue
             if not isinstance(module, nn.Linear):
@@ -212,7 +214,7 @@ def target_names(model: nn.Module, targets: Any, name: str, rank: int) -> set[st
     if other:
         shown = "; ".join(f"{key}: {why}" for key, why in list(other.items())[:8])
         more = f"; and {len(other) - 8} more" if len(other) > 8 else ""
-        numel = {key: math.prod(detect.logical_shape(p)) for key, p in trained.items()}
+        numel = {key: math.prod(logical_shape(p)) for key, p in trained.items()}
         share = sum(numel[key] for key in other) / sum(numel.values())
         _say(
             logging.WARNING,

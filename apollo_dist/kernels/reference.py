@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..projections.philox import philox_4x32_10
+from .philox import philox_4x32_10
 
 if TYPE_CHECKING:
     from .parts import AdamWPart, ApplyPart, ProjectPart

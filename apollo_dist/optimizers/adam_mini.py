@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..rules.registry import rules_named
+from ..rules import builtin
 from .base import ShardedOptimizer
 
 
@@ -34,7 +34,7 @@ class AdamMini(ShardedOptimizer):
         ValueError: for bad or unknown arguments, on all ranks alike.
     """
 
-    rules = rules_named("adam_mini")
+    rules = builtin.ADAM_MINI
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..rules.registry import rules_named
+from ..rules import builtin
 from .base import ShardedOptimizer
 
 
@@ -30,7 +30,7 @@ class AdamW(ShardedOptimizer):
         ValueError: for bad or unknown arguments, on all ranks alike.
     """
 
-    rules = rules_named("adamw")
+    rules = builtin.ADAMW
 
     def __init__(
         self,

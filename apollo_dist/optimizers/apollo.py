@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..rules.registry import rules_named
+from ..rules import builtin
 from .base import ShardedOptimizer
 from .signatures import with_defaults
 
@@ -56,7 +56,7 @@ class APOLLO(ShardedOptimizer):
         ValueError: for bad or unknown arguments, on all ranks alike.
     """
 
-    rules = rules_named("apollo")
+    rules = builtin.APOLLO
 
     def __init__(
         self,

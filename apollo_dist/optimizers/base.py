@@ -27,7 +27,7 @@ from .options import plain
 
 if TYPE_CHECKING:
     from ..rules.base import Rules
-    from .param_groups import ParamInfo
+    from ..sharding.parameters import ParamInfo
 
 logger = logging.getLogger("apollo_dist")
 

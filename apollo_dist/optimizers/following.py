@@ -12,7 +12,7 @@ from torch import nn
 from ..distributed import rank_of, run_together, world_of
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
-from ..sharding.local_shard import canonical_name
+from ..sharding.names import canonical_name
 from .model_changes import (
     Watch,
     any_trains,

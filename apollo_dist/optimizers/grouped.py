@@ -9,37 +9,23 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from ..distributed import check_same_on_all_ranks, rank_of, run_together
+from ..rules.groups import COMMON, SELECT_BY_NAME, options_of
 from ..rules.registry import RULE, rules_of
-from ..selection.choice import Parameter, check_matrix, name_pattern
+from ..selection.choice import Parameter, name_pattern
 from ..sharding import fsdp2
 from ..sharding.deepspeed import zero
 from ..state.identity import NAMES, check_seed_of_group
 from ..step.plan import check_unique, fingerprint
+from ..step.specs import check_matrix
 from .following import FollowingOptimizer
-from .options import (
-    COMMON,
-    check_group_keys,
-    check_known,
-    drop_other_keywords,
-    make_plain,
-    options_of,
-    plain,
-    validate_options,
-)
-from .param_groups import (
-    SELECT_BY_NAME,
-    ParamInfo,
-    check_named_alike,
-    chosen_groups,
-    named_parameters,
-    param_info,
-    split_params,
-)
+from .options import check_group_keys, check_known, drop_other_keywords, make_plain, plain, validate_options
+from .param_groups import check_named_alike, chosen_groups, named_parameters, param_info, split_params
 from .stateful import check_no_duplicates
 
 if TYPE_CHECKING:
     from ..rules.base import Rules
     from ..rules.roles import Role
+    from ..sharding.parameters import ParamInfo
 
 logger = logging.getLogger("apollo_dist")
 

@@ -17,7 +17,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.torch_version import TorchVersion
 
 from ..distributed import run_together, world_of
-from ..integrations.deepspeed import NOT_IN_BACKWARD
 from ..sharding import dtensor, fsdp1, fsdp2
 from ..sharding.deepspeed import zero_engine
 from ..sharding.internals import version_of
@@ -303,7 +302,7 @@ class UpdatesInBackward(ShardedOptimizer):
             ValueError: if it has not, or for a DeepSpeed engine.
         """
         if zero_engine.is_engine(engine):
-            raise ValueError(NOT_IN_BACKWARD)
+            raise ValueError(zero_engine.NOT_IN_BACKWARD)
         self._attach_model(engine, strict=True)
 
     def _attach_model(self, model: nn.Module, strict: bool) -> None:
@@ -362,7 +361,7 @@ def _fp16(what: str) -> str:
 def _check_model(model: Any, options: dict[str, Any]) -> None:
     """Raise ValueError if updates inside backward cannot be exact for a model, or with an option."""
     if zero_engine.is_engine(model):
-        raise ValueError(NOT_IN_BACKWARD)
+        raise ValueError(zero_engine.NOT_IN_BACKWARD)
     if not isinstance(model, nn.Module):
         raise ValueError(f"layerwise.attach needs the model, a torch.nn.Module; got {type(model).__name__}")
     if options.get("skip_nonfinite"):
@@ -400,7 +399,7 @@ def _check_parameter(name: str, parameter: Tensor, sharded: bool, world: int) ->
             f"{name} is updated inside backward by another optimizer already, and would be by both; detach() that first"
         )
     if hasattr(parameter, "ds_id"):
-        raise ValueError(NOT_IN_BACKWARD)
+        raise ValueError(zero_engine.NOT_IN_BACKWARD)
     if sharded and TorchVersion(torch.__version__) < FSDP2_SINCE:
         raise ValueError(
             f"updates inside backward under FSDP2 with torch {version_of('torch')}: they were seen to be wrong with "

@@ -16,10 +16,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from ..rules.groups import SELECT_BY_NAME
 from ..sharding import dtensor, fsdp1
-from ..sharding.detect import logical_shape
-from ..sharding.local_shard import canonical_name
-from .param_groups import SELECT_BY_NAME, ParamInfo, param_info
+from ..sharding.names import canonical_name
+from ..sharding.parameters import ParamInfo, logical_shape
+from .param_groups import param_info
 
 logger = logging.getLogger("apollo_dist")
 

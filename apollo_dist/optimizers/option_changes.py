@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..rules.groups import options_of
 from ..rules.registry import RULE, rules_of
-from .options import make_plain, options_of, validate_options
+from .options import make_plain, validate_options
 
 if TYPE_CHECKING:
     from ..rules.base import Rules

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Mapping
-from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..rules.groups import options_of
 from ..rules.options import flag, not_negative
 from ..rules.registry import RULE
 
 if TYPE_CHECKING:
     from ..rules.base import Rules
 
-# Options that the step reads, whatever the rule.
-COMMON = ("lr", "weight_decay", "maximize")
 # Keys of parameter groups that mean something to torch or its schedulers, and nothing here.
 _TORCH_KEYS = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
 # Other optimizers' names for these options: a group that has one is taken for a mistake, not for another tool's key.
@@ -43,13 +41,6 @@ _OTHER_KEYWORDS: dict[str, tuple[tuple[Any, ...], str]] = {
     "bias_correction": ((True,), "APOLLO always corrects the bias of its moments"),
     "no_deprecation_warning": ((None, True, False), "APOLLO has no deprecation warning"),
 }
-
-
-@lru_cache
-def options_of(rules: Rules) -> tuple[str, ...]:
-    """The options of a parameter group that follows ``rules``: what its rules declare, and what all have."""
-    first = tuple(rules.element.options)
-    return "lr", *first, "weight_decay", "maximize", *(key for key in rules.options if key not in first)
 
 
 def plain(value: Any) -> Any:

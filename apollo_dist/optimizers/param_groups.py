@@ -3,37 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..rules.base import Rules
+from ..rules.groups import options_of
 from ..rules.registry import RULE, rules_named
 from ..selection.choice import check_any, of_model, tell
-from ..sharding import detect, fsdp1
-from ..sharding.local_shard import canonical_name
-from .options import check_known, options_of
-
-# Set by the optimizer on groups whose members the library chooses: they came without a rank.
-SELECT_BY_NAME = "choose_by_name"
-
-
-@dataclass(frozen=True)
-class ParamInfo:
-    """A parameter as it was given: canonical name (``param_3`` where none was), logical shape, dtype, whether named.
-
-    Members with the same ``part`` step together: their matrices share a plan and its two collectives. ``choose`` says
-    that their group has no rank of its own, so the library decides whether they are low-rank.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    named: bool
-    part: int = 0
-    choose: bool = False
+from ..sharding import fsdp1
+from ..sharding.names import canonical_name
+from ..sharding.parameters import ParamInfo, logical_shape
+from .options import check_known
 
 
 def param_info(index: int, name: str | None, tensor: torch.Tensor, *, choose: bool = False) -> ParamInfo:
@@ -53,7 +35,7 @@ def param_info(index: int, name: str | None, tensor: torch.Tensor, *, choose: bo
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}; APOLLO optimizes real floating-point parameters only")
     fsdp1.check(name, tensor)
-    return ParamInfo(name, detect.logical_shape(tensor), tensor.dtype, named, choose=choose)
+    return ParamInfo(name, logical_shape(tensor), tensor.dtype, named, choose=choose)
 
 
 def named_parameters(model: nn.Module) -> list[tuple[str, nn.Parameter]]:

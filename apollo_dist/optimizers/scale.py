@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..rules.registry import rules_named
+from ..rules import builtin
 from .base import ShardedOptimizer
 
 
@@ -37,7 +37,7 @@ class SCALE(ShardedOptimizer):
         ValueError: for bad or unknown arguments, on all ranks alike.
     """
 
-    rules = rules_named("scale")
+    rules = builtin.SCALE
 
     def __init__(
         self,

@@ -7,7 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..rules.registry import rules_named
+from ..rules import builtin
 from .base import ShardedOptimizer
 
 
@@ -28,7 +28,7 @@ class SGD(ShardedOptimizer):
         ValueError: for bad or unknown arguments, on all ranks alike.
     """
 
-    rules = rules_named("sgd")
+    rules = builtin.SGD
 
     def __init__(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ..distributed import check_same_on_all_ranks, rank_of, run_together
+from ..rules.groups import SELECT_BY_NAME, options_of
 from ..rules.registry import rules_of
 from ..sharding import fsdp1
 from ..state import parameter_state
@@ -21,8 +22,7 @@ from ..state.identity import NAMES, identify
 from ..state.loaded import Loaded, Target, read, tell
 from ..state.slots import STEP, Slot, step_tensor
 from .option_changes import OptionChanges
-from .options import make_plain, options_of, validate_options
-from .param_groups import SELECT_BY_NAME, ParamInfo
+from .options import make_plain, validate_options
 from .targets import targets
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from ..rules.roles import Role
     from ..selection.kept import KeptChoice
     from ..selection.roles import KeptRoles
+    from ..sharding.parameters import ParamInfo
     from ..step.failing import Failures
     from ..step.nonfinite import NonFiniteGuard
     from ..step.plan import StepPlan

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from ..rules.base import MatrixRule, Rules
+from ..rules.groups import SELECT_BY_NAME, Views
 from ..rules.registry import rules_of
 from ..rules.roles import UNKNOWN, Role
 from ..sharding.local_shard import matrices
 from ..state.loaded import Target
-from ..step.plan import Views
-from .param_groups import SELECT_BY_NAME, ParamInfo
+
+if TYPE_CHECKING:
+    from ..sharding.parameters import ParamInfo
 
 
 def targets(

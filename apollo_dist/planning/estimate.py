@@ -14,11 +14,12 @@ from ..rules.base import ElementRule, MatrixRule, Rules, Spec
 from ..rules.registry import rules_named
 from ..rules.roles import ROLE, Role
 from ..selection import choice
-from ..selection.choice import check_any, check_matrix, low_rank_names
+from ..selection.choice import check_any, low_rank_names
 from ..selection.roles import of_names
-from ..sharding.local_shard import Partition, matrices, matrix_name
+from ..sharding.local_shard import Partition, matrices
+from ..sharding.names import matrix_name
 from ..sharding.regions import FlatPartition, Range, Tile, cut_ranges, even_ranges, row_ranges
-from ..step.matrix import exchanged
+from ..step.specs import check_matrix, exchanged
 
 LAYOUTS = ("whole", "fsdp1", "fsdp2", "zero", "zero3")
 NUMBER = 4  # bytes: states and exchanges are fp32

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from apollo_dist.integrations.deepspeed_config.faults import installed, known_faults
 from apollo_dist.integrations.extras import not_installed
 from apollo_dist.pretrain.batching import BatchPlan, plan_batch
 from apollo_dist.pretrain.compute import check_compute
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson, reconcile
 from apollo_dist.pretrain.metrics import check_loggers
+from apollo_dist.sharding.deepspeed.faults import installed, known_faults
 
 if TYPE_CHECKING:
     from apollo_dist.pretrain.config import Config

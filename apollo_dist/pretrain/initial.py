@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from apollo_dist.projections.philox import MASK32, philox_4x32_10, words_of
+from apollo_dist.kernels.philox import MASK32, philox_4x32_10, words_of
 
 if TYPE_CHECKING:
     from apollo_dist.pretrain.config import Config

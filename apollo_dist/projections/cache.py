@@ -8,50 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..kernels.reduce import as_gemm_operand
 from . import gaussian as projection
-
-if TYPE_CHECKING:
-    from ..sharding.regions import Range
-
-
-class Phase(IntEnum):
-    """When a rank needs a projection: for what it sends in exchange 1, or for the channels that it owns."""
-
-    REDUCE = 0
-    OWN = 1
-
-
-@dataclass(frozen=True)
-class ProjectionSlice:
-    """What a rank needs of the projection P of one matrix.
-
-    Attributes:
-        name: of the matrix.
-        rank: r.
-        dtype: float32 or float64.
-        columns: the range of P's columns.
-        edges: of each local tile the range that it spans, within ``columns``.
-        needed: in each ``Phase``.
-    """
-
-    name: str
-    rank: int
-    dtype: torch.dtype
-    columns: Range
-    edges: tuple[Range, ...]
-    needed: tuple[bool, bool]
-
-    @property
-    def length(self) -> int:
-        """How many columns."""
-        return self.columns[1] - self.columns[0]
+from .slices import Phase, ProjectionSlice
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Random projections that every rank can draw alone, in any piece.
 
 ``P`` of a matrix is a pure function of (seed, name, refresh): element (k, j) is computed from a counter that
-encodes k and j and from a hash of (seed, name, refresh), with the counter-based generator of ``philox.py``. So a
-rank that holds columns a..b of a matrix draws just the slab of ``P`` it needs, no projection is ever sent or saved, and
-a run resumed on other hardware draws the same ones.
+encodes k and j and from a hash of (seed, name, refresh), with the counter-based generator of ``kernels/philox.py``. So
+a rank that holds columns a..b of a matrix draws just the slab of ``P`` it needs, no projection is ever sent or saved,
+and a run resumed on other hardware draws the same ones.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..kernels.philox import MASK32, philox_4x32_10, words_of
 from ..kernels.transfer import to_device
-from .philox import MASK32, philox_4x32_10, words_of
 
 # How many counters are drawn together: on CPU the int64 temporaries then stay in the cache; on accelerators they are
 # 8 MiB each, so that a kernel should have more to do than its launch takes (by what is known of both, not measured).

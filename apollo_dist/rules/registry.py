@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import adam_mini, adamw, apollo, scale, sgd
-from .base import Rules
+if TYPE_CHECKING:
+    from .base import Rules
 
 RULE = "rule"
 _RULES: dict[str, Rules] = {}
 
 
-def register(name: str, rules: Rules) -> None:
-    """Let parameter groups name ``rules``; every process that trains or loads such groups must do so.
+def register(name: str, rules: Rules) -> Rules:
+    """Let parameter groups name ``rules``, and return them; every process that trains or loads such groups must do so.
 
     Raises:
         ValueError: if the name is that of other rules.
     """
     if _RULES.setdefault(name, rules) != rules:
         raise ValueError(f"a rule named {name!r} exists already")
+    return rules
 
 
 def rules_named(name: str) -> Rules:
@@ -46,11 +47,3 @@ def matrix_options() -> set[str]:
 def matrix_rules() -> set[str]:
     """The names by which logs and checkpoints know all rules for matrices."""
     return {rules.matrix.name for rules in _RULES.values() if rules.matrix is not None}
-
-
-register("apollo", Rules(apollo.APOLLO(), adamw.AdamW()))
-register("scale", Rules(scale.SCALE(), scale.DecayFirst()))
-register("adam_mini", Rules(adam_mini.AdamMini(), adam_mini.Bias()))
-register("sgd", Rules(None, sgd.SGD()))
-register("adamw", Rules(None, adamw.TorchAdamW()))
-register("hf_adamw", Rules(None, adamw.AdamW()))

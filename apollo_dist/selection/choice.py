@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 import torch.distributed as dist
 from torch import nn
 
-from ..sharding.local_shard import matrices
+from ..sharding.names import abbreviate, pattern_of
 from . import by_module, by_name
-from .verdict import Verdict, abbreviate, pattern_of
+from .verdict import Verdict
 
 logger = logging.getLogger("apollo_dist")
 
@@ -203,22 +203,6 @@ def check_any(choice: Choice, what: str, rank: int) -> None:
         "inside repeated blocks (such as layers.0.mlp.up_proj.weight). Give the matrices a parameter group with a "
         "rank: APOLLO([{'params': matrices, 'rank': 256}, {'params': others}])"
     )
-
-
-def check_matrix(name: str, shape: tuple[int, ...], rank: int) -> None:
-    """Raise ValueError unless a parameter of this shape can be low-rank at this rank."""
-    if len(shape) not in (2, 3) or 0 in shape:
-        raise ValueError(
-            f"{name} of shape {shape} is in a group with rank={rank}, but only matrices (m, n) and stacks of them "
-            "(E, m, n) can be low-rank: move it to a group without rank, which takes AdamW"
-        )
-    _, m, n = matrices(shape)
-    if rank > min(m, n):
-        raise ValueError(
-            f"rank {rank} is larger than {name} of shape {shape}: its low-rank state would be larger than AdamW's. "
-            f"Use rank <= {min(m, n)}, or give this matrix a group of its own with a smaller rank, "
-            "or leave it to AdamW (a group without rank; exclude=... in param_groups)"
-        )
 
 
 def name_pattern(exclude: str | None) -> re.Pattern[str] | None:

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..sharding.names import pattern_of
 from .choice import Chosen, of_model
-from .verdict import pattern_of
 
 HEAD = ("parameter", "shape", "update", "why")
 

@@ -10,10 +10,11 @@ import torch.distributed as dist
 from torch import nn
 
 from ..rules.roles import BIAS, EMBEDDING, HEAD, KEY, LINEAR, NORM, OTHER, QUERY, UNKNOWN, Role
+from ..sharding.names import abbreviate
 from . import by_module, by_name
 from .tree import OTHER as NO_MAP
 from .tree import Tree, Use, paths_above
-from .verdict import abbreviate, says_head
+from .verdict import says_head
 
 if TYPE_CHECKING:
     from .choice import Parameter

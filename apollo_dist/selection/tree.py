@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..sharding import detect, fsdp1
-from ..sharding.local_shard import canonical_name
+from ..sharding import fsdp1
+from ..sharding.names import canonical_name
+from ..sharding.parameters import logical_shape
 from . import source
 
 LINEAR, STACK, OTHER = "linear", "stack", "other"
@@ -74,7 +75,7 @@ class Tree:
                 fsdp1.check(name, parameter)
                 held.append((name, path, parameter))
         for name, path, parameter in held:
-            use = _use(name, path, self.modules[path], detect.logical_shape(parameter))
+            use = _use(name, path, self.modules[path], logical_shape(parameter))
             self.uses.setdefault(id(parameter), []).append(use)
             self.parameters[id(parameter)] = parameter
         self._children: dict[str, list[str]] = {}

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -67,15 +65,3 @@ _HEAD = re.compile(
 def says_head(component: str) -> bool:
     """Whether a component of a name says that it is an output head."""
     return _HEAD.fullmatch(component) is not None
-
-
-def abbreviate(names: Iterable[str], limit: int = 12) -> str:
-    """Names for the log, numbers as ``*``, counted: ``layers.*.mlp.up_proj.weight (24), ...``."""
-    counts = Counter(map(pattern_of, names))
-    shown = [f"{name} ({count})" for name, count in list(counts.items())[:limit]]
-    return ", ".join(shown) + (f" and {len(counts) - limit} more kinds" if len(counts) > limit else "")
-
-
-def pattern_of(name: str) -> str:
-    """A name with its numbers as ``*``."""
-    return ".".join("*" if part.isdigit() else part for part in name.split("."))

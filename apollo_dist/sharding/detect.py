@@ -62,12 +62,6 @@ def _plain(tensor: Tensor, name: str) -> LocalShard:
     return whole.read(name, tensor)
 
 
-def logical_shape(tensor: Tensor) -> tuple[int, ...]:
-    """The unsharded shape of a parameter, which ZeRO-3 and FSDP1 keep aside."""
-    shape: tuple[int, ...] | None = getattr(tensor, "ds_shape", None) or fsdp1.shape_of(tensor)
-    return tuple(tensor.shape) if shape is None else tuple(shape)
-
-
 def reshard(model: nn.Module) -> None:
     """Make the parameters of FSDP modules the sharded ones, and drop gathered copies of them."""
     dtensor.reshard(model)

@@ -23,8 +23,8 @@ from torch.torch_version import TorchVersion
 from ..distributed import gather_together, global_rank, world_of
 from .grid import GridPartition, Runs, chunk, positions, strided_chunk
 from .internals import first_of, version_of
-from .local_shard import WHOLE, LocalShard, Partition, ShardGroup, whole_partition
-from .regions import FlatPartition, row_ranges
+from .local_shard import WHOLE, LocalShard, Partition, ShardGroup
+from .regions import FlatPartition, row_ranges, whole_partition
 
 # From this version of torch on ``_StridedShard`` cuts uneven dims as ``grid.strided_chunk`` does (2.6 and 2.8 do not,
 # 2.9 and 2.10 were not run).

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from .local_shard import LocalShard, ShardGroup, whole_partition
-from .regions import FlatPartition, Range
+from .local_shard import LocalShard, ShardGroup
+from .regions import FlatPartition, Range, whole_partition
 
 logger = logging.getLogger("apollo_dist")
 

@@ -27,8 +27,9 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .internals import UnknownInternals, require
-from .local_shard import WHOLE, LocalShard, ShardGroup, whole_partition
-from .regions import FlatPartition, Range, cut_ranges
+from .local_shard import WHOLE, LocalShard, ShardGroup
+from .parameters import note_shape
+from .regions import FlatPartition, Range, cut_ranges, whole_partition
 
 # Parameter -> (the FSDP module that flattened it, its number there). The module, held weakly, holds the parameter.
 _known: Any = WeakIdKeyDictionary()
@@ -56,6 +57,7 @@ def register(model: nn.Module) -> None:
                         "which APOLLO knows them; use FSDP2, or a version of the table in docs/versions.md"
                     )
                 _known[parameter] = (weakref.ref(module), number)
+                note_shape(parameter, tuple(flat._shapes[number]))
 
 
 def _modules(model: nn.Module) -> Iterator[Any]:
@@ -82,12 +84,6 @@ def check(name: str, tensor: Tensor) -> None:
             f"{name} is an FSDP1 parameter, which does not know its shape nor its place among the ranks: pass the "
             "wrapped model, APOLLO(model, ...), or groups made by apollo_dist.param_groups(model, ...)"
         )
-
-
-def shape_of(tensor: Tensor) -> tuple[int, ...] | None:
-    """The logical shape of a registered parameter; None for any other tensor."""
-    found = _found(tensor)
-    return None if found is None else tuple(found[0]._shapes[found[1]])
 
 
 def _found(tensor: Tensor) -> tuple[Any, int, Any] | None:

@@ -5,29 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .regions import Box, FlatPartition, Tile
+if TYPE_CHECKING:
+    from .regions import Box, Tile
 
 # Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
 PARAMETER_LAYOUTS = ("whole", "dtensor")
-_WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-
-
-def canonical_name(name: str) -> str:
-    """The fully qualified name without the prefixes that wrappers add.
-
-    ``module.`` (DDP, DeepSpeed) is stripped at the front, the others (torch.compile, FSDP1, activation checkpointing)
-    wherever they stand, so a matrix has one name, and so one projection, under every engine.
-    """
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
-    while len(parts) > 1 and parts[0] == "module":
-        parts = parts[1:]
-    return ".".join(parts)
 
 
 class Partition(Protocol):
@@ -114,16 +102,6 @@ def matrices(shape: Sequence[int]) -> tuple[int, int, int]:
         return 1, shape[0], shape[1]
     assert len(shape) == 3
     return shape[0], shape[1], shape[2]
-
-
-def matrix_name(name: str, index: int, count: int) -> str:
-    """The name of a parameter's ``index``-th matrix: the parameter's own, or ``name[index]`` for experts."""
-    return name if count == 1 else f"{name}[{index}]"
-
-
-def whole_partition(numel: int) -> FlatPartition:
-    """One rank holds all ``numel`` elements."""
-    return FlatPartition(((0, numel),))
 
 
 def view_of(flat: Tensor, offset: int, sizes: Sequence[int], strides: Sequence[int] | None = None) -> Tensor:

@@ -262,3 +262,8 @@ def cut_ranges(start: int, numel: int, partition: int, world: int) -> tuple[Rang
         if low < high:
             result[rank] = (low, high)
     return tuple(result)
+
+
+def whole_partition(numel: int) -> FlatPartition:
+    """One rank holds all ``numel`` elements."""
+    return FlatPartition(((0, numel),))

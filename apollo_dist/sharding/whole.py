@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .local_shard import WHOLE, LocalShard, whole_partition
+from .local_shard import WHOLE, LocalShard
+from .regions import whole_partition
 
 
 def read(name: str, parameter: Tensor, of: Tensor | None = None) -> LocalShard:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..sharding.local_shard import canonical_name
+from ..sharding.names import canonical_name
 
 STATE_VERSION = 1
 SEED, VERSION, NAMES = "seed", "state_version", "param_names"

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.placement_types import Placement
 from torch.torch_version import TorchVersion
 
-from ..exchange.collectives import device_for
+from ..distributed import device_for
 from ..sharding.internals import require
 from ..sharding.regions import Range
 

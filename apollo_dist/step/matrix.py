@@ -9,60 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..exchange.plan import MatrixSpec
-from ..projections.cache import ProjectionSlice
-from ..sharding.local_shard import LocalShard, matrices, matrix_name, view_of
-from ..sharding.regions import Tile, tiles_in_blocks
+from ..projections.slices import ProjectionSlice
+from ..sharding.local_shard import LocalShard, view_of
 
 if TYPE_CHECKING:
     from ..exchange.channels import ChannelSet
+    from ..exchange.plan import MatrixSpec
     from ..exchange.routes import Channels
     from ..rules.base import MatrixRule, Spec
-
-
-def exchanged(name: str, m: int, n: int, declared: Spec, tiles: tuple[tuple[Tile, ...], ...]) -> MatrixSpec:
-    """What the exchange needs to know of an m x n matrix for which a rule declared ``declared``.
-
-    Where a block of rows is one channel, the exchange sees a matrix in which such a block is one row.
-    """
-    block = declared.reduce.block
-    if block > 1:
-        assert m % block == 0 and declared.reduce.axis == "rows" and not declared.reduce.low_rank
-        m, n, tiles = m // block, n * block, tiles_in_blocks(tiles, n, block)
-    return MatrixSpec(
-        name=name,
-        m=m,
-        n=n,
-        by_rows=declared.reduce.by_rows(m, n),
-        rank=declared.reduce.low_rank,
-        channel_norms=declared.reduce.channel_norms,
-        channel_scales=declared.reply.scale,
-        terms=declared.terms,
-        state=tuple(declared.state.channel.values()),
-        matrix_state=len(declared.state.matrix),
-        element_state=len(declared.state.element),
-        tiles=tiles,
-    )
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a matrix is in its parameter: the ``index``-th one, m x n."""
-
-    index: int
-    m: int
-    n: int
-
-
-def specs_of(shard: LocalShard, rule: MatrixRule, group: Mapping[str, Any]) -> list[tuple[Place, MatrixSpec, Spec]]:
-    """The matrices in one parameter, each with what is exchanged of it, and what the rule declares for it."""
-    count, m, n = matrices(shard.shape)
-    declared = rule.spec(m, n, group)
-    found = []
-    for i in range(count):
-        name, tiles = matrix_name(shard.name, i, count), shard.partition.tiles(i, m, n)
-        found.append((Place(i, m, n), exchanged(name, m, n, declared, tiles), declared))
-    return found
+    from ..sharding.regions import Tile
+    from .specs import Place
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..kernels.reduce import line_norms
-from ..projections.cache import Phase, ProjectionCache
+from ..projections.slices import Phase
 from ..rules.base import Seen
 from ..state.slots import STEP
 from .reduce import complete
 
 if TYPE_CHECKING:
-    from ..exchange.collectives import Received
+    from ..exchange.messages import Received
+    from ..projections.cache import ProjectionCache
     from .batch import Batch, Tiles
 
 

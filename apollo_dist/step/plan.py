@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import ChainMap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,24 +10,23 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..integrations.deepspeed import refuse
-from ..optimizers.options import options_of
-from ..optimizers.param_groups import SELECT_BY_NAME, ParamInfo
-from ..rules.base import ElementRule, MatrixRule, Rules
+from ..rules.base import MatrixRule, Rules
+from ..rules.groups import SELECT_BY_NAME, Views, options_of, rule_of
 from ..rules.registry import RULE, rules_of
-from ..rules.roles import ROLE, Role
-from ..selection.choice import check_matrix
-from ..selection.verdict import abbreviate
 from ..sharding import detect
-from ..sharding.deepspeed import zero
-from ..sharding.local_shard import PARAMETER_LAYOUTS, LocalShard, canonical_name
+from ..sharding.deepspeed import zero, zero_engine
+from ..sharding.local_shard import PARAMETER_LAYOUTS, LocalShard
+from ..sharding.names import abbreviate, canonical_name
+from ..sharding.parameters import ParamInfo
 from .elementwise import ElementwiseTensor
-from .matrix import Matrix, specs_of
 from .shard_group import Entry, ShardGroupStep
+from .specs import check_matrix, specs_of
 
 if TYPE_CHECKING:
+    from ..rules.roles import Role
     from ..state.slots import Slot
     from .failing import Steps
+    from .matrix import Matrix
 
 
 @dataclass
@@ -171,7 +169,7 @@ def plan_step(
         ValueError: if a layout cannot be read or is not supported, or a loaded state does not fit.
     """
     if engine.driver is not None:
-        refuse(engine.driver)
+        zero_engine.refuse(engine.driver)
     trained = {} if trained is None else trained
     names = _names(members, engine)
     chosen = decide(names, engine)
@@ -230,41 +228,6 @@ def _shard_group_step(
     group_step = ShardGroupStep(entries)
     group_step.load(slots, group_step.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
     return group_step
-
-
-class Views:
-    """Parameter groups as rules see them: live, and with the role of a parameter where the rule reads that.
-
-    Parameters of one group and role share a view, since what shares a view can be batched.
-
-    Args:
-        own: the optimizer's rules, for groups that name none.
-    """
-
-    def __init__(self, own: Rules) -> None:
-        self._own = own
-        self._known: dict[tuple[int, Role], Mapping[str, Any]] = {}
-
-    def of(self, group: Mapping[str, Any], role: Role) -> Mapping[str, Any]:
-        """The view of a group for parameters of that role."""
-        if not rules_of(group, self._own).reads_role:
-            return group
-        return self._known.setdefault((id(group), role), ChainMap({ROLE: role}, group))  # type: ignore[arg-type]
-
-
-def rule_of(
-    group: Mapping[str, Any], name: str, shape: Sequence[int], own: Rules, chosen: Mapping[str, bool]
-) -> MatrixRule | ElementRule:
-    """The rule that updates a parameter.
-
-    Args:
-        group: its parameter group.
-        name, shape: of the parameter.
-        own: the optimizer's rules, for groups that name none.
-        chosen: of parameters that the library decides on, by name whether the matrix rule takes them.
-    """
-    rules = rules_of(group, own)
-    return rules.element if group.get(SELECT_BY_NAME) and not chosen[name] else rules.rule_of(shape, group)
 
 
 def _names(members: Mapping[int, ParamInfo], engine: zero.Engine) -> dict[int, str]:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..exchange.channels import ChannelSet
-from ..exchange.collectives import Partial, Received
+from ..exchange.messages import Partial, Received
 from ..kernels.reduce import channel_norms, project
 from .matrix import Matrix, Pieces, cast, take
 

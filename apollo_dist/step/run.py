@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..projections.cache import Phase
+from ..projections.slices import Phase
 from .apply import apply, shared_scale
 from .own import own
 from .reduce import partial
 
 if TYPE_CHECKING:
-    from ..exchange.collectives import Received
+    from ..exchange.messages import Received
     from .shard_group import ShardGroupStep
 
 

@@ -12,11 +12,12 @@ from ..exchange.plan import MatrixSpec, make_plan
 from ..projections.cache import ProjectionCache
 from ..state.slots import Slot, ready
 from .batch import Batch, make_batches
-from .matrix import Matrix, Place
+from .matrix import Matrix
 
 if TYPE_CHECKING:
     from ..rules.base import MatrixRule, Spec
     from ..sharding.local_shard import LocalShard
+    from .specs import Place
 
 
 class Entry(NamedTuple):

@@ -230,8 +230,9 @@ def test_flat_ranges_follow_each_other():
 
 def ranges(rank: int, world: int) -> list[tuple]:
     from apollo_dist.sharding import fsdp1 as layout
+    from apollo_dist.sharding.parameters import logical_shape
 
     wrapped = fsdp1(Bag(), "one flat", world)
     layout.register(wrapped)
     named = [(name, p) for name, p in wrapped.named_parameters()]
-    return [(name, torch.Size(layout.shape_of(p)).numel(), layout.read(name, p).partition.ranges) for name, p in named]
+    return [(name, torch.Size(logical_shape(p)).numel(), layout.read(name, p).partition.ranges) for name, p in named]

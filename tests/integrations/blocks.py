@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import apollo_dist
-from apollo_dist.sharding.local_shard import canonical_name
+from apollo_dist.sharding.names import canonical_name
 
 from ..llama import GAP, RANK, STEPS, dense, tokens, whole_batches
 from ..models import relative_error

@@ -6,12 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from apollo_dist.integrations.deepspeed_config import faults
-from apollo_dist.integrations.deepspeed_config.faults import ADDED, FAULTS, known_faults, not_yet
 from apollo_dist.integrations.deepspeed_config.lint import check
-from apollo_dist.integrations.deepspeed_config.unsupported import unsupported
 from apollo_dist.sharding import fsdp2, internals
-from apollo_dist.sharding.deepspeed import zero, zero_engine
+from apollo_dist.sharding.deepspeed import faults, zero, zero_engine
+from apollo_dist.sharding.deepspeed.faults import ADDED, FAULTS, known_faults, not_yet
+from apollo_dist.sharding.deepspeed.unsupported import unsupported
 
 
 def test_a_missing_name_is_told_with_its_owner_and_the_version():
@@ -247,7 +246,7 @@ def test_settings_that_a_version_does_not_read_yet():
 def test_an_engine_with_a_fault_is_refused(monkeypatch):
     """As the optimizer asks when an engine is initialized."""
     from apollo_dist.integrations import deepspeed
-    from apollo_dist.integrations.deepspeed_config import unsupported as module
+    from apollo_dist.sharding.deepspeed import unsupported as module
 
     monkeypatch.setattr(module, "installed", lambda: "0.18.1")
     monkeypatch.setattr(zero, "unsupported", lambda driver: [])

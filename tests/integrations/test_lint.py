@@ -13,8 +13,9 @@ import pytest
 
 from apollo_dist.__main__ import main
 from apollo_dist.integrations.deepspeed_config import keys as ds_keys
-from apollo_dist.integrations.deepspeed_config import lint, unsupported
+from apollo_dist.integrations.deepspeed_config import lint
 from apollo_dist.integrations.deepspeed_config.lint import check
+from apollo_dist.sharding.deepspeed import unsupported
 
 from ..timeouts import allowed
 

@@ -11,8 +11,8 @@ from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor, Partial
 
 from apollo_dist import APOLLO
-from apollo_dist.integrations.deepspeed_config.unsupported import unsupported
 from apollo_dist.sharding import fsdp2
+from apollo_dist.sharding.deepspeed.unsupported import unsupported
 
 from ..engines import initialize, prepare, zero_config
 from ..ranks import run_ranks

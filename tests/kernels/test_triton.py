@@ -7,7 +7,7 @@ import torch
 
 from apollo_dist.kernels import reference
 from apollo_dist.kernels.parts import AdamWPart, ApplyPart, ProjectPart
-from apollo_dist.projections.philox import philox_4x32_10
+from apollo_dist.kernels.philox import philox_4x32_10
 from apollo_dist.projections.quantiles import quantiles
 
 pytest.importorskip("triton", reason="Triton is an extra: pip install 'apollo-dist[triton]'")

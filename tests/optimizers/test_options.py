@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from apollo_dist import APOLLO, APOLLOMini, checkpoint
-from apollo_dist.optimizers.options import misspelling_of, options_of
+from apollo_dist.optimizers.options import misspelling_of
+from apollo_dist.rules.groups import options_of
 from apollo_dist.rules.registry import rules_named
 
 from ..models import gradients, relative_error

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from apollo_dist import APOLLO, APOLLOMini, param_groups
-from apollo_dist.sharding.local_shard import canonical_name
+from apollo_dist.sharding.names import canonical_name
 
 from ..models import gradients, relative_error
 from ..reference import Reference

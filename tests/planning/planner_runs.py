@@ -15,7 +15,7 @@ from apollo_dist.planning.estimate import divide, shard_numel
 from apollo_dist.pretrain.config import ModelConfig
 from apollo_dist.pretrain.model import build_model, decoder_layers
 from apollo_dist.pretrain.optimizers import local
-from apollo_dist.sharding.local_shard import canonical_name
+from apollo_dist.sharding.names import canonical_name
 
 from ..engines import initialize, prepare, zero_config
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from apollo_dist.kernels.philox import philox_4x32_10, words_of
 from apollo_dist.pretrain import initial
 from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.compute import configure_compute
@@ -19,7 +20,6 @@ from apollo_dist.pretrain.engines.deepspeed_json import reconcile
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.model import build_model, deferred_model
 from apollo_dist.pretrain.settings import load_settings
-from apollo_dist.projections.philox import philox_4x32_10, words_of
 
 from ..engines import prepare
 from ..ranks import run_ranks

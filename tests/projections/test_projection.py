@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
+from apollo_dist.kernels.philox import philox_4x32_10
 from apollo_dist.projections.gaussian import gaussian
-from apollo_dist.projections.philox import philox_4x32_10
 
 # Random123's kat_vectors for philox4x32 with 10 rounds: counter, key, result.
 KNOWN = [

@@ -18,7 +18,7 @@ from torch import nn
 from apollo_dist import APOLLO, param_groups
 from apollo_dist.__main__ import main
 from apollo_dist.selection.choice import low_rank_names, of_model
-from apollo_dist.selection.verdict import pattern_of
+from apollo_dist.sharding.names import pattern_of
 
 transformers = pytest.importorskip("transformers")
 

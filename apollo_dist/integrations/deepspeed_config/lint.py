@@ -21,9 +21,9 @@ from ...optimizers.adam_mini import AdamMini
 from ...optimizers.apollo import APOLLO, APOLLOMini
 from ...optimizers.scale import SCALE
 from ...selection.choice import name_pattern
-from .faults import installed, not_yet
+from ...sharding.deepspeed.faults import installed, not_yet
+from ...sharding.deepspeed.unsupported import unsupported
 from .keys import DEEPSPEED_AUTO, HUGGING_FACE_AUTO, LENIENT, MESH, OUTDATED, STRICT, TOP_LEVEL
-from .unsupported import unsupported
 
 Config = Mapping[str, Any]
 OURS = {"APOLLO": APOLLO, "APOLLOMini": APOLLOMini, "SCALE": SCALE, "AdamMini": AdamMini}

@@ -110,7 +110,7 @@ def config(driver: Any) -> Mapping[str, Any]:
 
 
 def unsupported(driver: Any) -> list[str]:
-    """Why a DeepSpeed engine is refused, beyond its configuration (``integrations.deepspeed_config.unsupported``)."""
+    """Why a DeepSpeed engine is refused, beyond its configuration (``sharding.deepspeed.unsupported``)."""
     from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
     found = []

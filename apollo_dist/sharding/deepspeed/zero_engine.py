@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from ..internals import UnknownInternals, first_of, require, version_of
-from ..local_shard import LocalShard, ShardGroup, whole_partition
-from ..regions import FlatPartition, even_ranges
+from ..local_shard import LocalShard, ShardGroup
+from ..regions import FlatPartition, even_ranges, whole_partition
+from . import zero
+from .unsupported import unsupported
 from .zero3 import is_stage3
 
 # What of a dynamic loss scaler changes during training.
@@ -23,11 +25,23 @@ _SCALE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 Group = dict[str, Any]
 
+NOT_IN_BACKWARD = (
+    "DeepSpeed collects, reduces and clips gradients itself, and calls step() with what became of them; updates inside "
+    "backward would come before that. Use APOLLO; ZeRO-2 and 3 free gradients early as well"
+)
+
 
 def is_engine(model: object) -> bool:
     """Whether ``model`` is what ``deepspeed.initialize`` returned first."""
     runtime = sys.modules.get("deepspeed.runtime.engine")
     return runtime is not None and isinstance(model, runtime.DeepSpeedEngine)
+
+
+def refuse(engine: Any) -> None:
+    """Raise ValueError if no optimizer like ours can be exact under a DeepSpeed engine, with reasons and remedies."""
+    findings = [*unsupported(zero.config(engine)), *zero.unsupported(engine)]
+    if findings:
+        raise ValueError("APOLLO cannot train exactly under this DeepSpeed engine:\n" + "\n".join(findings))
 
 
 def client_optimizer(engine: Any) -> Any:

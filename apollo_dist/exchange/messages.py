@@ -1,0 +1,41 @@
+"""What the two sides of exchange 1 hand over: a rank's part of a matrix, and what an owner gets of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ..sharding.regions import Range
+
+
+class Partial(NamedTuple):
+    """What a rank has for exchange 1 of one matrix.
+
+    Attributes:
+        low_rank: its part of R over ``Channels.projected``, (channels, r).
+        norms: its part of the squared channel norms of the gradient over the same, (channels,), where the plan asks
+            for them.
+        tiles: the gradient of its tiles as they are stored, (height, width) each, in any dtype; None for zeros.
+    """
+
+    low_rank: Tensor
+    norms: Tensor | None
+    tiles: Sequence[Tensor] | None
+
+
+class Received(NamedTuple):
+    """What exchange 1 brings for one matrix, over ``Channels.owned_shared``.
+
+    Attributes:
+        low_rank: the sum of the parts of R, (channels, r).
+        norms: the sum of the parts of the squared channel norms, (channels,), or None.
+        elements: what has to be projected and added: (channels in the set, ranges of the projected dimension, the
+            gradient of both, channels first).
+    """
+
+    low_rank: Tensor
+    norms: Tensor | None
+    elements: list[tuple[slice, list[Range], Tensor]]
