@@ -14,101 +14,44 @@ Keys of the tensors::
 from __future__ import annotations
 
 import logging
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence, Set
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from ..distributed import check_same_on_all_ranks, rank_of, run_together
-from ..optimizers.base import ShardedOptimizer
 from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import LocalShard, view_of
 from ..sharding.names import canonical_name
 from . import elementwise
-from .options import options_of, restore_options
+from .opened import BUFFER, FROZEN, LOW_RANK, Contents
+from .options import options_of
 from .shards import Piece, Shards
 
 if TYPE_CHECKING:
+    from ..rules.base import Rules
     from ..step.elementwise import ElementwiseTensor
     from ..step.matrix import Matrix
     from ..step.plan import StepPlan
 
 logger = logging.getLogger("apollo_dist")
 
-# Kinds of parameters: without optimizer state, and with some.
-LOW_RANK = "low-rank"
-FROZEN, BUFFER = "frozen", "buffer"
 
+@runtime_checkable
+class NamedState(Protocol):
+    """An optimizer of this library: it plans its step by the names of parameters, and its rules declare the state."""
 
-@dataclass
-class Contents:
-    """A model and its optimizer as this rank sees them, for saving or for loading into.
+    rules: Rules
+    seed: int
+    param_groups: list[dict[str, Any]]
 
-    Attributes:
-        tensors: what this rank holds, by key; loading fills it in place.
-        description: of everything, the same on all ranks, as plain values: "parameters", "optimizer", "engine".
-        weights_alone: whether there is no optimizer.
-        after_load: what turns loaded tensors into state; local.
-        groups: the live parameter groups, each with the names of its parameters.
-        engine, wrapper: DeepSpeed's, or None.
-    """
+    def expect_state(self, names: Set[str]) -> None:
+        """Make state for these parameters when next prepared, also while they are frozen."""
 
-    tensors: dict[str, Shards] = field(default_factory=dict)
-    description: dict[str, Any] = field(default_factory=dict)
-    after_load: list[Callable[[], None]] = field(default_factory=list)
-    groups: list[tuple[dict[str, Any], list[str]]] = field(default_factory=list)
-    engine: Any = None
-    wrapper: Any = None
-    weights_alone: bool = False
-
-    def check(self, saved: Mapping[str, Any]) -> None:
-        """Raise ValueError, naming the first differences, unless a checkpoint of that description fits.
-
-        State of parameters that train here and were frozen where it was saved begins at zero.
-        """
-        problems = list(_differences(saved, self.description, self.weights_alone))
-        rounded = list(_rounded(saved["parameters"], self.description["parameters"]))
-        if rounded and rank_of() == 0:
-            logger.warning("%d tensors lose precision, such as %s", len(rounded), rounded[0])
-        if problems:
-            more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-            raise ValueError("the checkpoint does not fit: " + "; ".join(problems[:5]) + more)
-        if not self.weights_alone:
-            self._begin_anew({n for n, about in saved["parameters"].items() if about["kind"] == FROZEN})
-
-    def _begin_anew(self, names: Set[str]) -> None:
-        """Take the state of some parameters for that of before their first step, and out of what is to be read."""
-        begun = set()
-        for key in [key for key in self.tensors if key.startswith("optimizer.")]:
-            name = re.sub(r"\[\d+\]$", "", key.removeprefix("optimizer.").rpartition(".")[0])
-            if name in names:
-                begun.add(name)
-                for piece in self.tensors.pop(key).pieces:
-                    piece.tensor.zero_()
-        if begun and rank_of() == 0:
-            logger.info(
-                "the checkpoint has no state for %d parameters that were frozen when it was saved, such as %s: it "
-                "begins at zero",
-                len(begun),
-                min(begun),
-            )
-
-    def finish_load(self, saved: Mapping[str, Any]) -> None:
-        """Local work after the tensors are read: counts of steps, options of the parameter groups."""
-        for work in self.after_load:
-            work()
-        if not self.weights_alone:
-            restore_options(self.groups, saved)
-
-    def update_engine(self, saved: Mapping[str, Any], step: int) -> None:
-        """What DeepSpeed derives from the loaded weights; a collective under ZeRO."""
-        if self.engine is not None:
-            zero_engine.update_model(self.wrapper)
-            zero_engine.restore(self.engine, self.wrapper, step, saved["engine"])
+    def prepare(self, engine: Any = None) -> list[StepPlan]:
+        """Make the state now; one plan for each call of ``step()``. A collective."""
 
 
 def contents(model: Any, optimizer: Any, saved: Mapping[str, Any] | None = None) -> Contents:
@@ -130,11 +73,11 @@ def contents(model: Any, optimizer: Any, saved: Mapping[str, Any] | None = None)
     check_same_on_all_ranks(
         {"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None}
     )
-    if isinstance(client, ShardedOptimizer) and saved is not None:
+    if isinstance(client, NamedState) and saved is not None:
         client.expect_state(
             {name for name, about in saved["parameters"].items() if about["kind"] not in (FROZEN, BUFFER)}
         )
-    builds = client.prepare(found.engine) if isinstance(client, ShardedOptimizer) else []
+    builds = client.prepare(found.engine) if isinstance(client, NamedState) else []
     module = model if found.engine is None else model.module
     run_together(lambda: _show_sharded(module))
     # Also of parameters that the optimizer does not train.
@@ -157,9 +100,7 @@ def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer | No
         return
     if found.engine is not None:
         found.wrapper = zero.from_engine(found.engine, client).wrapper
-    held = (
-        _ours(found, client, builds) if isinstance(client, ShardedOptimizer) else elementwise.add(found, client, module)
-    )
+    held = _ours(found, client, builds) if isinstance(client, NamedState) else elementwise.add(found, client, module)
     idle = {id(p) for build in builds for _, p, _ in build.idle}
     _model(found, module, held, {id(p) for group in client.param_groups for p in group["params"]} - idle)
     found.description["engine"] = zero_engine.progress(found.engine, found.wrapper)
@@ -178,7 +119,7 @@ def _client(engine: Any, optimizer: Any, may_be_none: bool) -> torch.optim.Optim
     return inner
 
 
-def _ours(found: Contents, optimizer: ShardedOptimizer, builds: Sequence[StepPlan]) -> list[LocalShard]:
+def _ours(found: Contents, optimizer: NamedState, builds: Sequence[StepPlan]) -> list[LocalShard]:
     """Add state and description of an optimizer of ours; the shards of its parameters."""
     parameters = found.description.setdefault("parameters", {})
     shards = [shard for build in builds for shard, _ in build.shards]
@@ -293,34 +234,3 @@ def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def _described(shape: Sequence[int], dtype: torch.dtype) -> dict[str, Any]:
     return {"shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
-
-
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], weights_alone: bool) -> Iterator[str]:
-    """What keeps a checkpoint from continuing here: one line each."""
-    compared = () if weights_alone else (("name", "optimizer"), ("seed", "seed of the projections"))
-    for key, what in compared:
-        was, now = saved["optimizer"].get(key), here["optimizer"].get(key)
-        if was != now:
-            yield f"its {what} is {was}, and here it is {now}"
-    theirs, ours = saved["parameters"], here["parameters"]
-    for name in [*ours, *(name for name in theirs if name not in ours)]:
-        was, now = theirs.get(name), ours.get(name)
-        if was is None:
-            yield f"it has no {name}"
-        elif now is None:
-            yield f"its {name} is not in the model"
-        else:
-            # What was frozen, and trains now, has no state to compare.
-            of_state = () if weights_alone or (was["kind"] == FROZEN and now["kind"] != BUFFER) else ("kind", "rank")
-            for key in ("shape", *of_state):
-                if was.get(key) != now.get(key):
-                    yield f"{key} of {name} was {was.get(key)}, and here it is {now.get(key)}"
-
-
-def _rounded(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:
-    """What is stored in more precision than it has here, with both dtypes."""
-    for name in saved.keys() & here.keys():
-        was, now = saved[name]["dtype"], here[name]["dtype"]
-        before, after = getattr(torch, was), getattr(torch, now)
-        if before.is_floating_point and torch.promote_types(before, after) != after:
-            yield f"{name}: {was} in the checkpoint, {now} here"

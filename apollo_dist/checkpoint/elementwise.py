@@ -22,7 +22,7 @@ from .shards import Shards
 
 if TYPE_CHECKING:
     from ..sharding.local_shard import LocalShard
-    from .contents import Contents
+    from .opened import Contents
 
 # Optimizers that are known to work, and the state that they make at their first step: for each element, and one number.
 _STATE: dict[type[torch.optim.Optimizer], tuple[tuple[str, ...], tuple[str, ...]]] = {

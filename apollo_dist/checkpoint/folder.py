@@ -27,6 +27,7 @@ from typing import Any
 
 MANIFEST = "manifest.json"
 LATEST = "latest"
+EXTRA = "extra.pt"
 FORMAT = 1
 
 _NAME = re.compile(r"step_(\d{8,})(?:_(\d+))?")

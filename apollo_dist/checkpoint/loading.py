@@ -16,7 +16,6 @@ import torch
 from ..distributed import gather_together, rank_of, run_first, run_together, world_of
 from . import folder
 from .contents import contents
-from .saving import EXTRA
 from .shards import read
 
 logger = logging.getLogger("apollo_dist")
@@ -126,7 +125,7 @@ def _manifest(checkpoint: Path) -> tuple[dict[str, Any], list[str]]:
 
 
 def _read_extra(checkpoint: Path) -> Any:
-    return torch.load(checkpoint / EXTRA, map_location="cpu", weights_only=True)
+    return torch.load(checkpoint / folder.EXTRA, map_location="cpu", weights_only=True)
 
 
 def _tell(found: Found) -> None:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -17,12 +17,13 @@ from .._version import __version__
 from ..distributed import check_same_on_all_ranks, gather_together, rank_of, run_first, run_together, world_of
 from ..optimizers.options import plain
 from . import folder, hub
-from .contents import Contents, contents
+from .contents import contents
 from .shards import Shards, write
 
-logger = logging.getLogger("apollo_dist")
+if TYPE_CHECKING:
+    from .opened import Contents
 
-EXTRA = "extra.pt"
+logger = logging.getLogger("apollo_dist")
 
 # Background saves run here one after the other, and talk over a group of their own, which training never uses.
 _executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="apollo-checkpoint")
@@ -96,7 +97,7 @@ def save(
     check_same_on_all_ranks({"step": step, "keep": keep, "background": background, "what is saved": found.description})
     module = model if found.engine is None else model.module
     # The first rank's, which writes them; all hear of a failure.
-    files = run_together(lambda: {EXTRA: _pack(extra), **hub.files(module, tokenizer)} if rank_of() == 0 else {})
+    files = run_together(lambda: {folder.EXTRA: _pack(extra), **hub.files(module, tokenizer)} if rank_of() == 0 else {})
     versions = {"apollo_dist": __version__, "torch": torch.__version__}
     manifest = {"step": step, "ranks": world_of(), **versions, **found.description}
     if not background:

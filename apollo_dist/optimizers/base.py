@@ -12,18 +12,27 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import check_same_on_all_ranks, run_together, together
+from ..rules.groups import options_of
 from ..rules.registry import RULE, rules_of
+from ..selection.choice import name_pattern
 from ..selection.kept import KeptChoice
 from ..selection.roles import KeptRoles
-from ..sharding import detect
+from ..sharding import detect, fsdp2
 from ..sharding.deepspeed import zero, zero_engine
 from ..state.callers import called_to_make_state
-from ..step.failing import Failures, Steps
+from ..step.failing import Steps
+from ..step.failures import Failures
+from ..step.fingerprint import fingerprint
 from ..step.nonfinite import NonFiniteGuard
-from ..step.plan import StepPlan, fingerprint, plan_step
-from .grouped import GroupedOptimizer
+from ..step.plan import StepPlan, plan_step
+from .following import FollowingOptimizer
+from .grouped import GroupedOptimizer, as_groups, is_chosen, without_choice
 from .model_ref import ModelRef, check_not_replaced
-from .options import plain
+from .options import check_known, drop_other_keywords, make_plain, plain, validate_options
+from .param_groups import chosen_groups
+from .parameters import named_parameters
+from .picklable import PicklableOptimizer
+from .stateful import StatefulOptimizer
 
 if TYPE_CHECKING:
     from ..rules.base import Rules
@@ -31,8 +40,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("apollo_dist")
 
+_ARGUMENTS = (
+    "seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "model", "process_group",
+)  # fmt: skip
 
-class ShardedOptimizer(GroupedOptimizer):
+
+class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer, StatefulOptimizer):
     """An optimizer of whole and sharded parameters that takes the step of ``rules``, exactly under every layout.
 
     A subclass says ``rules``, and in its signature which options it has; the arithmetic is the rules'. The options of
@@ -94,6 +107,58 @@ class ShardedOptimizer(GroupedOptimizer):
         run_together(lambda: self._construct(params, common | declared, options), process_group)
         check_same_on_all_ranks(self._facts, process_group, self._explain)
         self._constructed = True
+
+    def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
+        """The local part of construction; may fail on one rank only."""
+        drop_other_keywords(unknown, type(self).__name__)
+        check_known(unknown, [*options_of(self.rules), *_ARGUMENTS], "argument")
+        make_plain(options, self.rules)
+        validate_options(options, type(self).__name__, self.rules)
+        self._guard.check()
+        self.seed, self.cache_projection = plain(self.seed), plain(self.cache_projection)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed must be an integer, got {self.seed!r}")
+        if self.cache_projection not in ("auto", True, False):
+            raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
+        name_pattern(self.exclude)
+        given_model = isinstance(params, nn.Module)
+        self._model.check(params)
+        self._from_model = given_model
+        if not is_chosen(self.rules):
+            if self.exclude is not None:
+                kind = type(self).__name__
+                raise ValueError(f"exclude={self.exclude!r} is for low-rank matrices, of which {kind} has none")
+            self._choose = False
+            super().__init__(named_parameters(params) if given_model else as_groups(params), options)
+            return
+        # A group that says rank=None is AdamW's, unless no group says anything else.
+        if given_model:
+            low = {key: value for key, value in options.items() if key != "rank"}
+            found = chosen_groups(params, self.rules, options["rank"], self.exclude, low)
+            groups = [{"rank": None, **group} for group in found]
+        else:
+            groups = [
+                without_choice(group, options["rank"]) if group.get(RULE) is None else group
+                for group in as_groups(params)
+            ]
+        mine = [group for group in groups if group.get(RULE) is None]
+        self._choose = given_model or (bool(mine) and all(group.get("rank") is None for group in mine))
+        if self._choose and not given_model and all("rank" in group for group in mine):
+            for group in mine:
+                del group["rank"]
+        if self.exclude is not None and not self._choose:
+            raise ValueError(
+                f"exclude={self.exclude!r} has no effect on groups with a rank; put the parameters that it is to "
+                "exclude into a group without rank"
+            )
+        super().__init__(groups, options)
+        fsdp2.check_right(self._given)
+        if self._choose and not given_model:
+            if self._model.module is not None:
+                self._decide({key: m.name for key, m in self._members.items()}, zero.Engine())
+            else:
+                # The engine, or a model that is attached, may know more at the first step.
+                self._choice.check(self._to_choose({}), self.defaults["rank"])
 
     def prepare(self, engine: Any = None) -> list[StepPlan]:
         """Read the layouts and make the state now, not at the first step: a checkpoint is loaded into them.

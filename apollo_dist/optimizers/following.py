@@ -13,6 +13,7 @@ from ..distributed import rank_of, run_together, world_of
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.names import canonical_name
+from .attributes import OptimizerAttributes
 from .model_changes import (
     Watch,
     any_trains,
@@ -26,7 +27,6 @@ from .model_changes import (
     tell_new,
 )
 from .model_ref import ModelRef, find_model
-from .picklable import PicklableOptimizer
 
 if TYPE_CHECKING:
     from ..step.plan import StepPlan
@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("apollo_dist")
 
 
-class FollowingOptimizer(PicklableOptimizer):
-    """A ``torch.optim.Optimizer`` whose parameters may be named, replaced, frozen or trained after it was built."""
+class FollowingOptimizer(OptimizerAttributes):
+    """Parameters that may be named, replaced, frozen or trained after it was built."""
 
     def attach(self, engine: Any) -> None:
         """Name the DeepSpeed engine that drives this optimizer, or the model whose parameters it updates.

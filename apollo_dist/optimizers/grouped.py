@@ -6,21 +6,20 @@ import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..distributed import check_same_on_all_ranks, rank_of, run_together
 from ..rules.groups import COMMON, SELECT_BY_NAME, options_of
 from ..rules.registry import RULE, rules_of
-from ..selection.choice import Parameter, name_pattern
-from ..sharding import fsdp2
+from ..selection.choice import Parameter
 from ..sharding.deepspeed import zero
+from ..sharding.names import check_unique
 from ..state.identity import NAMES, check_seed_of_group
-from ..step.plan import check_unique, fingerprint
+from ..step.fingerprint import fingerprint
 from ..step.specs import check_matrix
-from .following import FollowingOptimizer
-from .options import check_group_keys, check_known, drop_other_keywords, make_plain, plain, validate_options
-from .param_groups import check_named_alike, chosen_groups, named_parameters, param_info, split_params
-from .stateful import check_no_duplicates
+from .attributes import OptimizerAttributes
+from .options import check_group_keys, drop_other_keywords, make_plain, validate_options
+from .parameters import check_named_alike, check_no_duplicates, param_info, split_params
 
 if TYPE_CHECKING:
     from ..rules.base import Rules
@@ -29,65 +28,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("apollo_dist")
 
-_ARGUMENTS = (
-    "seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "model", "process_group",
-)  # fmt: skip
 
-
-class GroupedOptimizer(FollowingOptimizer):
-    """A ``torch.optim.Optimizer`` that knows each parameter's name and logical shape, however it is sharded."""
-
-    def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
-        """The local part of construction; may fail on one rank only."""
-        drop_other_keywords(unknown, type(self).__name__)
-        check_known(unknown, [*options_of(self.rules), *_ARGUMENTS], "argument")
-        make_plain(options, self.rules)
-        validate_options(options, type(self).__name__, self.rules)
-        self._guard.check()
-        self.seed, self.cache_projection = plain(self.seed), plain(self.cache_projection)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if self.cache_projection not in ("auto", True, False):
-            raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
-        name_pattern(self.exclude)
-        given_model = isinstance(params, nn.Module)
-        self._model.check(params)
-        self._from_model = given_model
-        if not _is_chosen(self.rules):
-            if self.exclude is not None:
-                kind = type(self).__name__
-                raise ValueError(f"exclude={self.exclude!r} is for low-rank matrices, of which {kind} has none")
-            self._choose = False
-            super().__init__(named_parameters(params) if given_model else _as_groups(params), options)
-            return
-        # A group that says rank=None is AdamW's, unless no group says anything else.
-        if given_model:
-            low = {key: value for key, value in options.items() if key != "rank"}
-            found = chosen_groups(params, self.rules, options["rank"], self.exclude, low)
-            groups = [{"rank": None, **group} for group in found]
-        else:
-            groups = [
-                _without_choice(group, options["rank"]) if group.get(RULE) is None else group
-                for group in _as_groups(params)
-            ]
-        mine = [group for group in groups if group.get(RULE) is None]
-        self._choose = given_model or (bool(mine) and all(group.get("rank") is None for group in mine))
-        if self._choose and not given_model and all("rank" in group for group in mine):
-            for group in mine:
-                del group["rank"]
-        if self.exclude is not None and not self._choose:
-            raise ValueError(
-                f"exclude={self.exclude!r} has no effect on groups with a rank; put the parameters that it is to "
-                "exclude into a group without rank"
-            )
-        super().__init__(groups, options)
-        fsdp2.check_right(self._given)
-        if self._choose and not given_model:
-            if self._model.module is not None:
-                self._decide({key: m.name for key, m in self._members.items()}, zero.Engine())
-            else:
-                # The engine, or a model that is attached, may know more at the first step.
-                self._choice.check(self._to_choose({}), self.defaults["rank"])
+class GroupedOptimizer(OptimizerAttributes):
+    """Parameter groups, with each parameter's name and logical shape, however it is sharded."""
 
     def _decide(self, names: Mapping[int, str], engine: zero.Engine) -> Mapping[str, bool]:
         """By name whether a parameter is low-rank that came in a group without a rank; decided once, then kept.
@@ -186,7 +129,7 @@ class GroupedOptimizer(FollowingOptimizer):
         rules = rules_of(group, self.rules)
         own = rules == self.rules
         if group.get(RULE) is None and self._constructed and self._choose:
-            group = _without_choice(group, self.defaults["rank"])
+            group = without_choice(group, self.defaults["rank"])
         check_seed_of_group(group, self.seed, where)
         drop_other_keywords(group, where)
         others = check_group_keys(group, where, options_of(rules))
@@ -195,7 +138,7 @@ class GroupedOptimizer(FollowingOptimizer):
         named = next((m.named for m in self._members.values()), None)
         check_named_alike(pairs, where, named)
         choose = group.get(RULE) is None and self._choose and "rank" not in group
-        if group.get(RULE) is None and not self._choose and _is_chosen(rules):
+        if group.get(RULE) is None and not self._choose and is_chosen(rules):
             group.setdefault("rank", None)
         if choose:
             group[SELECT_BY_NAME] = True
@@ -274,12 +217,12 @@ class GroupedOptimizer(FollowingOptimizer):
         return [[self._members[id(p)] for p in group["params"]] for group in self.param_groups]
 
 
-def _is_chosen(rules: Rules) -> bool:
+def is_chosen(rules: Rules) -> bool:
     """Whether the matrices of these rules are chosen: by a group's rank, else by the library."""
     return rules.matrix is not None and rules.matrix.chosen
 
 
-def _without_choice(group: dict[str, Any], rank: int) -> dict[str, Any]:
+def without_choice(group: dict[str, Any], rank: int) -> dict[str, Any]:
     """A group of another APOLLO's ``param_groups`` as it was given to that: without a rank, if it came without."""
     if not group.get(SELECT_BY_NAME):
         return group
@@ -291,7 +234,7 @@ def _without_choice(group: dict[str, Any], rank: int) -> dict[str, Any]:
     return {key: value for key, value in group.items() if key not in (SELECT_BY_NAME, "rank")}
 
 
-def _as_groups(params: Any) -> list[dict[str, Any]]:
+def as_groups(params: Any) -> list[dict[str, Any]]:
     """Parameters, named parameters or groups as a list of groups."""
     if isinstance(params, (set, frozenset)):
         split_params(params)  # which refuses it

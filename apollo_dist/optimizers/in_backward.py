@@ -7,23 +7,20 @@ one ``fully_shard`` holds, whose gradients become ready together, in the same or
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.torch_version import TorchVersion
 
 from ..distributed import run_together, world_of
-from ..sharding import dtensor, fsdp1, fsdp2
+from ..sharding import dtensor, fsdp2
 from ..sharding.deepspeed import zero_engine
-from ..sharding.internals import version_of
 from ..state.callers import called_to_make_state
 from ..step.failing import Steps
-from .apollo import APOLLO, APOLLOMini
 from .base import ShardedOptimizer
+from .in_backward_checks import GradientHook, check_model, check_parameter, no_fp16
 from .model_changes import any_trains
 from .model_ref import ModelRef
 
@@ -31,55 +28,6 @@ if TYPE_CHECKING:
     from ..step.elementwise import ElementwiseTensor
     from ..step.plan import StepPlan
     from ..step.shard_group import ShardGroupStep
-
-# Updates inside backward under FSDP2 were wrong with torch 2.6 (on CPUs), and right with 2.8; 2.7 was not run.
-FSDP2_SINCE = "2.8"
-
-
-def attach(
-    model: nn.Module,
-    params: Any = None,
-    *,
-    mini: bool = False,
-    optimizer: type[ShardedOptimizer] | None = None,
-    **options: Any,
-) -> UpdatesInBackward:
-    """An optimizer, by default APOLLO, that updates ``model`` inside ``backward()``.
-
-    Works in one process and under FSDP2 (and HSDP); shard the model first. The trajectory is that of ``APOLLO``::
-
-        optimizer = layerwise.attach(model, lr=1e-2, rank=256)
-        loss.backward()  # every layer is updated, and its gradients are freed
-        optimizer.step()  # ends the step
-
-    Options, such as the learning rate, are read while ``backward()`` runs; schedulers and ``apollo_dist.checkpoint``
-    work as with ``APOLLO``, between ``step()`` and the next ``backward()``.
-
-    Args:
-        model: whose parameters are updated.
-        params: parameter groups, as ``APOLLO`` takes them; None: those of the model, as ``APOLLO(model)``.
-        mini: take the defaults of ``APOLLOMini``.
-        optimizer: another optimizer of this library, such as ``apollo_dist.SCALE``.
-        options: as of ``APOLLO``, or of that optimizer.
-
-    Raises:
-        ValueError: on all ranks alike, for what cannot be exact: DDP, FSDP1, DeepSpeed, several ranks with whole
-            parameters, fp16 (which needs a scaled loss), ``skip_nonfinite``.
-    """
-    if optimizer is not None and mini:
-        raise ValueError("mini=True is for APOLLO: leave it out, or optimizer=")
-    kind = layerwise(optimizer or (APOLLOMini if mini else APOLLO))
-    return kind(model, params, **options)
-
-
-def layerwise(optimizer: type[ShardedOptimizer]) -> type[UpdatesInBackward]:
-    """The class of an optimizer that updates inside backward."""
-    if not isinstance(optimizer, type) or not issubclass(optimizer, ShardedOptimizer):
-        raise ValueError(f"optimizer must be one of apollo_dist's classes, got {optimizer!r}")
-    if optimizer not in _KINDS:
-        name, doc = f"Layerwise{optimizer.__name__}", {"__doc__": optimizer.__doc__}
-        _KINDS[optimizer] = type(name, (UpdatesInBackward, optimizer), doc)
-    return _KINDS[optimizer]
 
 
 @dataclass(eq=False)
@@ -90,16 +38,6 @@ class _Part:
     shard_groups: list[ShardGroupStep] = field(default_factory=list)
     elementwise: list[ElementwiseTensor] = field(default_factory=list)
     steps: Steps | None = None
-
-
-class _Hook:
-    """What is called with a parameter when its gradient is ready. A class of its own, to be known again."""
-
-    def __init__(self, ready: Callable[[Tensor], None]) -> None:
-        self._ready = ready
-
-    def __call__(self, tensor: Tensor) -> None:
-        self._ready(tensor)
 
 
 class UpdatesInBackward(ShardedOptimizer):
@@ -117,7 +55,7 @@ class UpdatesInBackward(ShardedOptimizer):
         self._waiting: _Part | None = None
         self._divided: StepPlan | None = None
         self._parts: dict[int, _Part] = {}
-        run_together(lambda: _check_model(model, options), group)
+        run_together(lambda: check_model(model, options), group)
         super().__init__(model if params is None else params, model=model, **options)
         # Hooks are on the parameters of now: no others may take their place, least of all the unsharded copies that
         # FSDP2 shows in the middle of a backward pass.
@@ -152,13 +90,13 @@ class UpdatesInBackward(ShardedOptimizer):
 
     def _hook(self) -> None:
         """Hook the parameters that require a gradient; a frozen one can have a hook only once it does."""
-        hook = _Hook(self._ready)
+        hook = GradientHook(self._ready)
         frozen = []
         for p in self._unhooked:
             if not p.requires_grad:
                 frozen.append(p)
                 continue
-            _check_parameter(self._members[id(p)].name, p, id(p) in self._sharded, self._world)
+            check_parameter(self._members[id(p)].name, p, id(p) in self._sharded, self._world)
             self._handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             self._hooked.append(p)
         self._unhooked, self._divided = frozen, None
@@ -182,7 +120,7 @@ class UpdatesInBackward(ShardedOptimizer):
             )
         kind = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
-            raise ValueError(_fp16("the forward pass runs under autocast to float16"))
+            raise ValueError(no_fp16("the forward pass runs under autocast to float16"))
 
     @torch.no_grad()
     def _ready(self, tensor: Tensor) -> None:
@@ -257,7 +195,7 @@ class UpdatesInBackward(ShardedOptimizer):
             self.prepare()
             return loss
         if hasattr(self, "found_inf"):
-            raise ValueError(_fp16("GradScaler scales the loss"))
+            raise ValueError(no_fp16("GradScaler scales the loss"))
         if self._waiting is not None:
             self._update(self._waiting)
         self._check_finished()
@@ -333,82 +271,4 @@ class UpdatesInBackward(ShardedOptimizer):
         raise ValueError(
             "an optimizer that updates inside backward cannot be copied or pickled, since hooks of the model's "
             "parameters belong to it: use state_dict(), or apollo_dist.checkpoint"
-        )
-
-
-class LayerwiseAPOLLO(UpdatesInBackward, APOLLO):
-    """``APOLLO`` that updates inside backward."""
-
-
-class LayerwiseAPOLLOMini(LayerwiseAPOLLO, APOLLOMini):
-    """``LayerwiseAPOLLO`` with the defaults of ``APOLLOMini``."""
-
-
-# By optimizer its class that updates inside backward, made when it is asked for.
-_KINDS: dict[type[ShardedOptimizer], type[UpdatesInBackward]] = {
-    APOLLO: LayerwiseAPOLLO,
-    APOLLOMini: LayerwiseAPOLLOMini,
-}
-
-
-def _fp16(what: str) -> str:
-    return (
-        f"{what}, so gradients are scaled and may overflow, which is known only after all of them have been used: "
-        "updates inside backward cannot be exact. Use bfloat16"
-    )
-
-
-def _check_model(model: Any, options: dict[str, Any]) -> None:
-    """Raise ValueError if updates inside backward cannot be exact for a model, or with an option."""
-    if zero_engine.is_engine(model):
-        raise ValueError(zero_engine.NOT_IN_BACKWARD)
-    if not isinstance(model, nn.Module):
-        raise ValueError(f"layerwise.attach needs the model, a torch.nn.Module; got {type(model).__name__}")
-    if options.get("skip_nonfinite"):
-        raise ValueError(
-            "skip_nonfinite looks at all gradients before any weight changes, and inside backward most weights have "
-            "changed when the last gradient is known: leave it out, and look at the loss before backward()"
-        )
-    for name, module in model.named_modules():
-        if isinstance(module, DistributedDataParallel):
-            raise ValueError(
-                f"{name or 'the model'} is wrapped in DistributedDataParallel, where gradients are ready before they "
-                "are averaged over the ranks. Use FSDP2 (fully_shard), or in one process the bare model"
-            )
-        if any(map(fsdp1.is_flattened, module.parameters(recurse=False))):
-            raise ValueError(
-                f"{name or 'the model'} is sharded by FSDP1, which never tells when a parameter's gradient is ready. "
-                "Use FSDP2 (fully_shard)"
-            )
-    # Unsharded copies that an evaluation left behind would be taken for the parameters.
-    dtensor.reshard(model)
-
-
-def _check_parameter(name: str, parameter: Tensor, sharded: bool, world: int) -> None:
-    """Raise ValueError if a parameter's gradient is not the step's when it is ready.
-
-    Args:
-        name: for the message.
-        parameter: whole or a DTensor.
-        sharded: whether FSDP2 reduces its gradient.
-        world: how many ranks train it.
-    """
-    hooks: Sequence[Any] = list((getattr(parameter, "_post_accumulate_grad_hooks", None) or {}).values())
-    if any(isinstance(hook, _Hook) for hook in hooks):
-        raise ValueError(
-            f"{name} is updated inside backward by another optimizer already, and would be by both; detach() that first"
-        )
-    if hasattr(parameter, "ds_id"):
-        raise ValueError(zero_engine.NOT_IN_BACKWARD)
-    if sharded and TorchVersion(torch.__version__) < FSDP2_SINCE:
-        raise ValueError(
-            f"updates inside backward under FSDP2 with torch {version_of('torch')}: they were seen to be wrong with "
-            f"2.6. Install torch {FSDP2_SINCE} or later, or use APOLLO"
-        )
-    if parameter.dtype == torch.float16:
-        raise ValueError(_fp16(f"{name} is float16"))
-    if not sharded and (world > 1 or dtensor.is_dtensor(parameter)):
-        raise ValueError(
-            f"{name} is not sharded by FSDP2, and {world} ranks train it: nothing averages its gradient before it is "
-            "used. Shard the whole model with fully_shard; for ranks that train on their own pass process_group"
         )

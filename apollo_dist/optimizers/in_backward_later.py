@@ -11,13 +11,14 @@ from typing import Any
 from torch import nn
 
 from ..sharding import fsdp2
-from .grouped import GroupedOptimizer
-from .in_backward import LayerwiseAPOLLO
+from .apollo import APOLLO
+from .base import ShardedOptimizer
+from .in_backward import UpdatesInBackward
 from .model_ref import ModelRef
 
 
-class TrainerLayerwiseAPOLLO(LayerwiseAPOLLO):
-    """``LayerwiseAPOLLO`` in the form in which the ``Trainer`` builds optimizers.
+class TrainerLayerwiseAPOLLO(UpdatesInBackward, APOLLO):
+    """APOLLO that updates inside backward, in the form in which the ``Trainer`` builds optimizers.
 
     Args:
         params: parameter groups with (name, parameter) pairs.
@@ -41,7 +42,7 @@ class TrainerLayerwiseAPOLLO(LayerwiseAPOLLO):
         if not self._waits:
             super()._attach_model(model, strict)
             return
-        GroupedOptimizer._attach_model(self, model, strict)
+        ShardedOptimizer._attach_model(self, model, strict)
         if fsdp2.reduced_together(model):
             self._waits, self._module = False, model
             self._model = ModelRef(None)
@@ -49,6 +50,6 @@ class TrainerLayerwiseAPOLLO(LayerwiseAPOLLO):
 
     def _release_parameters(self) -> None:
         if self._waits:
-            GroupedOptimizer._release_parameters(self)
+            ShardedOptimizer._release_parameters(self)
         else:
             super()._release_parameters()

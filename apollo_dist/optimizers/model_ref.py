@@ -20,7 +20,7 @@ from ..rules.groups import SELECT_BY_NAME
 from ..sharding import dtensor, fsdp1
 from ..sharding.names import canonical_name
 from ..sharding.parameters import ParamInfo, logical_shape
-from .param_groups import param_info
+from .parameters import param_info
 
 logger = logging.getLogger("apollo_dist")
 

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..state import parameter_state
 from ..state.slots import copied
-from ..step.failing import Failures
+from ..step.failures import Failures
+from .attributes import OptimizerAttributes
 from .model_ref import ModelRef
-from .stateful import StatefulOptimizer
 
 # What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
 _KEPT = (
@@ -20,8 +20,8 @@ _KEPT = (
 )  # fmt: skip
 
 
-class PicklableOptimizer(StatefulOptimizer):
-    """A ``StatefulOptimizer`` that can be copied and pickled, alone or together with its model."""
+class PicklableOptimizer(OptimizerAttributes):
+    """Copies and pickles, of the optimizer alone or together with its model."""
 
     def __getstate__(self) -> dict[str, Any]:
         if self._process_group is not None:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import logging
-import weakref
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from ..distributed import check_same_on_all_ranks, rank_of, run_together
 from ..rules.groups import SELECT_BY_NAME, options_of
@@ -21,95 +18,19 @@ from ..state.callers import called_to_load_into
 from ..state.identity import NAMES, identify
 from ..state.loaded import Loaded, Target, read, tell
 from ..state.slots import STEP, Slot, step_tensor
-from .option_changes import OptionChanges
+from .attributes import OptimizerAttributes
 from .options import make_plain, validate_options
 from .targets import targets
 
 if TYPE_CHECKING:
-    from ..rules.base import Rules
-    from ..rules.roles import Role
-    from ..selection.kept import KeptChoice
-    from ..selection.roles import KeptRoles
     from ..sharding.parameters import ParamInfo
-    from ..step.failing import Failures
-    from ..step.nonfinite import NonFiniteGuard
     from ..step.plan import StepPlan
-    from .model_changes import Planned, Watch
-    from .model_ref import ModelRef
 
 logger = logging.getLogger("apollo_dist")
 
 
-class StatefulOptimizer(Optimizer):
-    """A ``torch.optim.Optimizer`` whose state lies in slots by matrix name, and can be shown by parameter.
-
-    Subclasses say in ``_follow`` how parameters that tools have replaced are found again.
-    """
-
-    seed: int
-    rules: Rules
-    exclude: str | None
-    cache_projection: bool | str
-    _process_group: dist.ProcessGroup | None
-    _guard: NonFiniteGuard
-    _failures: Failures
-    _choose: bool
-    _choice: KeptChoice
-    _roles: KeptRoles
-    _from_model: bool
-    _members: dict[int, ParamInfo]
-    _given: list[Tensor]
-    _slots: dict[str, Slot]
-    _model: ModelRef
-    # State of whole parameters that was loaded, by name, until a build takes it over.
-    _pending: dict[str, dict[str, Any]]
-    # Names of the parameters when slots were loaded, which must have brought state for them; None where none were.
-    _restored: frozenset[str] | None
-    _builds: dict[tuple[Any, ...], StepPlan]
-    # Names of the parameters that have state, on whichever rank, each with the plan in which it began.
-    _trained: dict[str, int]
-    _generation: int
-    _option_changes: OptionChanges
-    # Parameters that are frozen and have no state; and those that DeepSpeed does not update, with names.
-    _idle: list[Tensor]
-    _outside: list[tuple[str, Tensor]]
-    # The model's parameters that DeepSpeed updates; and without it those that train.
-    _updated: list[tuple[str, Tensor]]
-    _planned: list[Planned]
-    # Frozen parameters of the model that are in no group.
-    _unheld: list[tuple[str, Tensor]]
-    # By their names in the model that was found for them, parameters that came without one; None before a look.
-    _bare: dict[str, Tensor] | None
-    _watch: Watch | None
-    # Names of parameters that were frozen once, while ranks have not compared their gradients.
-    _frozen_once: set[str]
-    _unreduced: set[str]
-    _by_parameter: bool
-    _engine: Any
-    _driver: weakref.ref[Any] | None
-    _constructed: bool
-    # Whether it was said that DeepSpeed's checkpoints cannot be converted.
-    _told: bool = False
-    # What ``state`` shows, each with the slot that counts its steps; ``_stale`` after a step.
-    _view: defaultdict[Any, Any]
-    _counted: list[tuple[dict[str, Any], Slot]]
-    _stale: bool
-    # What the next load may bring otherwise: "seed", "names".
-    _accepted: frozenset[str]
-
-    def _init_state(self) -> None:
-        """Set the attributes of an optimizer without state."""
-        self._slots, self._pending, self._builds = {}, {}, {}
-        self._trained, self._generation, self._option_changes = {}, 0, OptionChanges(self.rules)
-        self._idle, self._outside, self._watch, self._unreduced = [], [], None, set()
-        self._updated, self._planned, self._unheld, self._bare = [], [], [], None
-        self._restored, self._by_parameter = None, False
-        self._counted, self._stale = [], False
-
-    def _begin(self, names: Iterable[str]) -> None:
-        """Note that parameters have state."""
-        for name in names:
-            self._trained.setdefault(name, self._generation)
+class StatefulOptimizer(OptimizerAttributes):
+    """State that lies in slots by matrix name, and can be shown by parameter."""
 
     def named_state(self) -> dict[str, dict[str, Any]]:
         """The state that this rank holds, by matrix or parameter name; live, in the layout of this rank."""
@@ -299,12 +220,6 @@ class StatefulOptimizer(Optimizer):
         members = [self._members_in(group) for group in self.param_groups]
         return targets(self.param_groups, members, self.rules, self._expected_choice(), self._expected_roles())
 
-    def _expected_roles(self) -> Mapping[str, Role]:
-        raise NotImplementedError
-
-    def _expected_choice(self) -> Mapping[str, bool]:
-        raise NotImplementedError
-
     def _members_in(self, group: Mapping[str, Any]) -> list[ParamInfo]:
         return [self._members[id(p)] for p in group["params"]]
 
@@ -315,9 +230,6 @@ class StatefulOptimizer(Optimizer):
             self._follow()
             held = [p for group in self.param_groups for p in group["params"]]
         return held
-
-    def _follow(self, strict: bool = False) -> None:
-        raise NotImplementedError
 
     def _name(self, tensor: Tensor) -> str:
         if id(tensor) not in self._members:
@@ -381,15 +293,3 @@ class StatefulOptimizer(Optimizer):
 def _stack(name: str) -> str:
     """The parameter that a matrix ``name[index]`` is part of; the name itself for others."""
     return name.rpartition("[")[0] if name.endswith("]") else name
-
-
-def check_no_duplicates(tensors: Iterable[tuple[str, Tensor]], known: Mapping[int, ParamInfo]) -> None:
-    """Raise ValueError if a tensor comes twice, or is known already: it would be updated twice in a step."""
-    names = {key: m.name for key, m in known.items()}
-    for name, tensor in tensors:
-        if id(tensor) in names:
-            raise ValueError(
-                f"{name} of shape {tuple(tensor.shape)} is given twice, before as {names[id(tensor)]}: some parameters "
-                "appear in more than one parameter group, or twice in one. Pass each once"
-            )
-        names[id(tensor)] = name

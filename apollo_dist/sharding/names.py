@@ -35,3 +35,14 @@ def abbreviate(names: Iterable[str], limit: int = 12) -> str:
 def pattern_of(name: str) -> str:
     """A name with its numbers as ``*``."""
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
+
+
+def check_unique(names: Iterable[str]) -> None:
+    """Raise ValueError if two parameters share a canonical name: they would share a projection and a state."""
+    seen: set[str] = set()
+    for name in names:
+        if name in seen:
+            raise ValueError(
+                f"two parameters are named {name}; names must be unique after wrapper prefixes are stripped"
+            )
+        seen.add(name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from ..rules.base import MatrixRule, Rules
-from ..rules.groups import SELECT_BY_NAME, Views, options_of, rule_of
-from ..rules.registry import RULE, rules_of
+from ..rules.groups import SELECT_BY_NAME, Views, rule_of
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import PARAMETER_LAYOUTS, LocalShard
-from ..sharding.names import abbreviate, canonical_name
+from ..sharding.names import abbreviate, canonical_name, check_unique
 from ..sharding.parameters import ParamInfo
 from .elementwise import ElementwiseTensor
+from .fingerprint import fingerprint
 from .shard_group import Entry, ShardGroupStep
 from .specs import check_matrix, specs_of
 
@@ -114,25 +114,6 @@ class StepPlan:
         return f"; frozen, without state until they require a gradient: {names}"
 
 
-def fingerprint(
-    seed: int, groups: Sequence[Mapping[str, Any]], members: Sequence[Sequence[ParamInfo]], own: Rules
-) -> dict[str, object]:
-    """What ranks must have in common from the start: seed, rules, hyperparameters, names, shapes and dtypes.
-
-    ``own`` are the rules of groups that name none.
-    """
-    facts: dict[str, object] = {"seed": seed, "number of parameter groups": len(groups)}
-    for i, (group, held) in enumerate(zip(groups, members, strict=True)):
-        facts[f"rule of parameter group {i}"] = group.get(RULE)
-        for key in options_of(rules_of(group, own)):
-            value = group[key]
-            facts[f"{key} of parameter group {i}"] = value.item() if isinstance(value, Tensor) else value
-        for m in held:
-            facts[f"parameter {m.name}"] = (m.shape, str(m.dtype), f"group {i}")
-        facts[f"number of parameters in group {i}"] = len(held)
-    return facts
-
-
 def plan_step(
     groups: Sequence[dict[str, Any]],
     members: Mapping[int, ParamInfo],
@@ -173,44 +154,78 @@ def plan_step(
     trained = {} if trained is None else trained
     names = _names(members, engine)
     chosen = decide(names, engine)
-    result = StepPlan([])
-    if any(group.get(SELECT_BY_NAME) for group in groups):
-        result.chosen = f"; chosen: {abbreviate(name for name in names.values() if chosen.get(name))}"
     parts = {names[key]: m.part for key, m in members.items()}
-    entries: dict[tuple[Any, ...], list[Entry]] = {}
-    views = Views(rules)
+    draft = _Draft(StepPlan([], groups=list(groups)), rules, chosen, role_of, slots, parts, trained, generation)
+    if any(group.get(SELECT_BY_NAME) for group in groups):
+        draft.plan.chosen = f"; chosen: {abbreviate(name for name in names.values() if chosen.get(name))}"
     seen: list[list[ParamInfo]] = []
     known = {None, *trained}  # what has no name here is DeepSpeed's
     for group in groups:
-        seen.append([])
         working = [t for t in group["params"] if t.requires_grad or names.get(id(t)) in known]
-        result.tensors += working
+        draft.plan.tensors += working
         kept = set(map(id, working))
-        result.idle += [(names[id(t)], t, group) for t in group["params"] if id(t) not in kept]
-        for shard in detect.read(working, partial(_name_of, names), engine):
-            seen[-1].append(ParamInfo(shard.name, shard.shape, shard.dtype, True))
-            result.shards.append((shard, group))
-            view = views.of(group, role_of(shard.name))
-            rule = rule_of(view, shard.name, shard.shape, rules, chosen)
-            if isinstance(rule, MatrixRule):
-                if rule.chosen:
-                    check_matrix(shard.name, shard.shape, group["rank"])
-                began = trained.get(shard.name, generation)
-                key = (parts.get(shard.name, 0), began, id(shard.group.process_group), shard.device)
-                listed = specs_of(shard, rule, view)
-                entries.setdefault(key, []).extend(Entry(shard, *each, rule, view) for each in listed)
-                continue
-            result.element_rules[shard.name] = rule.name
-            result.elementwise_shapes.append((rule.name, tuple(shard.shape)))
-            # Of a parameter in ``param_groups`` every rank counts the steps, also where it has no element of it.
-            if shard.numel or shard.layout in PARAMETER_LAYOUTS:
-                result.elementwise.append(ElementwiseTensor(shard, rule, group, slots(shard.name)))
-    result.groups = list(groups)
-    result.facts = fingerprint(seed, groups, seen, rules)
-    for i, members_of_group in enumerate(entries.values()):
-        result.shard_groups.append(_shard_group_step(members_of_group, slots, cache_projection))
-        result.facts[f"exchange plan {i}"] = result.shard_groups[-1].plan.digest
-    return result
+        draft.plan.idle += [(names[id(t)], t, group) for t in group["params"] if id(t) not in kept]
+        shards = detect.read(working, partial(_name_of, names), engine)
+        seen.append([ParamInfo(shard.name, shard.shape, shard.dtype, True) for shard in shards])
+        for shard in shards:
+            draft.add(shard, group)
+    draft.plan.facts = fingerprint(seed, groups, seen, rules)
+    draft.make_shard_groups(cache_projection)
+    return draft.plan
+
+
+@dataclass
+class _Draft:
+    """A plan while it is made: parameters are sorted by the rules that update them.
+
+    Attributes:
+        plan: what is made.
+        rules, chosen, role_of, slots: as ``plan_step`` has them.
+        parts: by name, which parameters step together.
+        trained, generation: in which generation a parameter's state began, and that of the others.
+        entries: matrices by what has to be common for them to share a plan.
+    """
+
+    plan: StepPlan
+    rules: Rules
+    chosen: Mapping[str, bool]
+    role_of: Callable[[str], Role]
+    slots: Callable[[str], Slot]
+    parts: Mapping[str, int]
+    trained: Mapping[str, int]
+    generation: int
+    entries: dict[tuple[Any, ...], list[Entry]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._views = Views(self.rules)
+
+    def add(self, shard: LocalShard, group: dict[str, Any]) -> None:
+        """Add one parameter: its matrices, or as a tensor that an element rule updates."""
+        plan = self.plan
+        plan.shards.append((shard, group))
+        view = self._views.of(group, self.role_of(shard.name))
+        rule = rule_of(view, shard.name, shard.shape, self.rules, self.chosen)
+        if isinstance(rule, MatrixRule):
+            if rule.chosen:
+                check_matrix(shard.name, shard.shape, group["rank"])
+            began = self.trained.get(shard.name, self.generation)
+            key = (self.parts.get(shard.name, 0), began, id(shard.group.process_group), shard.device)
+            listed = specs_of(shard, rule, view)
+            self.entries.setdefault(key, []).extend(Entry(shard, *each, rule, view) for each in listed)
+            return
+        plan.element_rules[shard.name] = rule.name
+        plan.elementwise_shapes.append((rule.name, tuple(shard.shape)))
+        # Of a parameter in ``param_groups`` every rank counts the steps, also where it has no element of it.
+        if shard.numel or shard.layout in PARAMETER_LAYOUTS:
+            plan.elementwise.append(ElementwiseTensor(shard, rule, group, self.slots(shard.name)))
+
+    def make_shard_groups(self, cache_projection: bool | str) -> None:
+        """Plan the exchange of the matrices that were added, and load their states."""
+        for i, entries in enumerate(self.entries.values()):
+            made = ShardGroupStep(entries)
+            made.load(self.slots, made.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
+            self.plan.shard_groups.append(made)
+            self.plan.facts[f"exchange plan {i}"] = made.plan.digest
 
 
 def _name_of(names: Mapping[int, str], tensor: Tensor) -> str:
@@ -220,14 +235,6 @@ def _name_of(names: Mapping[int, str], tensor: Tensor) -> str:
             "APOLLO after the model is wrapped or sharded; under DeepSpeed, call optimizer.attach(engine)"
         )
     return names[id(tensor)]
-
-
-def _shard_group_step(
-    entries: Sequence[Entry], slots: Callable[[str], Slot], cache_projection: bool | str
-) -> ShardGroupStep:
-    group_step = ShardGroupStep(entries)
-    group_step.load(slots, group_step.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
-    return group_step
 
 
 def _names(members: Mapping[int, ParamInfo], engine: zero.Engine) -> dict[int, str]:
@@ -240,14 +247,3 @@ def _names(members: Mapping[int, ParamInfo], engine: zero.Engine) -> dict[int, s
         names[key] = m.name if m.named else canonical_name(engine_names.get(key, m.name))
     check_unique(names.values())
     return names
-
-
-def check_unique(names: Iterable[str]) -> None:
-    """Raise ValueError if two parameters share a canonical name: they would share a projection and a state."""
-    seen: set[str] = set()
-    for name in names:
-        if name in seen:
-            raise ValueError(
-                f"two parameters are named {name}; names must be unique after wrapper prefixes are stripped"
-            )
-        seen.add(name)

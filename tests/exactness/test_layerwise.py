@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from apollo_dist import checkpoint
-from apollo_dist.optimizers import in_backward as layerwise
+from apollo_dist import checkpoint, layerwise
 
 from ..judge import judge
 from ..models import Bag, Block, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of

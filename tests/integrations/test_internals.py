@@ -161,14 +161,14 @@ def test_gradients_divided_by_a_scale_that_the_loss_never_had(version, stage, gi
 
 
 def test_updates_inside_backward_with_an_older_torch(monkeypatch):
-    from apollo_dist.optimizers import in_backward
+    from apollo_dist.optimizers import in_backward_checks as checks
 
     parameter = nn.Parameter(torch.ones(2))
-    in_backward._check_parameter("p", parameter, sharded=False, world=1)
-    monkeypatch.setattr(in_backward, "FSDP2_SINCE", "99")
-    in_backward._check_parameter("p", parameter, sharded=False, world=1)
+    checks.check_parameter("p", parameter, sharded=False, world=1)
+    monkeypatch.setattr(checks, "FSDP2_SINCE", "99")
+    checks.check_parameter("p", parameter, sharded=False, world=1)
     with pytest.raises(ValueError, match="Install torch 99 or later"):
-        in_backward._check_parameter("p", parameter, sharded=True, world=2)
+        checks.check_parameter("p", parameter, sharded=True, world=2)
 
 
 def test_a_wrapper_that_is_not_known_is_an_error():

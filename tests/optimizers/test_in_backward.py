@@ -12,8 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint as recomputed
 
-from apollo_dist import APOLLO, APOLLOMini
-from apollo_dist.optimizers import in_backward as layerwise
+from apollo_dist import APOLLO, APOLLOMini, layerwise
 
 from ..exactness.test_exact_torch import whole
 from ..ranks import run_ranks

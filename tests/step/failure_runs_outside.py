@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from apollo_dist import checkpoint, layerwise
-from apollo_dist.checkpoint import contents, folder, loading, saving, shards
+from apollo_dist.checkpoint import contents, folder, loading, opened, saving, shards
 from apollo_dist.optimizers import base, grouped, in_backward
 from apollo_dist.state import loaded, parameter_state
 
@@ -93,10 +93,10 @@ def _calls(
         "load": (
             lambda: checkpoint.load(f"{root}/before", run.model, run.optimizer),
             [(loading, "_tell", 1), (contents, "_add_adam", 1), (folder, "check_files", 1),
-             (contents, "restore_options", 1)],
+             (opened, "restore_options", 1)],
         ),
         "inside backward": (
             lambda: _in_backward(world),
-            [(in_backward, "_check_model", 1), (in_backward, "_check_parameter", 2), (*STEPPING["projecting"][:2], 1)],
+            [(in_backward, "check_model", 1), (in_backward, "check_parameter", 2), (*STEPPING["projecting"][:2], 1)],
         ),
     }  # fmt: skip
