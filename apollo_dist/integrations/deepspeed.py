@@ -27,7 +27,7 @@ import torch
 from ..distributed import rank_of
 from ..sharding.deepspeed.faults import installed, older_than
 from ..sharding.deepspeed.zero_engine import NOT_IN_BACKWARD, refuse
-from .import_hooks import after_import, around
+from .import_hooks import after_import, wrap_function
 
 logger = logging.getLogger("apollo_dist")
 
@@ -87,7 +87,7 @@ def _wait_for_every_gather(module: ModuleType) -> None:
             function(init, [parameter], *args, **kwargs)
         return None
 
-    around(module.Init, name, call)
+    wrap_function(module.Init, name, call)
 
 
 def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> None:
@@ -97,7 +97,7 @@ def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> N
         check(*args, **kwargs)
         return function(*args, **kwargs)
 
-    around(owner, name, call)
+    wrap_function(owner, name, call)
 
 
 def _no_inexact(classes: Classes) -> Callable[..., None]:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..sharding import fsdp1
 from ..sharding.deepspeed import zero_engine
-from .import_hooks import after_import, around
+from .import_hooks import after_import, wrap_function
 from .trainer_optim import creating
 from .trainer_optim import register as register_names
 
@@ -25,9 +25,9 @@ Classes = tuple[type[Any], ...]
 
 def register(*classes: type[Any]) -> None:
     """Tell optimizers of these classes the model; called once, when ``apollo_dist`` is imported."""
-    after_import("transformers.trainer", lambda m: around(m.Trainer, "create_optimizer", _create(classes)))
+    after_import("transformers.trainer", lambda m: wrap_function(m.Trainer, "create_optimizer", _create(classes)))
     register_names()
-    after_import("accelerate.accelerator", lambda m: around(m.Accelerator, "prepare", _prepare(classes)))
+    after_import("accelerate.accelerator", lambda m: wrap_function(m.Accelerator, "prepare", _prepare(classes)))
 
 
 def _create(classes: Classes) -> Callable[..., Any]:

@@ -15,7 +15,7 @@ _log = logging.getLogger(__name__)
 Action = Callable[[ModuleType], None]
 
 
-def around(owner: ModuleType | type, name: str, call: Callable[..., Any]) -> None:
+def wrap_function(owner: ModuleType | type, name: str, call: Callable[..., Any]) -> None:
     """Let ``call(function, *args, **kwargs)`` stand in for a function of a module or class.
 
     Where a version has no such function, one line in the log says so: what the call checks is then not checked.

@@ -31,7 +31,7 @@ from ..sharding.local_shard import matrices
 from ..sharding.names import canonical_name
 from ..sharding.parameters import logical_shape
 from .deepspeed import NOT_IN_BACKWARD
-from .import_hooks import after_import, around
+from .import_hooks import after_import, wrap_function
 
 logger = logging.getLogger("apollo_dist")
 
@@ -75,8 +75,8 @@ def register() -> None:
 
 
 def _register(module: ModuleType) -> None:
-    around(module, "deepspeed_init", _check_json)
-    around(module.Trainer, "get_optimizer_cls_and_kwargs", _optimizer)
+    wrap_function(module, "deepspeed_init", _check_json)
+    wrap_function(module.Trainer, "get_optimizer_cls_and_kwargs", _optimizer)
     if hasattr(module.Trainer, "get_optimizer_cls_and_kwargs"):
         module.Trainer.get_optimizer_cls_and_kwargs = staticmethod(module.Trainer.get_optimizer_cls_and_kwargs)
 

@@ -34,8 +34,8 @@ def add_parser(subparsers: Any) -> None:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from .flight import preflight
     from .limits import Limits
+    from .runner import preflight
 
     limits = Limits(
         nodes=arguments.nodes,

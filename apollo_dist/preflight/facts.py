@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from apollo_dist.pretrain.decide import decide
+from apollo_dist.pretrain.resolve import resolve
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.versions import node, versions
 
@@ -49,7 +49,7 @@ def find_out(rank: int, world: int, arguments: Sequence[str], token: str) -> Fac
     facts = _with_gpu(Facts(rank, node(), versions()))
     try:
         settings = load_settings(arguments)
-        decide(settings, world)
+        resolve(settings, world)
         config, options = settings.config, _flat(settings.config)
     except (ValueError, OSError) as error:
         return dataclasses.replace(facts, options_problem=str(error))

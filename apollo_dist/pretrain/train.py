@@ -13,14 +13,14 @@ from apollo_dist.pretrain.checkpoint import Checkpoints
 from apollo_dist.pretrain.compute import configure_compute
 from apollo_dist.pretrain.config import COMPUTE_KEYS, PLACE_KEYS, Config
 from apollo_dist.pretrain.data import build_data
-from apollo_dist.pretrain.decide import decide
 from apollo_dist.pretrain.distributed import Ranks, SetupError, alike
-from apollo_dist.pretrain.ending import finish, stop
 from apollo_dist.pretrain.engines import build_engine
 from apollo_dist.pretrain.evaluate import Evaluation, evaluate
+from apollo_dist.pretrain.finish import finish, stop
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.metrics import Metrics
 from apollo_dist.pretrain.model import deferred_model, model_facts
+from apollo_dist.pretrain.resolve import resolve
 from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import Settings, overridable
 from apollo_dist.pretrain.snapshot import snapshot
@@ -70,7 +70,7 @@ def set_up(settings: Settings, ranks: Ranks, requests: Requests | None = None, w
     """Read the data, build the model, compare all of it between the ranks, and resume if asked; collective."""
     requests = requests or Requests()
     watchdog = watchdog or Watchdog(0.0, str(ranks.rank), settings.config.output_folder)
-    config, json, plan = ranks.together(lambda: decide(settings, ranks.world))
+    config, json, plan = ranks.together(lambda: resolve(settings, ranks.world))
     watchdog.folder = config.output_folder
     watchdog.meet(ranks)
     told = {"deepspeed JSON": None if json is None else json.values, "resume": config.resume}

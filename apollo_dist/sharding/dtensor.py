@@ -79,9 +79,9 @@ def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Partition]:
     sharded = [placements[axis] for axis in _sharding_axes(parameter)]
     if len(sharded) == 1 and type(sharded[0]) is Shard and sharded[0].dim % len(shape) == 0:
         return group, FlatPartition(row_ranges(shape[0], parameter.numel() // max(shape[0], 1), group.size))
-    stands = places(mesh)
+    coordinates = mesh_coordinates(mesh)
     ranks = dist.get_process_group_ranks(process_group)
-    return group, GridPartition(tuple(_runs(parameter, stands[rank]) for rank in ranks))
+    return group, GridPartition(tuple(_runs(parameter, coordinates[rank]) for rank in ranks))
 
 
 def shard_group(parameter: DTensor) -> dist.ProcessGroup | None:
@@ -181,7 +181,7 @@ def _sharding_axes(parameter: DTensor) -> list[int]:
     return [axis for axis, p in enumerate(parameter.placements) if type(p) is not Replicate and mesh.size(axis) > 1]
 
 
-def places(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
+def mesh_coordinates(mesh: DeviceMesh) -> dict[int, tuple[int, ...]]:
     """Where each global rank stands in the mesh."""
     return dict(zip(mesh.mesh.flatten().tolist(), product(*map(range, mesh.mesh.shape)), strict=True))
 

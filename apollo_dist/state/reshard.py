@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from ..exchange.channels import ChannelSet, held_channels
-from ..sharding.dtensor import places, shard_mesh
+from ..sharding.dtensor import mesh_coordinates, shard_mesh
 from ..sharding.grid import Runs, chunk
 from ..sharding.regions import Range, joined
 
@@ -105,12 +105,12 @@ class LowRank:
             return [(0, rows)]
         assert mesh is not None
         axes = [axis for axis, placement in enumerate(self.placements) if not isinstance(placement, Replicate)]
-        stands = places(mesh)
+        coordinates = mesh_coordinates(mesh)
         found = []
         for rank in dist.get_process_group_ranks(process_group):
             runs: Runs = ((0, rows),)
             for axis in axes:
-                runs = chunk(runs, mesh.size(axis), stands[rank][axis])
+                runs = chunk(runs, mesh.size(axis), coordinates[rank][axis])
             found.append(runs[0] if runs else (0, 0))
         return found
 

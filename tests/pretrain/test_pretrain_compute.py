@@ -177,14 +177,14 @@ def test_errors_name_the_key_and_the_value(arguments: str, message: str) -> None
 
 
 def test_what_cannot_run_is_an_error_before_anything_is_built(tmp_path: Path) -> None:
-    from apollo_dist.pretrain.decide import decide
+    from apollo_dist.pretrain.resolve import resolve
 
     if not torch.cuda.is_available():
         with pytest.raises(ValueError, match="flash_attention_2 needs a GPU and the package flash-attn"):
-            decide(load_settings(["--attention=flash_attention_2", "--precision=bf16"]), 1)
+            resolve(load_settings(["--attention=flash_attention_2", "--precision=bf16"]), 1)
     prepare(tmp_path)
     with pytest.raises(ValueError, match="--compile with ZeRO-3"):
-        decide(load_settings(["--compile", f"--deepspeed_config={tmp_path / 'zero3.json'}"]), 2)
+        resolve(load_settings(["--compile", f"--deepspeed_config={tmp_path / 'zero3.json'}"]), 2)
 
 
 def test_options_of_compute_may_change_when_a_run_resumes() -> None:

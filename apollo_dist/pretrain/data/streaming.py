@@ -31,14 +31,14 @@ class StreamData:
 
     The order is the dataset's own (C4 comes shuffled): a shuffle buffer could not be saved exactly. Unlike files, a
     stream is cut by documents, so which windows a step takes depends on the number of ranks; which documents have been
-    read when a run resumes does not. See `Deal` for who reads which.
+    read when a run resumes does not. See `ShardAssignment` for who reads which.
     """
 
     def __init__(self, config: Config, tokenizer: Tokenizer, rank: int, world: int) -> None:
         self._name = config.data.dataset
         self._text_key = config.data.text_key
         self._dataset = open_dataset(config.data, config.data.train_split)
-        self._deal = Deal.of(self._dataset.num_shards, world)
+        self._assignment = ShardAssignment.of(self._dataset.num_shards, world)
         self._rank = rank
         self._tokenizer = tokenizer
         self._length = config.sequence_length
@@ -66,11 +66,11 @@ class StreamData:
     def state_dict(self) -> dict[str, Any]:
         """See `TrainData`."""
         return {
-            "shards": self._deal.shards,
-            "parts": self._deal.parts,
+            "shards": self._assignment.shards,
+            "parts": self._assignment.parts,
             "position": list(self._position),
             "read before": [
-                {"parts": layer.deal.parts, "positions": [list(position) for position in layer.positions]}
+                {"parts": layer.assignment.parts, "positions": [list(position) for position in layer.positions]}
                 for layer in self._read_before
             ],
             "left": torch.from_numpy(self._left.astype(np.int64)),
@@ -78,17 +78,17 @@ class StreamData:
 
     def load_state_dicts(self, states: Sequence[dict[str, Any]]) -> None:
         """See `TrainData`."""
-        shards, world = self._deal.shards, self._deal.world
+        shards, world = self._assignment.shards, self._assignment.world
         if states[0]["shards"] != shards:
             raise ValueError(f"the dataset had {states[0]['shards']} shards and has {shards}: it is not the same one")
         before = [_layer(shards, layer["parts"], layer["positions"]) for layer in states[0]["read before"]]
         if len(states) == world:
-            self._deal = Deal(shards, world, states[0]["parts"])
+            self._assignment = ShardAssignment(shards, world, states[0]["parts"])
             self._position = Position(*states[self._rank]["position"])
             left = [states[self._rank]["left"]]
         else:
             before.append(_layer(shards, states[0]["parts"], [state["position"] for state in states]))
-            self._deal = Deal.of(shards, world, even=True)
+            self._assignment = ShardAssignment.of(shards, world, even=True)
             first = min(position.turn for position in before[-1].positions)
             self._position = Position(first, 0, 0)
             before = [layer for layer in before if max(position.turn for position in layer.positions) >= first]
@@ -101,13 +101,13 @@ class StreamData:
         self._rows = None
 
     def _next_text(self) -> bytes:
-        lanes = self._deal.lanes(self._rank)
+        lanes = self._assignment.lanes(self._rank)
         turn = self._position.turn
         while self._position.turn <= turn + 1:  # the rest of this pass over the data, then one whole pass
             turn_now, lane, document = self._position
             shard, part = lanes[lane]
             if self._rows is None:
-                self._rows = iter(self._dataset.shard(self._deal.shards, shard).skip(document))
+                self._rows = iter(self._dataset.shard(self._assignment.shards, shard).skip(document))
             row = next(self._rows, None)
             if row is None:
                 last = lane + 1 == len(lanes)
@@ -115,7 +115,7 @@ class StreamData:
                 self._rows = None
                 continue
             self._position = Position(turn_now, lane, document + 1)
-            mine = document % self._deal.parts == part
+            mine = document % self._assignment.parts == part
             if mine and not any(layer.has_read(turn_now, shard, document) for layer in self._read_before):
                 return text_of(row, self._text_key)
         raise ValueError("this rank's part of the dataset is empty: it has fewer documents than there are ranks")
@@ -130,7 +130,7 @@ class Position(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Deal:
+class ShardAssignment:
     """Who reads which documents: each of a dataset's shards is cut into parts, which are dealt to the ranks.
 
     Document d of a shard belongs to part ``d % parts``. A rank reads a shard whole to keep its part of it.
@@ -141,7 +141,7 @@ class Deal:
     parts: int
 
     @staticmethod
-    def of(shards: int, world: int, even: bool = False) -> Deal:
+    def of(shards: int, world: int, even: bool = False) -> ShardAssignment:
         """As few parts as divide evenly among the ranks: one, if there are as many shards as ranks, or a multiple.
 
         Args:
@@ -150,7 +150,9 @@ class Deal:
             even: whether what is left of each shard may differ much, so that a rank needs some of many to have its
                 share of the rest, and not to begin another pass before the others.
         """
-        return Deal(shards, world, world if even and shards < 8 * world else world // math.gcd(shards, world))
+        return ShardAssignment(
+            shards, world, world if even and shards < 8 * world else world // math.gcd(shards, world)
+        )
 
     def lanes(self, rank: int) -> list[tuple[int, int]]:
         """The (shard, part) pairs that ``rank`` reads, in order."""
@@ -161,18 +163,18 @@ class Deal:
 class Layer:
     """What a run had read when its ranks stood at ``positions``."""
 
-    deal: Deal
+    assignment: ShardAssignment
     positions: tuple[Position, ...]
 
     def has_read(self, turn: int, shard: int, document: int) -> bool:
         """Whether it had read a document of a pass."""
-        parts = self.deal.parts
-        lane, rank = divmod(shard * parts + document % parts, self.deal.world)
+        parts = self.assignment.parts
+        lane, rank = divmod(shard * parts + document % parts, self.assignment.world)
         return Position(turn, lane, document) < self.positions[rank]
 
 
 def _layer(shards: int, parts: int, positions: Sequence[Sequence[int]]) -> Layer:
-    return Layer(Deal(shards, len(positions), parts), tuple(Position(*position) for position in positions))
+    return Layer(ShardAssignment(shards, len(positions), parts), tuple(Position(*position) for position in positions))
 
 
 def read_validation(

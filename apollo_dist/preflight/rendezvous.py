@@ -16,7 +16,7 @@ class Lost(Exception):
     """This rank cannot go on: another did not come or did not answer. The text says which, and what to do."""
 
 
-class Meeting:
+class Rendezvous:
     """The store of the launcher's rendezvous (torchrun's agent holds it, else rank 0), and this rank's place.
 
     Args:

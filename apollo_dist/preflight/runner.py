@@ -21,8 +21,8 @@ from apollo_dist.pretrain.versions import node
 from . import checks
 from .checks import FAILED, NOTE, Row
 from .facts import Facts, find_out, written
-from .meeting import Lost, Meeting
 from .network import Measured, measure
+from .rendezvous import Lost, Rendezvous
 
 if TYPE_CHECKING:
     from .limits import Limits
@@ -43,14 +43,14 @@ def preflight(limits: Limits, arguments: Sequence[str], seconds: float) -> int:
     """
     began = time.monotonic()
     try:
-        meeting = Meeting(COME * seconds)
-        meeting.say("arrived", node())
-        flight = _First if meeting.rank == 0 else _Other
-        code = flight(meeting, limits, list(arguments), began, seconds).run()
+        rendezvous = Rendezvous(COME * seconds)
+        rendezvous.say("arrived", node())
+        course = _First if rendezvous.rank == 0 else _Other
+        code = course(rendezvous, limits, list(arguments), began, seconds).run()
     except (Lost, ValueError) as error:
         print(f"preflight: {error}", file=sys.stderr, flush=True)
         return 1
-    if meeting.world > 1:
+    if rendezvous.world > 1:
         # A collective that hangs, or a process group whose other end is gone, must not keep this process.
         sys.stdout.flush()
         sys.stderr.flush()
@@ -60,9 +60,11 @@ def preflight(limits: Limits, arguments: Sequence[str], seconds: float) -> int:
     return code
 
 
-class _Flight:
-    def __init__(self, meeting: Meeting, limits: Limits, arguments: list[str], began: float, seconds: float) -> None:
-        self._meeting, self._limits, self._arguments = meeting, limits, arguments
+class _Course:
+    def __init__(
+        self, rendezvous: Rendezvous, limits: Limits, arguments: list[str], began: float, seconds: float
+    ) -> None:
+        self._rendezvous, self._limits, self._arguments = rendezvous, limits, arguments
         self._began, self._seconds = began, seconds
 
     def _by(self, share: float) -> float:
@@ -70,10 +72,10 @@ class _Flight:
 
     def _find_out(self, token: str) -> Facts:
         try:
-            facts = find_out(self._meeting.rank, self._meeting.world, self._arguments, token)
+            facts = find_out(self._rendezvous.rank, self._rendezvous.world, self._arguments, token)
         except Exception as error:  # a broken GPU driver, for one
-            facts = Facts(self._meeting.rank, node(), {}, problem=f"{type(error).__name__}: {error}")
-        self._meeting.say("facts", dataclasses.asdict(facts))
+            facts = Facts(self._rendezvous.rank, node(), {}, problem=f"{type(error).__name__}: {error}")
+        self._rendezvous.say("facts", dataclasses.asdict(facts))
         return facts
 
     def _measure(self, nodes: list[str]) -> None:
@@ -84,48 +86,48 @@ class _Flight:
             try:
                 gpu = torch.cuda.is_available()
                 device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if gpu else torch.device("cpu")
-                store = dist.PrefixStore("group", self._meeting.store)  # type: ignore[attr-defined]
-                found = dataclasses.asdict(measure(store, self._meeting.rank, nodes, device, left))
+                store = dist.PrefixStore("group", self._rendezvous.store)  # type: ignore[attr-defined]
+                found = dataclasses.asdict(measure(store, self._rendezvous.rank, nodes, device, left))
             except Exception as error:  # whatever it is, rank 0 prints it
                 found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-            self._meeting.say("measured", found)
+            self._rendezvous.say("measured", found)
 
         thread = threading.Thread(target=work, daemon=True)
         thread.start()
         thread.join(left)
 
 
-class _Other(_Flight):
+class _Other(_Course):
     def run(self) -> int:
-        meeting = self._meeting
-        token = meeting.wait_for_first("token", self._by(COME))
+        rendezvous = self._rendezvous
+        token = rendezvous.wait_for_first("token", self._by(COME))
         facts = self._find_out(token)
-        nodes = meeting.wait_for_first("nodes", self._by(MEASURE))
+        nodes = rendezvous.wait_for_first("nodes", self._by(MEASURE))
         if nodes:
             self._measure(nodes)
-        code: int = meeting.wait_for_first("verdict", self._by(1.0) + SEEN_SECONDS)
-        meeting.say("left", True)
+        code: int = rendezvous.wait_for_first("verdict", self._by(1.0) + SEEN_SECONDS)
+        rendezvous.say("left", True)
         if facts.folder:  # storage that rank 0 does not see
             with contextlib.suppress(OSError):
-                written(Path(facts.folder), token, meeting.rank).unlink(missing_ok=True)
+                written(Path(facts.folder), token, rendezvous.rank).unlink(missing_ok=True)
         return code
 
 
-class _First(_Flight):
+class _First(_Course):
     def run(self) -> int:
-        meeting = self._meeting
-        everyone = range(meeting.world)
+        rendezvous = self._rendezvous
+        everyone = range(rendezvous.world)
         token = secrets.token_hex(4)
-        meeting.say("token", token)
+        rendezvous.say("token", token)
         finding = threading.Thread(target=self._find_out, args=(token,), daemon=True)
         finding.start()
-        absent = meeting.missing("arrived", everyone, self._by(COME))
+        absent = rendezvous.missing("arrived", everyone, self._by(COME))
         here = [rank for rank in everyone if rank not in absent]
-        silent = meeting.missing("facts", here, self._by(REPORT if not absent else COME) + 1.0)
-        nodes = {rank: meeting.hear("arrived", rank) for rank in here}
-        facts = [Facts(**meeting.hear("facts", rank)) for rank in here if rank not in silent]
+        silent = rendezvous.missing("facts", here, self._by(REPORT if not absent else COME) + 1.0)
+        nodes = {rank: rendezvous.hear("arrived", rank) for rank in here}
+        facts = [Facts(**rendezvous.hear("facts", rank)) for rank in here if rank not in silent]
         problems = {each.rank: each.problem for each in facts if each.problem}
-        rows = [checks.ranks_row(meeting.world, absent, silent, problems, nodes, self._limits)]
+        rows = [checks.ranks_row(rendezvous.world, absent, silent, problems, nodes, self._limits)]
         if facts and not problems:
             rows += [
                 checks.gpu_row(facts, nodes, self._limits),
@@ -138,23 +140,23 @@ class _First(_Flight):
         else:
             rows += self._network(facts, nodes)
         code = int(any(row.state == FAILED for row in rows))
-        print(f"preflight of {meeting.world} rank(s), {time.monotonic() - self._began:.1f} s\n{checks.table(rows)}")
+        print(f"preflight of {rendezvous.world} rank(s), {time.monotonic() - self._began:.1f} s\n{checks.table(rows)}")
         print("preflight: " + ("failed" if code else "all is well"), flush=True)
-        meeting.say("nodes", [])
-        meeting.say("verdict", code)
-        if meeting.hosts:
-            meeting.missing("left", [r for r in here if r], time.monotonic() + FAREWELL_SECONDS)
+        rendezvous.say("nodes", [])
+        rendezvous.say("verdict", code)
+        if rendezvous.hosts:
+            rendezvous.missing("left", [r for r in here if r], time.monotonic() + FAREWELL_SECONDS)
         return code
 
     def _network(self, facts: list[Facts], nodes: dict[int, str]) -> list[Row]:
-        meeting = self._meeting
+        rendezvous = self._rendezvous
         if len({bool(each.gpu) for each in facts}) > 1 or any(each.gpus and not each.gpu for each in facts):
             return [Row("network", NOTE, "not tried: some ranks have a GPU and some have none")]
-        ordered = [nodes[rank] for rank in range(meeting.world)]
-        meeting.say("nodes", ordered)
+        ordered = [nodes[rank] for rank in range(rendezvous.world)]
+        rendezvous.say("nodes", ordered)
         self._measure(ordered)
-        late = meeting.missing("measured", range(meeting.world), self._by(MEASURE) + 1.0)
-        found = {rank: meeting.hear("measured", rank) for rank in range(meeting.world) if rank not in late}
+        late = rendezvous.missing("measured", range(rendezvous.world), self._by(MEASURE) + 1.0)
+        found = {rank: rendezvous.hear("measured", rank) for rank in range(rendezvous.world) if rank not in late}
         problems = {rank: each["error"] for rank, each in found.items() if "error" in each}
         problems |= dict.fromkeys(late, "no end of the collectives in time")
         if problems:

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from apollo_dist.pretrain.settings import Settings
 
 
-def decide(settings: Settings, world: int) -> tuple[Config, DeepSpeedJson | None, BatchPlan]:
+def resolve(settings: Settings, world: int) -> tuple[Config, DeepSpeedJson | None, BatchPlan]:
     """The configuration with the values of DeepSpeed's JSON, that JSON if there is one, and how a step is divided.
 
     Raises ValueError where they contradict each other, batches do not divide by ``world`` ranks, a package that the run
