@@ -26,7 +26,7 @@ import torch
 
 from ..distributed import rank_of
 from ..sharding.deepspeed.faults import installed, older_than
-from ..sharding.deepspeed.zero_engine import NOT_IN_BACKWARD, refuse
+from ..sharding.deepspeed.zero_engine import NOT_IN_BACKWARD, check_supported
 from .import_hooks import after_import, wrap_function
 
 logger = logging.getLogger("apollo_dist")
@@ -111,7 +111,7 @@ def _no_inexact(classes: Classes) -> Callable[..., None]:
         if isinstance(basic_optimizer, classes):
             if getattr(basic_optimizer, "updates_in_backward", False):
                 raise ValueError(NOT_IN_BACKWARD)
-            refuse(engine)
+            check_supported(engine)
             driven_by = getattr(basic_optimizer, "driven_by", None)
             if driven_by is not None:
                 driven_by(engine)

@@ -70,15 +70,15 @@ def template(build: StepPlan) -> dict[str, State]:
     found: dict[str, State] = {}
     for p in low:
         count = len(p.matrices)
-        kind: dict[str, Any] = {"dtype": p.shard.compute_dtype, "device": p.shard.device}
+        factory_kwargs: dict[str, Any] = {"dtype": p.shard.compute_dtype, "device": p.shard.device}
         start, stop = p.chunks[p.shard.group.rank]
         state = found[p.shard.name] = {STEP: step_tensor(0)}
         for key in p.declared.matrix:
-            state[key] = torch.zeros((count,) if count > 1 else (), **kind)
+            state[key] = torch.zeros((count,) if count > 1 else (), **factory_kwargs)
         for key, width in p.declared.channel.items():
-            state[key] = _like(p.mesh, torch.zeros((stop - start, width), **kind), p.shape(key), p.placements)
+            state[key] = _like(p.mesh, torch.zeros((stop - start, width), **factory_kwargs), p.shape(key), p.placements)
         for key in p.declared.element:
-            state[key] = _like_parameter(p.tensor, torch.zeros(p.shard.numel, **kind), p.shard.shape)
+            state[key] = _like_parameter(p.tensor, torch.zeros(p.shard.numel, **factory_kwargs), p.shard.shape)
     for tensor, part in adam:
         fresh = {key: torch.zeros_like(value) for key, value in _by_element(tensor, part).items()}
         found[part.shard.name] = fresh

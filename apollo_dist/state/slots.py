@@ -20,14 +20,16 @@ Slot = dict[str, Any]
 STEP, HELD = "step", "held"
 
 
-def ready(slot: Slot, name: str, shapes: Mapping[str, tuple[int, ...]], kind: dict[str, Any], held: list[Any]) -> None:
+def ready(
+    slot: Slot, name: str, shapes: Mapping[str, tuple[int, ...]], factory_kwargs: dict[str, Any], held: list[Any]
+) -> None:
     """Fill an empty slot with zeros; check one that was loaded, or that another layout left.
 
     Args:
         slot: filled or converted in place.
         name: of the matrix or tensor, for the error.
         shapes: of its tensors, by key.
-        kind: dtype and device of its tensors.
+        factory_kwargs: dtype and device of its tensors.
         held: what this rank holds, as plain integers.
 
     Raises:
@@ -35,7 +37,7 @@ def ready(slot: Slot, name: str, shapes: Mapping[str, tuple[int, ...]], kind: di
     """
     if not slot:
         slot[STEP] = 0
-        slot.update({key: torch.zeros(shape, **kind) for key, shape in shapes.items()})
+        slot.update({key: torch.zeros(shape, **factory_kwargs) for key, shape in shapes.items()})
         slot[HELD] = held
         return
     if slot[HELD] != held or any(tuple(slot[key].shape) != shape for key, shape in shapes.items()):
@@ -43,7 +45,7 @@ def ready(slot: Slot, name: str, shapes: Mapping[str, tuple[int, ...]], kind: di
             f"the state of {name} is for {slot[HELD]}, but this rank now holds {held}: state_dict loads only "
             "under the world size and layout that wrote it"
         )
-    slot.update({key: slot[key].to(**kind) for key in shapes})
+    slot.update({key: slot[key].to(**factory_kwargs) for key in shapes})
 
 
 def copied(value: Any) -> Any:

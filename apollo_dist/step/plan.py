@@ -150,7 +150,7 @@ def plan_step(
         ValueError: if a layout cannot be read or is not supported, or a loaded state does not fit.
     """
     if engine.driver is not None:
-        zero_engine.refuse(engine.driver)
+        zero_engine.check_supported(engine.driver)
     trained = {} if trained is None else trained
     names = _names(members, engine)
     chosen = decide(names, engine)

@@ -245,7 +245,6 @@ def test_settings_that_a_version_does_not_read_yet():
 
 def test_an_engine_with_a_fault_is_refused(monkeypatch):
     """As the optimizer asks when an engine is initialized."""
-    from apollo_dist.integrations import deepspeed
     from apollo_dist.sharding.deepspeed import unsupported as module
 
     monkeypatch.setattr(module, "installed", lambda: "0.18.1")
@@ -256,4 +255,4 @@ def test_an_engine_with_a_fault_is_refused(monkeypatch):
         _config=types.SimpleNamespace(_param_dict=given), gradient_accumulation_steps=lambda: 4
     )
     with pytest.raises(ValueError, match=LAST):
-        deepspeed.refuse(engine)
+        zero_engine.check_supported(engine)

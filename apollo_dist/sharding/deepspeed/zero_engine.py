@@ -37,7 +37,7 @@ def is_engine(model: object) -> bool:
     return runtime is not None and isinstance(model, runtime.DeepSpeedEngine)
 
 
-def refuse(engine: Any) -> None:
+def check_supported(engine: Any) -> None:
     """Raise ValueError if no optimizer like ours can be exact under a DeepSpeed engine, with reasons and remedies."""
     findings = [*unsupported(zero.config(engine)), *zero.unsupported(engine)]
     if findings:
