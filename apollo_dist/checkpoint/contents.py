@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence, Set
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -73,11 +73,11 @@ def contents(model: Any, optimizer: Any, saved: Mapping[str, Any] | None = None)
     check_same_on_all_ranks(
         {"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None}
     )
-    if isinstance(client, NamedState) and saved is not None:
+    if _is_ours(client) and saved is not None:
         client.expect_state(
             {name for name, about in saved["parameters"].items() if about["kind"] not in (FROZEN, BUFFER)}
         )
-    builds = client.prepare(found.engine) if isinstance(client, NamedState) else []
+    builds = client.prepare(found.engine) if _is_ours(client) else []
     module = model if found.engine is None else model.module
     run_together(lambda: _show_sharded(module))
     # Also of parameters that the optimizer does not train.
@@ -100,7 +100,7 @@ def _fill(found: Contents, module: nn.Module, client: torch.optim.Optimizer | No
         return
     if found.engine is not None:
         found.wrapper = zero.from_engine(found.engine, client).wrapper
-    held = _ours(found, client, builds) if isinstance(client, NamedState) else elementwise.add(found, client, module)
+    held = _ours(found, client, builds) if _is_ours(client) else elementwise.add(found, client, module)
     idle = {id(p) for build in builds for _, p, _ in build.idle}
     _model(found, module, held, {id(p) for group in client.param_groups for p in group["params"]} - idle)
     found.description["engine"] = zero_engine.progress(found.engine, found.wrapper)
@@ -117,6 +117,10 @@ def _client(engine: Any, optimizer: Any, may_be_none: bool) -> torch.optim.Optim
     if not isinstance(inner, torch.optim.Optimizer):
         raise ValueError(f"pass the optimizer that trains the model, got {type(optimizer).__name__}")
     return inner
+
+
+def _is_ours(client: object) -> TypeGuard[NamedState]:
+    return isinstance(client, NamedState)
 
 
 def _ours(found: Contents, optimizer: NamedState, builds: Sequence[StepPlan]) -> list[LocalShard]:

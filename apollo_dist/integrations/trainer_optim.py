@@ -26,11 +26,11 @@ from ..distributed import rank_of, world_of
 from ..optimizers.options import check_known
 from ..rules import builtin
 from ..sharding import fsdp1
+from ..sharding.deepspeed.zero_engine import NOT_IN_BACKWARD
 from ..sharding.internals import first_of
 from ..sharding.local_shard import matrices
 from ..sharding.names import canonical_name
 from ..sharding.parameters import logical_shape
-from .deepspeed import NOT_IN_BACKWARD
 from .import_hooks import after_import, wrap_function
 
 logger = logging.getLogger("apollo_dist")
