@@ -1,6 +1,9 @@
 """What the installed versions cannot do, for tests to be skipped there; each reason names the fault.
 
 Where a fault of an older version on CPUs alone would leave a layout untested, ``mend_torch`` mends it in the ranks.
+
+Nothing of the package is imported with this module: ``same_bits.py`` trains older packages, with other modules, in
+ranks that import it.
 """
 
 from __future__ import annotations
@@ -15,9 +18,6 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.torch_version import TorchVersion
-
-from apollo_dist.sharding import dtensor, fsdp2
-from apollo_dist.sharding.deepspeed.faults import known_faults, not_yet
 
 
 def version(package: str) -> tuple[int, ...]:
@@ -69,9 +69,11 @@ def mend_torch() -> None:
     torch 2.6 lacks two functions of its CPU streams, which have nothing to do. Before 2.11 gloo's reduce-scatter makes
     a sum of an average; here it is asked for a sum between two divisions, as FSDP2 does for fp16.
     """
-    if version_of_torch() >= fsdp2.RIGHT_ON_CPU:
+    if version_of_torch() >= "2.11":
         return
     from torch.distributed.fsdp._fully_shard import _fsdp_collectives as collectives
+
+    from apollo_dist.sharding import fsdp2
 
     for name in ("record_event", "wait_event"):
         if not hasattr(torch.cpu.Stream, name):
@@ -92,6 +94,8 @@ def backward_on_cpu(*engines: str) -> tuple[str, ...]:
 
 def uneven_strides(shape: Sequence[int], placements: Sequence[Any], mesh: DeviceMesh) -> bool:
     """Whether the installed torch divides a shape so in the order that APOLLO reads."""
+    from apollo_dist.sharding import dtensor
+
     if version_of_torch() >= dtensor.UNEVEN_STRIDES:
         return True
     strided = [(axis, p) for axis, p in enumerate(placements) if isinstance(p, _StridedShard)]
@@ -115,6 +119,8 @@ def knows(config: dict, key: str) -> bool:
     from deepspeed.runtime.zero import config as zero
     from deepspeed.runtime.zero import offload_config as offload
 
+    from apollo_dist.sharding.deepspeed.faults import not_yet
+
     section, _, leaf = key.rpartition(".")
     models = {
         "zero_optimization": zero.DeepSpeedZeroConfig,
@@ -127,6 +133,8 @@ def knows(config: dict, key: str) -> bool:
 
 def deepspeed_runs(config: dict, world: int) -> bool:
     """Whether the installed DeepSpeed is right, and knows all settings, under a configuration on so many ranks."""
+    from apollo_dist.sharding.deepspeed.faults import known_faults, not_yet
+
     stage = config.get("zero_optimization", {}).get("stage", 0)
     if stage in (1, 2) and world > 1 and not ZERO12_ON_RANKS:
         return False
