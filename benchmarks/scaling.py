@@ -41,8 +41,8 @@ MODELS = {"13B": (5120, 13824, 40, 5120), "70B": (8192, 28672, 80, 1024)}
 VOCABULARY = 32000
 LAYOUTS = ("fsdp2", "fsdp1", "zero3", "zero1")
 OPTIMIZERS = {
-    "APOLLO": {"rank": 256, "scale_type": "channel", "disable_nl": False},
-    "Mini": {"rank": 1, "scale_type": "tensor", "disable_nl": False},
+    "APOLLO": {"rank": 256, "scale_type": "channel", "disable_nl": False, "proj_type": "std"},
+    "Mini": {"rank": 1, "scale_type": "tensor", "disable_nl": False, "proj_type": "std"},
 }
 RULE = APOLLO()
 WORLDS = (8, 64, 256, 1024, 4096)

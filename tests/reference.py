@@ -25,11 +25,13 @@ class Reference:
     def __init__(
         self, weights, ranks, *, lr=1e-2, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, scale=1.0,
         scale_type="channel", update_proj_gap=200, seed=0, disable_nl=False, draw_dtype=torch.float64,
+        proj_type="std",
     ):  # fmt: skip
         self.weights = {name: w.detach().clone().double() for name, w in weights.items()}
         self.ranks, self.lr, self.betas, self.eps, self.weight_decay = ranks, lr, betas, eps, weight_decay
         self.scale, self.scale_type, self.gap, self.seed = scale, scale_type, update_proj_gap, seed
         self.disable_nl, self.draw_dtype = disable_nl, draw_dtype
+        self.kind = {"std": "gaussian", "rademacher": "rademacher"}[proj_type]
         self.t = dict.fromkeys(weights, 0)
         self.M, self.V, self.last = {}, {}, {}
 
@@ -63,7 +65,8 @@ class Reference:
 
     def _matrix(self, name: str, r: int, t: int, G: Tensor) -> Tensor:
         m, n = G.shape
-        P = gaussian(self.seed, name, (t - 1) // self.gap, r, min(m, n), dtype=self.draw_dtype).double()
+        refresh = (t - 1) // self.gap
+        P = gaussian(self.seed, name, refresh, r, min(m, n), dtype=self.draw_dtype, kind=self.kind).double()
         R = G @ P.T if m >= n else P @ G
         N = self._moments(name, R)
         if self.scale_type == "tensor":

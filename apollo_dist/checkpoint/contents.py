@@ -25,6 +25,7 @@ from ..sharding import detect, fsdp1
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import LocalShard, view_of
 from ..sharding.names import canonical_name
+from ..state.identity import PROJECTIONS
 from . import elementwise
 from .opened import BUFFER, FROZEN, LOW_RANK, Contents
 from .options import options_of
@@ -50,6 +51,9 @@ class NamedState(Protocol):
     def expect_state(self, names: Set[str]) -> None:
         """Make state for these parameters when next prepared, also while they are frozen."""
 
+    def take_accepted(self) -> frozenset[str]:
+        """What the load that begins may bring otherwise."""
+
     def prepare(self, engine: Any = None) -> list[StepPlan]:
         """Make the state now; one plan for each call of ``step()``. A collective."""
 
@@ -74,6 +78,7 @@ def contents(model: Any, optimizer: Any, saved: Mapping[str, Any] | None = None)
         {"optimizer to save or load": type(client).__name__, "under DeepSpeed": found.engine is not None}
     )
     if _is_ours(client) and saved is not None:
+        found.accepted = client.take_accepted()
         client.expect_state(
             {name for name, about in saved["parameters"].items() if about["kind"] not in (FROZEN, BUFFER)}
         )
@@ -131,7 +136,9 @@ def _ours(found: Contents, optimizer: NamedState, builds: Sequence[StepPlan]) ->
         parameters.update((name, {"kind": rule}) for name, rule in build.element_rules.items())
         for matrix in (m for group_step in build.shard_groups for m in group_step.matrices):
             rank = matrix.spec.rank
-            parameters[matrix.shard.name] = {"kind": LOW_RANK, "rank": rank} if rank else {"kind": matrix.rule.name}
+            entries = matrix.declared.reduce.entries
+            about = {"kind": LOW_RANK, "rank": rank, "entries": entries} if rank else {"kind": matrix.rule.name}
+            parameters[matrix.shard.name] = about
             _add_matrix(found, matrix)
         for tensor in build.elementwise:
             _add_adam(found, tensor)
@@ -147,6 +154,7 @@ def _ours(found: Contents, optimizer: NamedState, builds: Sequence[StepPlan]) ->
     found.description["optimizer"] = {
         "name": optimizer.rules.name,
         "seed": optimizer.seed,
+        "projections": PROJECTIONS,
         "groups": [{"options": options_of(group), "parameters": names} for group, names in found.groups],
     }
     return shards

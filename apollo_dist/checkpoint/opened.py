@@ -12,6 +12,7 @@ import torch
 
 from ..distributed import rank_of
 from ..sharding.deepspeed import zero_engine
+from ..state.identity import PROJECTIONS, old_projections
 from .options import restore_options
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Contents:
         tensors: what this rank holds, by key; loading fills it in place.
         description: of everything, the same on all ranks, as plain values: "parameters", "optimizer", "engine".
         weights_alone: whether there is no optimizer.
+        accepted: what the optimizer's ``accept_at_load`` lets differ.
         after_load: what turns loaded tensors into state; local.
         groups: the live parameter groups, each with the names of its parameters.
         engine, wrapper: DeepSpeed's, or None.
@@ -44,19 +46,22 @@ class Contents:
     engine: Any = None
     wrapper: Any = None
     weights_alone: bool = False
+    accepted: frozenset[str] = frozenset()
 
     def check(self, saved: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first differences, unless a checkpoint of that description fits.
 
         State of parameters that train here and were frozen where it was saved begins at zero.
         """
-        problems = list(_differences(saved, self.description, self.weights_alone))
+        problems = list(_differences(saved, self.description, self.weights_alone, self.accepted))
         rounded = list(_rounded(saved["parameters"], self.description["parameters"]))
         if rounded and rank_of() == 0:
             logger.warning("%d tensors lose precision, such as %s", len(rounded), rounded[0])
         if problems:
             more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise ValueError("the checkpoint does not fit: " + "; ".join(problems[:5]) + more)
+        if not self.weights_alone and "projections" not in self.accepted:
+            _check_projections(saved)
         if not self.weights_alone:
             self._begin_anew({n for n, about in saved["parameters"].items() if about["kind"] == FROZEN})
 
@@ -91,10 +96,21 @@ class Contents:
             zero_engine.restore(self.engine, self.wrapper, step, saved["engine"])
 
 
-def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], weights_alone: bool) -> Iterator[str]:
+def _check_projections(saved: Mapping[str, Any]) -> None:
+    """Raise ValueError if low-rank moments are of projections as an older version generated them."""
+    low_rank = any(about["kind"] == LOW_RANK for about in saved["parameters"].values())
+    if low_rank and saved["optimizer"].get("projections", 1) != PROJECTIONS:
+        raise old_projections("the checkpoint", "checkpoint.load")
+
+
+def _differences(
+    saved: Mapping[str, Any], here: Mapping[str, Any], weights_alone: bool, accepted: Set[str]
+) -> Iterator[str]:
     """What keeps a checkpoint from continuing here: one line each."""
     compared = () if weights_alone else (("name", "optimizer"), ("seed", "seed of the projections"))
     for key, what in compared:
+        if key in accepted:
+            continue
         was, now = saved["optimizer"].get(key), here["optimizer"].get(key)
         if was != now:
             yield f"its {what} is {was}, and here it is {now}"
@@ -111,6 +127,10 @@ def _differences(saved: Mapping[str, Any], here: Mapping[str, Any], weights_alon
             for key in ("shape", *of_state):
                 if was.get(key) != now.get(key):
                     yield f"{key} of {name} was {was.get(key)}, and here it is {now.get(key)}"
+            # Checkpoints of before there were others do not say it.
+            before, entries = (about.get("entries", "gaussian") for about in (was, now))
+            if of_state and before != entries:
+                yield f"the projection of {name} had {before} entries, and here it has {entries} ones"
 
 
 def _rounded(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]:

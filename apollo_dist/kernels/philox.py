@@ -34,13 +34,13 @@ def philox_4x32_10(
     rounds = torch.arange(_ROUNDS, device=c0.device)
     keys = [((k[..., None] + rounds * weyl) & MASK32).unbind(-1) for k, weyl in zip(key, _WEYL, strict=True)]
     for k0, k1 in zip(*keys, strict=True):
-        # int64 products wrap modulo 2**64; the shift is arithmetic, so both halves are masked. Only what broadcasts is
-        # not done in place.
+        # int64 products wrap modulo 2**64, and the shift is arithmetic: the upper halves of c0 and c2 are masked, those
+        # of c1 and c3 are left, for what is made of them is masked. Only what broadcasts is not done in place.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
-        c0 = ((p1 >> 32).bitwise_and_(MASK32) ^ c1).bitwise_xor_(k0)
-        c2 = ((p0 >> 32).bitwise_and_(MASK32) ^ c3).bitwise_xor_(k1)
-        c1, c3 = p1.bitwise_and_(MASK32), p0.bitwise_and_(MASK32)
-    return c0, c1, c2, c3
+        c0 = ((p1 >> 32) ^ c1).bitwise_xor_(k0).bitwise_and_(MASK32)
+        c2 = ((p0 >> 32) ^ c3).bitwise_xor_(k1).bitwise_and_(MASK32)
+        c1, c3 = p1, p0
+    return c0, c1.bitwise_and_(MASK32), c2, c3.bitwise_and_(MASK32)
 
 
 def words_of(text: str) -> tuple[int, int, int, int]:

@@ -19,14 +19,14 @@ def as_gemm_operand(projection: Tensor) -> Tensor:
     return projection.t().contiguous()
 
 
-def project(grad: Tensor, columns: Tensor, out: Tensor) -> None:
-    """The low-rank gradient G P^T of a channels-first gradient; written to ``out``, (channels, r)."""
+def project(grad: Tensor, columns: Tensor, out: Tensor, alpha: float) -> None:
+    """The low-rank gradient alpha G P^T of a channels-first gradient; written to ``out``, (channels, r)."""
     if out.shape[1] > 1:
-        torch.mm(grad, columns, out=out)
+        out.addmm_(grad, columns, beta=0, alpha=alpha)
     elif columns.shape[1] == 1 or grad.stride(1) != 1:
-        torch.mv(grad, columns[:, 0], out=out[:, 0])
+        out[:, 0].addmv_(grad, columns[:, 0], beta=0, alpha=alpha)
     else:
-        out.copy_(torch.mm(grad, columns)[:, :1])
+        torch.mul(torch.mm(grad, columns)[:, :1], alpha, out=out)
 
 
 def channel_norms(grad: Tensor, out: Tensor) -> None:

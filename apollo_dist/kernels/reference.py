@@ -18,23 +18,46 @@ if TYPE_CHECKING:
 
 
 def draw(keys: Tensor, table: Tensor, out: Tensor) -> None:
-    """Generate slabs of projections, unscaled N(0, 1) in bf16.
+    """Generate slabs of projections, unscaled N(0, 1).
 
     The counter is (column, row // 8, two words of the slab's hash). One Philox call makes eight rows of one column: the
     low and the high half of each word are an index into ``table``.
 
     Args:
         keys: (slabs, 5) in int64: two words of key, two of counter, the first column.
-        table: ``projections.quantiles``, (65536,) in bf16.
-        out: (slabs, r, columns) in bf16, written.
+        table: ``projections.quantiles``, (65536,).
+        out: (slabs, r, columns), written; any dtype and strides.
     """
     slabs, rank, length = out.shape
-    k0, k1, c2, c3, start = keys[:, :, None, None].unbind(1)
     octets = -(-rank // 8)
-    columns, rows = start + torch.arange(length, device=out.device), torch.arange(octets, device=out.device)[:, None]
-    words = philox_4x32_10((columns, rows, c2, c3), (k0, k1))
-    halves = torch.stack([half for word in words for half in (word & 0xFFFF, word >> 16)], dim=2)
-    out.copy_(table[halves].view(slabs, octets * 8, length)[:, :rank])
+    index = _words(keys, length, octets).view(torch.uint16).to(torch.int32)
+    entries = table.index_select(0, index.view(-1))
+    out.copy_(entries.view(slabs, length, octets * 8)[:, :, :rank].transpose(1, 2))
+
+
+def draw_signs(keys: Tensor, out: Tensor) -> None:
+    """Generate slabs of projections of signs, +1 and -1 with the same probability.
+
+    The counter is (column, row // 128, two words of the slab's hash). Row 32 i + b of the 128 that one Philox call
+    makes is -1 where bit b of word i is set.
+
+    Args:
+        keys, out: as of ``draw``.
+    """
+    slabs, rank, length = out.shape
+    calls = -(-rank // 128)
+    bits = torch.arange(64, device=out.device)
+    ones = (_words(keys, length, calls)[..., None] >> bits).bitwise_and_(1)
+    out.copy_(1 - 2 * ones.view(slabs, length, calls * 128)[:, :, :rank].transpose(1, 2))
+
+
+def _words(keys: Tensor, length: int, calls: int) -> Tensor:
+    """Philox's words of some columns, (slabs, length, calls, 2) in int64: the four words of a call, two in each."""
+    k0, k1, c2, c3, start = keys[:, :, None, None].unbind(1)
+    columns = start + torch.arange(length, device=keys.device)[:, None]
+    rows = torch.arange(calls, device=keys.device)
+    w0, w1, w2, w3 = philox_4x32_10((columns, rows, c2, c3), (k0, k1))
+    return torch.stack([w0 | (w1 << 32), w2 | (w3 << 32)], dim=-1)
 
 
 def project(parts: Sequence[ProjectPart], alpha: float, out: Tensor, squares: Tensor | None) -> None:

@@ -32,7 +32,7 @@ class APOLLO(ShardedOptimizer):
         update_proj_gap: steps between redraws of the projections.
         seed: of the projections; equal on all ranks.
         proj: "random".
-        proj_type: "std".
+        proj_type: "std" for normal entries of P, "rademacher" for signs, which take one random bit each.
         scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
             a ratio.
         disable_nl: turn the norm-growth limiter off.

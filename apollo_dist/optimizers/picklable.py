@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from ..state import parameter_state
+from ..state.identity import check_projections
 from ..state.slots import copied
 from ..step.failures import Failures
 from .attributes import OptimizerAttributes
@@ -40,6 +41,8 @@ class PicklableOptimizer(OptimizerAttributes):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         state = dict(state)
+        if state["slots"] or state["pending"]:
+            check_projections(state["param_groups"])
         slots, members, pending, foreign = (state.pop(key) for key in ("slots", "members", "pending", "foreign"))
         self._process_group, self._engine, self._driver, self._constructed = None, None, None, True
         self._frozen_once = set()

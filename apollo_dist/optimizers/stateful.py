@@ -136,7 +136,8 @@ class StatefulOptimizer(OptimizerAttributes):
         Raises:
             ValueError: on all ranks alike, with what to do: if seed, names, rank or the choice of low-rank matrices
                 are others, if the state is another optimizer's, if parameter groups differ in number or size or hold
-                bad options, or if ranks load different states. ``accept_at_load`` accepts another seed or names.
+                bad options, or if ranks load different states. ``accept_at_load`` accepts another seed, other names and
+                the projections of older versions.
         """
         given = dict(state_dict)
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -166,21 +167,28 @@ class StatefulOptimizer(OptimizerAttributes):
             post_hook(self)
 
     def accept_at_load(self, *what: str) -> None:
-        """Let the next ``load_state_dict`` take a state with another seed or with other names.
+        """Let the next load take a state with another seed, with other names, or of an older version's projections.
 
-        Its moments then go on under the projections of this optimizer's seed and names, which is no exact
-        continuation: it takes some steps until moments of the old projections are forgotten.
+        Its moments then go on under the projections that this optimizer generates, which is no exact continuation: it
+        takes some steps until moments of the old projections are forgotten.
 
         Args:
-            what: "seed", "names", or both. With other names the state goes to parameters by their position.
+            what: one or several of "seed", "names" and "projections". With other names the state goes to parameters by
+                their position. ``apollo_dist.checkpoint.load`` goes by name, and heeds "seed" and "projections".
 
         Raises:
             ValueError: for anything else.
         """
-        unknown = sorted(set(what) - {"seed", "names"})
+        unknown = sorted(set(what) - {"seed", "names", "projections"})
         if unknown or not what:
-            raise ValueError(f'accept_at_load takes "seed" and "names", got {", ".join(map(repr, what)) or "nothing"}')
+            got = ", ".join(map(repr, what)) or "nothing"
+            raise ValueError(f'accept_at_load takes "seed", "names" and "projections", got {got}')
         self._accepted = frozenset(what)
+
+    def take_accepted(self) -> frozenset[str]:
+        """What ``accept_at_load`` let the load take that begins now; the next one is compared in full again."""
+        accepted, self._accepted = self._accepted, frozenset()
+        return accepted
 
     def _identify(self) -> None:
         """Write into the groups whose state they hold: the seed, and the names where parameters have some."""

@@ -89,7 +89,8 @@ def estimate(
     chosen = set(low_rank)
     matrix = rules.matrix
     assert matrix is not None
-    options = {"rank": rank, "scale_type": scale_type, "disable_nl": disable_nl}
+    options = {key: option.default for key, option in matrix.options.items()}
+    options |= {"rank": rank, "scale_type": scale_type, "disable_nl": disable_nl}
     ranks = 1 if layout == "whole" else world
     low = {name: tuple(shape) for name, shape in shapes.items() if name in chosen}
     partitions = divide(shapes, chosen, layout, ranks, compute_bytes)

@@ -22,7 +22,7 @@ class Projection:
     """A slab that was drawn.
 
     Attributes:
-        slab: P^T over the columns, as ``as_gemm_operand`` returns it.
+        slab: P^T over the columns, without the factor 1/sqrt(r), as ``as_gemm_operand`` returns it.
         first: the column of P that is the slab's first row.
         tiles: the part of each local tile.
     """
@@ -51,14 +51,14 @@ class ProjectionCache:
         self._refreshes: Sequence[int | None] = []
 
     def _divide(self, phase: int) -> dict[int, tuple[int, ...]]:
-        """For each matrix that needs its projection in a phase, those drawn with it: of one rank, length and dtype."""
-        alike: dict[tuple[int, int, torch.dtype], list[int]] = {}
+        """For each matrix that needs its projection in a phase, those drawn with it: of one shape, dtype and kind."""
+        alike: dict[tuple[int, int, torch.dtype, str], list[int]] = {}
         for k, slab in enumerate(self._slabs):
             if slab.needed[phase]:
-                alike.setdefault((slab.rank, slab.length, slab.dtype), []).append(k)
+                alike.setdefault((slab.rank, slab.length, slab.dtype, slab.kind), []).append(k)
         found = {}
-        for (rank, length, _), members in alike.items():
-            count = projection.drawn_together(rank, length, self._device)
+        for (rank, length, _, kind), members in alike.items():
+            count = projection.drawn_together(rank, length, self._device, kind)
             for first in range(0, len(members), count):
                 run = tuple(members[first : first + count])
                 found.update(dict.fromkeys(run, run))
@@ -97,7 +97,7 @@ class ProjectionCache:
         if run not in self._identities or self._identities[run][0] != key:
             names = [(self._slabs[k].name, refresh, self._slabs[k].columns[0]) for k, refresh in wanted]
             self._identities[run] = (key, projection.philox_keys(self._seed, names, self._device))
-        drawn = projection.draw(self._identities[run][1], slab.rank, slab.length, slab.dtype)
+        drawn = projection.draw(self._identities[run][1], slab.rank, slab.length, slab.dtype, slab.kind)
         for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
             columns, first = as_gemm_operand(values), self._slabs[k].columns[0]
             tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]

@@ -12,13 +12,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from ..kernels.transfer import moved
+
 ENTRIES = 1 << 16
 
 
 @lru_cache(maxsize=16)
-def quantiles(device: torch.device) -> Tensor:
-    """The table, (65536,) in bf16 on ``device``; computed on the CPU in float64, once for each device."""
+def quantiles(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The table, (65536,) on ``device``, its bf16 numbers stored in ``dtype``; computed on the CPU, once for each."""
     middle = (torch.arange(ENTRIES // 2, ENTRIES, dtype=torch.float64, device="cpu") + 0.5) / ENTRIES
     upper = torch.special.ndtri(middle).to(torch.bfloat16)
     # Mirrored, and not computed for the lower half, so that the table is symmetric to the bit.
-    return torch.cat([-upper.flip(0), upper]).to(device)
+    return moved(torch.cat([-upper.flip(0), upper]).to(dtype), device)

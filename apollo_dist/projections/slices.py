@@ -28,6 +28,7 @@ class ProjectionSlice:
         columns: the range of P's columns.
         edges: of each local tile the range that it spans, within ``columns``.
         needed: in each ``Phase``.
+        kind: of the entries, "gaussian" or "rademacher".
     """
 
     name: str
@@ -36,6 +37,7 @@ class ProjectionSlice:
     columns: tuple[int, int]
     edges: tuple[tuple[int, int], ...]
     needed: tuple[bool, bool]
+    kind: str = "gaussian"
 
     @property
     def length(self) -> int:

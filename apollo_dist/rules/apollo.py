@@ -32,13 +32,16 @@ from .base import Group, MatrixRule, Reduce, Reply, Seen, Spec, State, Update
 from .limiter import NORM_EPS, limit
 from .options import BETAS, Option, flag, integer, not_negative, one_of, optional, positive
 
+# The entries of P by ``proj_type``; apollo-torch's name "std" says that the smaller dimension is projected, by normals.
+_ENTRIES = {"std": "gaussian", "rademacher": "rademacher"}
+
 
 class APOLLO(MatrixRule):
     """APOLLO's update of a matrix; ``rank=None`` leaves a group's parameters to the other rule."""
 
     name = "APOLLO"
     chosen = True
-    spec_options = ("rank", "scale_type", "disable_nl")
+    spec_options = ("rank", "scale_type", "disable_nl", "proj_type")
     options: Mapping[str, Option] = {
         "betas": BETAS,
         "eps": Option(1e-6, not_negative),
@@ -47,7 +50,7 @@ class APOLLO(MatrixRule):
         "scale_type": Option("channel", one_of(("channel", "tensor"), '"channel" or "tensor"')),
         "update_proj_gap": Option(200, integer(1)),
         "proj": Option("random", one_of(("random",), '"random" (the only projection of APOLLO that needs no SVD)')),
-        "proj_type": Option("std", one_of(("std",), '"std" (the smaller dimension is projected)')),
+        "proj_type": Option("std", one_of(tuple(_ENTRIES), '"std" (normal entries) or "rademacher" (signs)')),
         "scale_front": Option(False, flag),
         "disable_nl": Option(False, flag),
     }
@@ -58,6 +61,11 @@ class APOLLO(MatrixRule):
 
     def refuses_change(self, before: Group, now: Group) -> str:
         """Moments of one rank say nothing of another."""
+        if before["proj_type"] != now["proj_type"] and None not in (before["rank"], now["rank"]):
+            return (
+                f"proj_type was {before['proj_type']!r} and is now {now['proj_type']!r}, but the moments of its "
+                "matrices are of the other projections"
+            )
         old, new = before["rank"], now["rank"]
         what = {True: "AdamW's, in the shape of a parameter", False: "low-rank"}[old is None]
         if None not in (old, new):
@@ -68,9 +76,11 @@ class APOLLO(MatrixRule):
         """By channel the limiter needs sum_c s_c^2 ||G_c||^2; by tensor ||N||^2, ||R||^2, and for it ||G||^2."""
         rank, tensor, limiter = group["rank"], group["scale_type"] == "tensor", not group["disable_nl"]
         state = State({"exp_avg": rank, "exp_avg_sq": rank}, matrix=("last_norm",))
+        entries = _ENTRIES[group["proj_type"]]
         if tensor:
-            return Spec(Reduce(low_rank=rank), Reply(terms=2, matrix_norm=limiter), state)
-        return Spec(Reduce(low_rank=rank, channel_norms=limiter), Reply(scale=True, terms=int(limiter)), state)
+            return Spec(Reduce(low_rank=rank, entries=entries), Reply(terms=2, matrix_norm=limiter), state)
+        reduce = Reduce(low_rank=rank, entries=entries, channel_norms=limiter)
+        return Spec(reduce, Reply(scale=True, terms=int(limiter)), state)
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Moments, and from N and R the scaling factors or what they are made of."""

@@ -34,6 +34,7 @@ class Reduce:
     Attributes:
         axis: along which dimension the channels lie: "rows", "columns", or "larger" (rows of a matrix with m >= n).
         low_rank: r, the number of columns of G P^T; 0 without a projection.
+        entries: how entries of P are distributed, "gaussian" or "rademacher".
         channel_norms: whether the owner sees each channel's norm.
         root_mean_square: whether that is the root of the mean square instead.
         of_carrier: whether all this is of the carrier X, and not of the gradient G.
@@ -43,6 +44,7 @@ class Reduce:
 
     axis: str = "larger"
     low_rank: int = 0
+    entries: str = "gaussian"
     channel_norms: bool = False
     root_mean_square: bool = False
     of_carrier: bool = False

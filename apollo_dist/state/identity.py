@@ -6,7 +6,7 @@ and in the live optimizer, since that is what survives ``torch.save``, torch.dis
 flattened), DeepSpeed's files and pickles::
 
     seed             of the projections, an int
-    state_version    of the form of the state, an int; version 0.1 of this library wrote none
+    state_version    of the form of the state and the definition of projections, an int; version 0.1 wrote none
     param_names      canonical names of the group's parameters, in their order; absent where they came without names
 """
 
@@ -17,7 +17,9 @@ from typing import Any
 
 from ..sharding.names import canonical_name
 
-STATE_VERSION = 1
+STATE_VERSION = 2
+# Since version 2 normal entries of projections come from a table; before, from Box and Muller's transform.
+PROJECTIONS = 2
 SEED, VERSION, NAMES = "seed", "state_version", "param_names"
 IDENTITY = (SEED, VERSION, NAMES)
 
@@ -65,6 +67,27 @@ def check_seed(groups: Sequence[Group], seed: int) -> None:
                 f"would go on under other projections. Build the optimizer with seed={saved} to continue exactly; or "
                 'call optimizer.accept_at_load("seed") before loading to go on with the new seed'
             )
+
+
+def check_projections(groups: Sequence[Group]) -> None:
+    """Raise ValueError for low-rank moments that were made with projections as older versions generated them."""
+    if any(group.get("rank") is not None and int(group.get(VERSION, 0)) < PROJECTIONS for group in groups):
+        raise old_projections("the loaded state", "load_state_dict")
+
+
+def old_projections(what: str, loading: str) -> ValueError:
+    """The error for low-rank moments of before version 2.
+
+    Args:
+        what: is loaded.
+        loading: the function that loads it.
+    """
+    return ValueError(
+        f"{what} was saved by an older apollo_dist, whose random projections were generated in another way: its "
+        "low-rank moments would go on under other projections. Continue with the version that saved it; or load the "
+        'weights alone; or call optimizer.accept_at_load("projections") before '
+        f"{loading} to go on with the new projections, which is no exact continuation"
+    )
 
 
 def saved_names(groups: Sequence[Group]) -> list[list[str]]:

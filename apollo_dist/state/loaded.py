@@ -99,13 +99,13 @@ def read(
         groups: the live parameter groups; nothing is changed.
         targets: their parameters; None where an engine has put tensors of its own into the groups.
         seed: of the optimizer that loads.
-        accepted: of "seed", "names" what may differ.
+        accepted: of "seed", "names", "projections" what may differ.
         validate: makes options plain numbers, in place; raises ValueError for bad ones.
         decided_here: keys of groups that are not loaded.
         options_of: for a group the keys whose change is told.
 
     Raises:
-        ValueError: for a state of another seed, of other names, ranks, shapes, or of another optimizer.
+        ValueError: for a state of another seed, of other projections, names, ranks, shapes, or of another optimizer.
     """
     saved = deepcopy(list(state_dict["param_groups"]))
     sizes, here = ([len(group["params"]) for group in each] for each in (saved, groups))
@@ -122,6 +122,8 @@ def read(
         result.groups.append(_merged(group, live, number, options_of(live), decided_here, result.notes))
         validate(result.groups[-1], f"parameter group {number} of the loaded state")
     _read_state(state_dict["state"], [listed for _, listed in keys], targets, result)
+    if "projections" not in accepted and (result.pending or result.slots):
+        identity.check_projections(saved)
     if version is None and (result.pending or result.slots):
         result.notes.append(
             "the loaded state was saved by version 0.1 of apollo_dist, without seed and names: they are taken to be "
@@ -167,6 +169,13 @@ def _check_rule(saved: Mapping[str, Any], live: Mapping[str, Any], number: int) 
             f"the rank of parameter group {number} was {was} when the state was saved, and here it is {now}: moments "
             "of one rank say nothing to another. Build the optimizer with the rank that was saved, or go on without "
             "the optimizer's state"
+        )
+    was, now = (group.get("proj_type", live.get("proj_type")) for group in (saved, live))
+    if was != now and saved.get("rank") is not None:
+        raise ValueError(
+            f"proj_type of parameter group {number} was {was!r} when the state was saved, and here it is {now!r}: its "
+            "moments would go on under other projections. Build the optimizer with the proj_type that was saved, or go "
+            "on without the optimizer's state"
         )
 
 

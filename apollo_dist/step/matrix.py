@@ -105,7 +105,8 @@ class Matrix:
         needed = bool(self.projected.parts), bool(self.local_only.parts) or elements
         if not self.spec.rank:
             needed = False, False
-        return ProjectionSlice(self.spec.name, self.spec.rank, self.shard.compute_dtype, columns, edges, needed)
+        kind = self.declared.reduce.entries
+        return ProjectionSlice(self.spec.name, self.spec.rank, self.shard.compute_dtype, columns, edges, needed, kind)
 
     @property
     def refresh(self) -> int:

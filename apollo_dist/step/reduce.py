@@ -16,6 +16,7 @@ from torch import Tensor
 from ..exchange.channels import ChannelSet
 from ..exchange.messages import Partial, Received
 from ..kernels.reduce import channel_norms, project
+from ..projections.gaussian import scale_of
 from .matrix import Matrix, Pieces, cast, take
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def partial(m: Matrix, projection: Projection | None, active: bool) -> Partial:
     stored = m.reduced()
     if count:
         grads = [cast(view, m.shard.compute_dtype) for view in stored]
-        _project(grads, m.projected, projection, low_rank)
+        _project(grads, m.projected, projection, low_rank, 1.0)
         if norms is not None:
             _channel_norms(grads, m.projected, norms)
             norms.square_()
@@ -58,6 +59,8 @@ def complete(
 ) -> None:
     """Write R, and the gradient's norms, over the owned channels: held by this rank only first, then received ones.
 
+    Here R gets its factor 1/sqrt(r), which projections are generated without, and its sign.
+
     Args:
         m: the matrix.
         grads: what is reduced of each tile, in the compute dtype.
@@ -67,30 +70,29 @@ def complete(
         received: what exchange 1 brought for ``owned_shared``, if there was one.
     """
     alone = m.channels.local_only.count
+    alpha = scale_of(m.spec.rank) * (-1.0 if m.group["maximize"] else 1.0)
     if alone:
         first = None if alone == low_rank.shape[0] else slice(alone)
-        _project(grads, m.local_only, projection, take(low_rank, first))
+        _project(grads, m.local_only, projection, take(low_rank, first), alpha)
         if norms is not None:
             _channel_norms(grads, m.local_only, take(norms, first))
     if received is not None and m.channels.owned_shared.count:
-        low_rank[alone:] = received.low_rank
+        torch.mul(received.low_rank, alpha, out=low_rank[alone:])
         squares = None if norms is None or received.norms is None else received.norms.to(norms.dtype)
         for channels, inner, elements in received.elements:
             part = elements.to(m.shard.compute_dtype)
             if m.spec.rank:
-                low_rank[alone:][channels].addmm_(part, _columns(projection, inner, m.spec.rank))
+                low_rank[alone:][channels].addmm_(part, _columns(projection, inner, m.spec.rank), alpha=alpha)
             if squares is not None:
                 lengths = torch.empty_like(squares[channels])
                 channel_norms(part, lengths)
                 squares[channels].addcmul_(lengths, lengths)
         if norms is not None and squares is not None:
             torch.sqrt(squares, out=norms[alone:])
-    if m.group["maximize"]:
-        low_rank.neg_()
 
 
-def _project(grads: Sequence[Tensor], pieces: Pieces, projection: Projection | None, out: Tensor) -> None:
-    """Write this rank's part of R over a set of channels to ``out``, (channels, r).
+def _project(grads: Sequence[Tensor], pieces: Pieces, projection: Projection | None, out: Tensor, alpha: float) -> None:
+    """Write this rank's part of R times ``alpha`` over a set of channels to ``out``, (channels, r).
 
     R = G P^T where rows are the channels; else R^T = (P G)^T = G^T P^T, stored channels first alike. Each tile needs
     only the columns of P that it spans.
@@ -103,9 +105,9 @@ def _project(grads: Sequence[Tensor], pieces: Pieces, projection: Projection | N
     for number, rows, position in pieces.parts:
         part, target = take(grads[number], rows), take(out, position)
         if pieces.overlapping:
-            target.addmm_(part, projection.tiles[number][:, : out.shape[1]])
+            target.addmm_(part, projection.tiles[number][:, : out.shape[1]], alpha=alpha)
         else:
-            project(part, projection.tiles[number], target)
+            project(part, projection.tiles[number], target, alpha)
 
 
 def _channel_norms(grads: Sequence[Tensor], pieces: Pieces, out: Tensor) -> None:

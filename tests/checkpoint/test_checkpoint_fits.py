@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from apollo_dist import APOLLO, APOLLOMini, checkpoint
+from apollo_dist.checkpoint import contents
 from apollo_dist.checkpoint.elementwise import _set_number
 
 from ..models import Bag, groups_of, low_rank
@@ -28,15 +29,42 @@ def saved(tmp_path_factory):
         (lambda m: APOLLO(groups_of(m, low_rank(m, 3)), seed=1), ("seed of the projections is 0, and here it is 1",)),
         (lambda m: APOLLO(groups_of(m, low_rank(m, 2))), ("rank of layers.", "was 3, and here it is 2")),
         (lambda m: APOLLO(groups_of(m, {**low_rank(m, 3), "embed.linear.weight": 2})), ("kind of embed",)),
+        (
+            lambda m: APOLLO(groups_of(m, low_rank(m, 3)), proj_type="rademacher"),
+            ("the projection of layers.", "had gaussian entries, and here it has rademacher ones"),
+        ),
         (lambda m: torch.optim.AdamW(m.parameters()), ("its optimizer is APOLLO, and here it is AdamW",)),
     ],
-    ids=["seed", "rank", "choice", "optimizer"],
+    ids=["seed", "rank", "choice", "signs", "optimizer"],
 )  # fmt: skip
 def test_another_optimizers_checkpoint_is_an_error(saved, build_other, words):
     model = Bag(99)
     with pytest.raises(ValueError) as caught:
         checkpoint.load(saved, model, build_other(model))
     assert all(word in str(caught.value) for word in words), caught.value
+
+
+def test_low_rank_moments_of_older_projections_are_refused_or_accepted(tmp_path, monkeypatch):
+    """As version 1 saved them; another seed is accepted alike."""
+    model, optimizer = build(seed=0)
+    step(model, optimizer, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(contents, "PROJECTIONS", 1)
+        checkpoint.save(tmp_path, model, optimizer)
+    other, its = build(seed=99)
+    before = [p.detach().clone() for p in other.parameters()]
+    with pytest.raises(ValueError, match=r'accept_at_load\("projections"\) before checkpoint.load to go on'):
+        checkpoint.load(tmp_path, other, its)
+    assert all(torch.equal(a, b) for a, b in zip(other.parameters(), before, strict=True))
+    checkpoint.load(tmp_path, Bag(99), None)
+    its.accept_at_load("projections")
+    checkpoint.load(tmp_path, other, its)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    with pytest.raises(ValueError, match="generated in another way"):  # accepted once
+        checkpoint.load(tmp_path, other, its)
+    reseeded = APOLLO(groups_of(other, low_rank(other, 3)), seed=1)
+    reseeded.accept_at_load("projections", "seed")
+    checkpoint.load(tmp_path, other, reseeded)
 
 
 def test_another_models_checkpoint_is_an_error(saved):

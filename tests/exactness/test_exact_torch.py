@@ -25,6 +25,7 @@ CASES = {
     "tensor": {"scale_type": "tensor", "scale": 4.0, "rank": 1},
     "no limiter": {"disable_nl": True},
     "tensor, no limiter": {"scale_type": "tensor", "disable_nl": True},
+    "signs": {"proj_type": "rademacher"},
 }
 # As on accelerators; the reference knows nothing of it.
 REDRAWN = {"redrawn at every step": {"cache_projection": False}}

@@ -92,7 +92,12 @@ def test_what_was_saved_and_what_is_here(caplog):
     for change, message in (
         (lambda s: s["param_groups"][0].update(rank=2), "the rank of parameter group 0 was 2"),
         (lambda s: s["param_groups"][0].update(seed=5), "projections of seed 5"),
-        (lambda s: s["param_groups"][0].update(state_version=9), "knows versions up to 1"),
+        (lambda s: s["param_groups"][0].update(state_version=9), "knows versions up to 2"),
+        (lambda s: s["param_groups"][0].update(state_version=1), "saved by an older apollo_dist"),
+        (
+            lambda s: s["param_groups"][0].update(proj_type="rademacher"),
+            "proj_type of parameter group 0 was 'rademacher'",
+        ),
         (lambda s: s["param_groups"][0]["param_names"].__setitem__(1, "2.weight"), "was named 2.weight"),
         (lambda s: s["state"][0].update(step=float("nan")), "which is no number of steps"),
         (lambda s: s["state"].update({2: 5}), "is a int, not a dictionary"),

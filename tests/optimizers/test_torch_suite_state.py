@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from apollo_dist import APOLLO
+from apollo_dist import APOLLO, AdamW
 
 from .torch_suite import build, equal_state, every_input, problem, same, take
 
@@ -77,7 +77,7 @@ def test_step_is_a_tensor_and_may_come_as_a_number():
 
 
 def test_a_state_of_version_0_1_goes_on(caplog):
-    """Without seed and version, with ``step`` as a number; the log says so once."""
+    """Without seed and version, with ``step`` as a number, once its projections are accepted; the log says so."""
     params, loss = problem()
     optimizer = APOLLO(params, rank=2)
     take(optimizer, loss, 3)
@@ -91,13 +91,41 @@ def test_a_state_of_version_0_1_goes_on(caplog):
         for p, q in zip(twins, params, strict=True):
             p.copy_(q)
     other = APOLLO(twins, rank=2)
+    with pytest.raises(ValueError, match="saved by an older apollo_dist, whose random projections were"):
+        other.load_state_dict(state)
+    other.accept_at_load("projections")
     with caplog.at_level("WARNING", "apollo_dist"):
         other.load_state_dict(state)
     assert [r.message for r in caplog.records if "version 0.1" in r.message]
     take(optimizer, loss, 3)
     take(other, of_twins, 3)
     assert same(params, twins)
-    assert other.state_dict()["param_groups"][0]["state_version"] == 1
+    assert other.state_dict()["param_groups"][0]["state_version"] == 2
+
+
+def test_states_of_older_projections_are_refused():
+    """Of version 1, also in a pickle; not where a rule has no projections, or an optimizer no state."""
+    params, loss = problem()
+    optimizer = APOLLO(params, rank=2)
+    take(optimizer, loss, 2)
+
+    def of_version_1(state):
+        for group in state["param_groups"]:
+            group["state_version"] = 1
+        return state
+
+    state = of_version_1(copy.deepcopy(optimizer.state_dict()))
+    other = APOLLO(problem()[0], rank=2)
+    with pytest.raises(ValueError, match=r'or call optimizer.accept_at_load\("projections"\) before load_state_dict'):
+        other.load_state_dict(state)
+    assert not other.state
+    with pytest.raises(ValueError, match="generated in another way"):
+        copy.copy(optimizer).__setstate__(of_version_1(optimizer.__getstate__()))
+    other.load_state_dict({**state, "state": {}})
+    params, loss = problem()
+    plain = AdamW(params)
+    take(plain, loss, 1)
+    AdamW(problem()[0]).load_state_dict(of_version_1(plain.state_dict()))
 
 
 def test_copies_keep_all_public_attributes():

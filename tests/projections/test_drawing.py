@@ -10,50 +10,52 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apollo_dist import APOLLO
 from apollo_dist.kernels.reduce import as_gemm_operand
 from apollo_dist.projections.cache import ProjectionCache
-from apollo_dist.projections.gaussian import draw, drawn_together, gaussian, philox_keys
+from apollo_dist.projections.gaussian import draw, drawn_together, gaussian, philox_keys, scale_of
 from apollo_dist.projections.slices import Phase, ProjectionSlice
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["gaussian", "rademacher"])
 @pytest.mark.parametrize(("rank", "length"), [(1, 700), (3, 700), (130, 5000)])
-def test_each_of_several_is_as_if_drawn_alone(rank, length, dtype):
+def test_each_of_several_is_as_if_drawn_alone(rank, length, kind):
     starts = [0, 7, 4000]  # the longest slabs come in pieces
-    drawn = draw(philox_keys(3, [(f"w{i}", i, start) for i, start in enumerate(starts)], CPU), rank, length, dtype)
+    keys = philox_keys(3, [(f"w{i}", i, start) for i, start in enumerate(starts)], CPU)
+    drawn = draw(keys, rank, length, torch.float64, kind)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(draw(keys, rank, length, dtype, kind).double(), drawn)
     for i, start in enumerate(starts):
-        assert torch.equal(drawn[i], gaussian(3, f"w{i}", i, rank, 9000, start, start + length, dtype=dtype))
+        for dtype in (torch.float32, torch.float64):
+            alone = gaussian(3, f"w{i}", i, rank, 9000, start, start + length, dtype=dtype, kind=kind)
+            assert torch.equal((drawn[i] * scale_of(rank)).to(dtype), alone)
 
 
 class Counted(TorchDispatchMode):
-    """Counts the rounds of Philox: each has two of these."""
+    """Counts the look-ups in the table of quantiles: each draw has one."""
 
     def __init__(self):
         super().__init__()
-        self.xors = 0
+        self.draws = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.xors += func is torch.ops.aten.bitwise_xor_.Tensor
+        self.draws += func is torch.ops.aten.index_select.default
         return func(*args, **(kwargs or {}))
-
-    @property
-    def draws(self):
-        return self.xors / 20
 
 
 def projections(keep, needed=(True, True)):
-    """Six matrices: two ranks, two lengths, and all dtypes."""
-    kinds = [(4, (0, 50)), (4, (10, 60)), (4, (0, 30)), (3, (0, 50)), (4, (0, 50)), (4, (5, 55))]
-    slabs = [
-        ProjectionSlice(f"w{k}", rank, torch.float64 if k == 4 else torch.float32, (a, b), ((a, b), (a + 1, b)), needed)
-        for k, (rank, (a, b)) in enumerate(kinds)
-    ]
+    """Eight matrices: two ranks, two lengths, all dtypes, and two of signs."""
+    kinds = [(4, (0, 50)), (4, (10, 60)), (4, (0, 30)), (3, (0, 50)), (4, (0, 50)), (4, (5, 55))] + [(4, (0, 50))] * 2
+    slabs = []
+    for k, (rank, (a, b)) in enumerate(kinds):
+        dtype, kind = torch.float64 if k == 4 else torch.float32, "rademacher" if k > 5 else "gaussian"
+        slabs.append(ProjectionSlice(f"w{k}", rank, dtype, (a, b), ((a, b), (a + 1, b)), needed, kind))
     return ProjectionCache(slabs, CPU, keep=keep), slabs
 
 
 def check(projection, slab, seed, refresh):
     first, last = slab.columns
-    want = gaussian(seed, slab.name, refresh, slab.rank, 60, first, last, dtype=slab.dtype)
+    keys = philox_keys(seed, [(slab.name, refresh, first)], CPU)
+    want = draw(keys, slab.rank, last - first, slab.dtype, slab.kind)[0]
     assert torch.equal(projection.slab, as_gemm_operand(want))
     assert projection.first == first
     for tile, (a, b) in zip(projection.tiles, slab.edges, strict=True):
@@ -65,7 +67,8 @@ def test_matrices_have_refreshes_of_their_own(keep):
     drawing, slabs = projections(keep)
     # Some without a gradient, which stay behind; a step like the last one; another seed.
     steps = [(1, [0] * 6), (1, [0, None, 0, 0, None, 0]), (1, [1, 0, 1, None, 0, 1]), (1, [1] * 6), (2, [1] * 6)]
-    for seed, refreshes in steps:
+    for seed, given in steps:
+        refreshes = [*given, *given[:2]]
         drawing.begin(seed, refreshes)
         for phase in (Phase.REDUCE, Phase.OWN):
             for k, slab in enumerate(slabs):
@@ -88,15 +91,15 @@ def test_alike_ones_are_drawn_together_and_only_when_needed(keep):
                 assert all((p is None) == (phase == Phase.REDUCE) for p in found)
         return counted.draws
 
-    # Of rank 4, length 50 and float32 there are three; the others are alone.
-    assert draws([0] * 6) == 4
-    assert draws([0] * 6) == (0 if keep else 4)
-    assert draws([0, 1, 0, 0, 0, 1]) == (1 if keep else 4)
+    # Of rank 4, length 50 and float32 there are three; the others are alone. Signs are in no table.
+    assert draws([0] * 8) == 4
+    assert draws([0] * 8) == (0 if keep else 4)
+    assert draws([0, 1, 0, 0, 0, 1, 0, 0]) == (1 if keep else 4)
 
 
 def test_what_is_not_kept_is_let_go():
     drawing, slabs = projections(keep=False)
-    drawing.begin(0, [0] * 6)
+    drawing.begin(0, [0] * 8)
     for k in range(len(slabs)):
         found = weakref.ref(drawing.of(k, Phase.OWN))
         assert found() is None

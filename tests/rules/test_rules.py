@@ -216,7 +216,15 @@ def test_a_rule_of_its_own_under_every_engine(tmp_path):
 
 
 GROUP = MappingProxyType(
-    {"rank": 3, "scale_type": "channel", "disable_nl": False, "betas": (0.9, 0.99), "eps": 1e-6, "scale": 4.0}
+    {
+        "rank": 3,
+        "proj_type": "std",
+        "scale_type": "channel",
+        "disable_nl": False,
+        "betas": (0.9, 0.99),
+        "eps": 1e-6,
+        "scale": 4.0,
+    }
 )
 
 
