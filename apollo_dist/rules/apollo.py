@@ -32,9 +32,6 @@ from .base import Group, MatrixRule, Reduce, Reply, Seen, Spec, State, Update
 from .limiter import NORM_EPS, limit
 from .options import BETAS, Option, flag, integer, not_negative, one_of, optional, positive
 
-# The entries of P by ``proj_type``; apollo-torch's name "std" says that the smaller dimension is projected, by normals.
-_ENTRIES = {"std": "gaussian", "rademacher": "rademacher"}
-
 
 class APOLLO(MatrixRule):
     """APOLLO's update of a matrix; ``rank=None`` leaves a group's parameters to the other rule."""
@@ -50,7 +47,7 @@ class APOLLO(MatrixRule):
         "scale_type": Option("channel", one_of(("channel", "tensor"), '"channel" or "tensor"')),
         "update_proj_gap": Option(200, integer(1)),
         "proj": Option("random", one_of(("random",), '"random" (the only projection of APOLLO that needs no SVD)')),
-        "proj_type": Option("std", one_of(tuple(_ENTRIES), '"std" (normal entries) or "rademacher" (signs)')),
+        "proj_type": Option("std", one_of(("std", "rademacher"), '"std" (normal entries) or "rademacher" (signs)')),
         "scale_front": Option(False, flag),
         "disable_nl": Option(False, flag),
     }
@@ -61,25 +58,22 @@ class APOLLO(MatrixRule):
 
     def refuses_change(self, before: Group, now: Group) -> str:
         """Moments of one rank say nothing of another."""
-        if before["proj_type"] != now["proj_type"] and None not in (before["rank"], now["rank"]):
-            return (
-                f"proj_type was {before['proj_type']!r} and is now {now['proj_type']!r}, but the moments of its "
-                "matrices are of the other projections"
-            )
         old, new = before["rank"], now["rank"]
         what = {True: "AdamW's, in the shape of a parameter", False: "low-rank"}[old is None]
         if None not in (old, new):
             what = f"of rank {old}, which say nothing of another projection"
+            if before["proj_type"] != now["proj_type"]:
+                return "proj_type was {proj_type!r} and is now another, but the moments belong to the former".format(**before)
         return "" if old == new else f"rank was {old} and is now {new}, but the moments of its matrices are {what}"
 
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """By channel the limiter needs sum_c s_c^2 ||G_c||^2; by tensor ||N||^2, ||R||^2, and for it ||G||^2."""
         rank, tensor, limiter = group["rank"], group["scale_type"] == "tensor", not group["disable_nl"]
         state = State({"exp_avg": rank, "exp_avg_sq": rank}, matrix=("last_norm",))
-        entries = _ENTRIES[group["proj_type"]]
+        entries = "gaussian" if group["proj_type"] == "std" else "rademacher"
+        reduce = Reduce(low_rank=rank, entries=entries, channel_norms=limiter and not tensor)
         if tensor:
-            return Spec(Reduce(low_rank=rank, entries=entries), Reply(terms=2, matrix_norm=limiter), state)
-        reduce = Reduce(low_rank=rank, entries=entries, channel_norms=limiter)
+            return Spec(reduce, Reply(terms=2, matrix_norm=limiter), state)
         return Spec(reduce, Reply(scale=True, terms=int(limiter)), state)
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
@@ -93,9 +87,7 @@ class APOLLO(MatrixRule):
         # core's L2. Measured: 12 % of a CPU step.
         low_rank_norms = torch.linalg.vector_norm(low_rank, dim=1)
         scale = channel_scale(torch.linalg.vector_norm(normalized, dim=1), low_rank_norms)
-        if seen.norms is None:
-            return Update(scale)
-        return Update(scale, seen.square_sums(seen.norms * scale)[:, None])
+        return Update(scale, None if seen.norms is None else seen.square_sums(seen.norms * scale)[:, None])
 
     def matrix_step(
         self, terms: Tensor, state: Mapping[str, Tensor], group: Group
