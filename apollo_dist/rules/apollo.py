@@ -63,7 +63,7 @@ class APOLLO(MatrixRule):
         if None not in (old, new):
             what = f"of rank {old}, which say nothing of another projection"
             if before["proj_type"] != now["proj_type"]:
-                return "proj_type was {proj_type!r} and is now another, but the moments belong to the former".format(**before)
+                return "proj_type was {proj_type!r} and is now another, but moments are of the former".format(**before)
         return "" if old == new else f"rank was {old} and is now {new}, but the moments of its matrices are {what}"
 
     def spec(self, m: int, n: int, group: Group) -> Spec:

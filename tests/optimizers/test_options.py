@@ -193,7 +193,7 @@ def test_an_option_changed_between_steps_acts_from_the_next_step_on_and_can_be_p
         (1, "rank", 1, "parameter group 1: rank was None and is now 1, but .* AdamW's"),
         (0, "proj", "svd", 'parameter group 0: proj must be "random"'),
         (0, "proj_type", "left", 'parameter group 0: proj_type must be "std"'),
-        (0, "proj_type", "rademacher", "parameter group 0: proj_type was 'std' and is now another, but the moments"),
+        (0, "proj_type", "rademacher", "parameter group 0: proj_type was 'std' and is now another, but moments"),
         (0, "scale_type", "row", "parameter group 0: scale_type must be"),
         (0, "update_proj_gap", 0, "parameter group 0: update_proj_gap must be an integer >= 1, got 0"),
         (0, "update_proj_gap", 2.5, "parameter group 0: update_proj_gap must be"),
