@@ -50,7 +50,14 @@ def attach(
 
 
 def layerwise(optimizer: type[ShardedOptimizer]) -> type[UpdatesInBackward]:
-    """The class of an optimizer that updates inside backward."""
+    """The class of an optimizer that updates inside backward; made once for each.
+
+    Args:
+        optimizer: a class of this library, or one made of ``ShardedOptimizer``.
+
+    Raises:
+        ValueError: for anything else.
+    """
     if not isinstance(optimizer, type) or not issubclass(optimizer, ShardedOptimizer):
         raise ValueError(f"optimizer must be one of apollo_dist's classes, got {optimizer!r}")
     if optimizer not in _KINDS:

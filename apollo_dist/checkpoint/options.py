@@ -38,6 +38,13 @@ def restore_options(groups: Sequence[tuple[dict[str, Any], list[str]]], saved: M
 
     Groups may be divided differently here. Options that only matrix rules read are taken from their matrices.
     Parameters that the checkpoint's optimizer did not hold have no say.
+
+    Args:
+        groups: the live groups, each with the names of its parameters.
+        saved: the checkpoint's description.
+
+    Raises:
+        ValueError: if parameters of one group had different values of an option.
     """
     told = []
     options = {name: g["options"] for g in saved["optimizer"]["groups"] for name in g["parameters"]}

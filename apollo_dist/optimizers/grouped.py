@@ -223,7 +223,11 @@ def is_chosen(rules: Rules) -> bool:
 
 
 def without_choice(group: dict[str, Any], rank: int) -> dict[str, Any]:
-    """A group of another APOLLO's ``param_groups`` as it was given to that: without a rank, if it came without."""
+    """A group of another APOLLO's ``param_groups`` as it was given to that: without a rank, if it came without.
+
+    Raises:
+        ValueError: if its matrices were chosen for another rank than ``rank``.
+    """
     if not group.get(SELECT_BY_NAME):
         return group
     if group.get("rank") not in (None, rank):
@@ -235,7 +239,11 @@ def without_choice(group: dict[str, Any], rank: int) -> dict[str, Any]:
 
 
 def as_groups(params: Any) -> list[dict[str, Any]]:
-    """Parameters, named parameters or groups as a list of groups."""
+    """Parameters, named parameters or groups as a list of groups.
+
+    Raises:
+        ValueError: for an empty list, a set, or parameters and groups in one list.
+    """
     if isinstance(params, (set, frozenset)):
         split_params(params)  # which refuses it
     items = [params] if isinstance(params, Tensor) else list(params)

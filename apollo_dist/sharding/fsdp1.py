@@ -42,7 +42,11 @@ _OF_FLAT_PARAMETERS = (
 
 
 def register(model: nn.Module) -> None:
-    """Note where the parameters of a model's FSDP1 modules lie; nothing happens for other models."""
+    """Note where the parameters of a model's FSDP1 modules lie; nothing happens for other models.
+
+    Raises:
+        UnknownInternals: if this version of torch does not say it as the versions of docs/versions.md do.
+    """
     for module in _modules(model):
         require(module, "_flat_param", "_handle")
         flat = module._flat_param

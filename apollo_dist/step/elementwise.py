@@ -42,7 +42,7 @@ class ElementwiseTensor:
         return True
 
     def gradient(self) -> Tensor:
-        """The local gradient, flat, in the compute dtype."""
+        """The local gradient, (elements held here,), in the compute dtype; ValueError if it is sparse."""
         grad = self.shard.grad()
         assert grad is not None
         if grad.is_sparse:
