@@ -22,6 +22,7 @@ from ..kernels import reference
 from ..kernels.philox import MASK32, words_of
 from ..kernels.transfer import to_device
 from .quantiles import quantiles
+from .slices import scale_of
 
 # Distributions of the entries, and how many rows of a column one call of Philox makes: 16 bits an entry, or one.
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
@@ -36,11 +37,6 @@ _COUNTERS_ACCELERATOR = 1 << 20
 def _identity(seed: int, name: str, refresh: int) -> tuple[int, int, int, int]:
     """128 bits that stand for (seed, name, refresh): two words of key, two of counter."""
     return words_of(f"apollo_dist projection\0{seed}\0{refresh}\0{name}")
-
-
-def scale_of(rank: int) -> float:
-    """1/sqrt(r), the factor that is kept out of the entries; 1 where nothing is projected."""
-    return 1.0 / math.sqrt(rank) if rank else 1.0
 
 
 def gaussian(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import TYPE_CHECKING
@@ -43,3 +44,8 @@ class ProjectionSlice:
     def length(self) -> int:
         """How many columns."""
         return self.columns[1] - self.columns[0]
+
+
+def scale_of(rank: int) -> float:
+    """1/sqrt(r), the factor that is kept out of the entries; 1 where nothing is projected."""
+    return 1.0 / math.sqrt(rank) if rank else 1.0

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..exchange.channels import ChannelSet
 from ..exchange.messages import Partial, Received
 from ..kernels.reduce import channel_norms, project
-from ..projections.gaussian import scale_of
+from ..projections.slices import scale_of
 from .matrix import Matrix, Pieces, cast, take
 
 if TYPE_CHECKING:

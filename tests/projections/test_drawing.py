@@ -10,8 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from apollo_dist import APOLLO
 from apollo_dist.kernels.reduce import as_gemm_operand
 from apollo_dist.projections.cache import ProjectionCache
-from apollo_dist.projections.gaussian import draw, drawn_together, gaussian, philox_keys, scale_of
-from apollo_dist.projections.slices import Phase, ProjectionSlice
+from apollo_dist.projections.gaussian import draw, drawn_together, gaussian, philox_keys
+from apollo_dist.projections.slices import Phase, ProjectionSlice, scale_of
 
 CPU = torch.device("cpu")
 

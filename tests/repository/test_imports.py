@@ -19,7 +19,7 @@ ALLOWED = {
     "rules.base": ("rules.options",),
     "rules": ("kernels",),
     "projections.quantiles": ("kernels.transfer",),
-    "projections.gaussian": ("kernels", "projections.quantiles"),
+    "projections.gaussian": ("projections.slices", "kernels", "projections.quantiles"),
     "projections": ("kernels",),
     "projections.slices": (),
     "distributed": (),
