@@ -47,6 +47,7 @@ DEV = [
     *TRITON,
     "pytest>=8.0",
     "pytest-xdist>=3.6",
+    "pytest-timeout>=2.3",
     "ruff",
     "mypy>=1.11",
     "types-PyYAML",

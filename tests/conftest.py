@@ -16,6 +16,11 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from .launch.slurm_cluster import Cluster, fetch, reason_to_skip
+from .timeouts import allowed
+
+# Seconds after which a case that waits for ever fails, with the place where it waits. Every wait of a case has a shorter
+# deadline of its own: this one is for what nobody thought of.
+HANGS = 600
 
 # Files whose cases share what one process of pytest makes, in the order in which they run: what sshd needs is mounted
 # for the last. All others stay together by file.
@@ -34,11 +39,14 @@ def group_of(nodeid: str) -> str:
     return GROUPS.get(file_of(nodeid), file_of(nodeid))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest groups first, and all others in their order."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The longest groups first, and all others in their order; none for ever."""
     first = {group: number for number, group in enumerate(FIRST)}
     inside = {file: number for number, file in enumerate(GROUPS)}
     items.sort(key=lambda item: (first.get(group_of(item.nodeid), len(FIRST)), inside.get(file_of(item.nodeid), 0)))
+    if config.pluginmanager.hasplugin("timeout"):  # pytest-timeout
+        for item in items:
+            item.add_marker(pytest.mark.timeout(allowed(HANGS)))
 
 
 @pytest.hookimpl(optionalhook=True)

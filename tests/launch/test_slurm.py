@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+import psutil
 import pytest
 
 from ..pretrain_runs import losses
@@ -19,9 +21,11 @@ pytestmark = pytest.mark.slow
 SCRIPTS = {"fsdp": "launch/slurm_fsdp.sbatch", "deepspeed": "launch/slurm_deepspeed.sbatch"}
 # No GPU here: a rank for each node. Always the same nodes, for jobs to get into each other's way.
 SIZES = ["--nodes=2", "--nodelist=n1,n2", "--gpus-per-node=0"]
-STEPS = 110  # some tenths of a second each
+STEPS = 110
+# Short sequences: starting up takes most of a job's time.
 TRAINING = (
-    f"--recipe tiny --steps {STEPS} --warmup_steps 10 --batch_size 8 --final_eval_sequences 4 --checkpoint_every 25"
+    f"--recipe tiny --steps {STEPS} --warmup_steps 10 --batch_size 8 --sequence_length 64 --eval_every 0 "
+    "--final_eval_sequences 4 --checkpoint_every 25"
 ).split()
 ENGINES = {"fsdp": ["--engine", "fsdp2"], "deepspeed": ["--deepspeed_config", "ds_configs/zero2.json"]}
 PATIENCE = 400  # seconds, on a machine that has more to do
@@ -38,10 +42,9 @@ def submit(
     output: Path,
     *sbatch: str,
     options: Sequence[str] = (),
-    evaluation: Sequence[str] = ("--eval_every", "0"),
     environment: Mapping[str, str] = MappingProxyType({}),
 ) -> Job:
-    words = [*SIZES, "--time=30", *sbatch, SCRIPTS[engine], *ENGINES[engine], *TRAINING, *evaluation]
+    words = [*SIZES, "--time=30", *sbatch, SCRIPTS[engine], *ENGINES[engine], *TRAINING]
     return cluster.submit(*words, "--output", output, *options, **environment)
 
 
@@ -100,6 +103,21 @@ def in_training(job: Job, output: Path, step: int = 3) -> None:
     job.wait_for_step(output, step, PATIENCE)
 
 
+@contextlib.contextmanager
+def suspended(job: Job, output: Path) -> Iterator[None]:
+    """Suspend the ranks of a job until it has been asked to stop, so that no machine is fast enough to finish before."""
+    stopped = [*ranks(output).values()]
+    for process in stopped:
+        process.suspend()
+    try:
+        yield
+        job.wait_for(lambda: "asked to stop" in job.log, 100, "request to stop")
+    finally:
+        for process in stopped:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.resume()
+
+
 def test_runs_to_completion(undisturbed: dict[int, float]) -> None:
     assert undisturbed[STEPS] < undisturbed[1]
 
@@ -108,14 +126,12 @@ def test_goes_on_after_the_time_limit(
     cluster: Cluster, engine: str, undisturbed: dict[int, float], tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    # SLURM needs up to 30 s to notice that a limit is near: a validation after each step makes the run last that long,
-    # and changes nothing else.
-    slow = ["--eval_every", "1", "--eval_sequences", "24"]
-    job = submit(cluster, engine, output, "--signal=B:USR1@10", options=["--skip_preflight"], evaluation=slow)
+    job = submit(cluster, engine, output, "--signal=B:USR1@10", options=["--skip_preflight"])
     in_training(job, output)
-    # SLURM looks every 30 s whether the signal is due, and a limit is in whole minutes: so move this start's end.
-    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 38))
-    cluster.run("scontrol", "update", f"JobId={job.number}", f"EndTime={end}")
+    with suspended(job, output):
+        # SLURM looks every 30 s whether the signal is due, and a limit is in whole minutes: so move this start's end.
+        end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 38))
+        cluster.run("scontrol", "update", f"JobId={job.number}", f"EndTime={end}")
     job.wait_for(lambda: job.fact("Restarts") == "1", 100, "requeue")
     cluster.run("scontrol", "update", f"JobId={job.number}", "TimeLimit=30")  # the end moved the limit, too
     reached = steps_done(output)
@@ -128,7 +144,8 @@ def test_goes_on_after_preemption(cluster: Cluster, engine: str, undisturbed: di
     output = tmp_path / "run"
     job = submit(cluster, engine, output, options=["--skip_preflight"])
     in_training(job, output)
-    urgent = cluster.submit("--partition=urgent", *SIZES, "--exclusive", "--wrap=sleep 1")
+    with suspended(job, output):
+        urgent = cluster.submit("--partition=urgent", *SIZES, "--exclusive", "--wrap=sleep 1")
     urgent.wait(120)
     reached = steps_done(output)
     job.wait(PATIENCE)
