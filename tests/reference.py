@@ -5,12 +5,19 @@ Nothing here is shared with the package but the projection's random numbers, whi
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
 from torch import Tensor
 
 from apollo_dist.projections.gaussian import gaussian
+
+
+@functools.lru_cache(maxsize=4096)
+def _projection(seed: int, name: str, refresh: int, r: int, n: int, dtype: torch.dtype, kind: str) -> Tensor:
+    """P in float64. Cases of a test have the same names, and it is the same function of them in each."""
+    return gaussian(seed, name, refresh, r, n, dtype=dtype, kind=kind).double()
 
 
 class Reference:
@@ -66,7 +73,7 @@ class Reference:
     def _matrix(self, name: str, r: int, t: int, G: Tensor) -> Tensor:
         m, n = G.shape
         refresh = (t - 1) // self.gap
-        P = gaussian(self.seed, name, refresh, r, min(m, n), dtype=self.draw_dtype, kind=self.kind).double()
+        P = _projection(self.seed, name, refresh, r, min(m, n), self.draw_dtype, self.kind)
         R = G @ P.T if m >= n else P @ G
         N = self._moments(name, R)
         if self.scale_type == "tensor":
