@@ -18,8 +18,8 @@ if not torch.cuda.is_available():
 from .launch.slurm_cluster import Cluster, fetch, reason_to_skip
 from .timeouts import allowed
 
-# Seconds after which a case that waits for ever fails, with the place where it waits. Every wait of a case has a shorter
-# deadline of its own: this one is for what nobody thought of.
+# Seconds after which a case that waits for ever fails, with the place where it waits. Every wait of a case has a
+# shorter deadline of its own: this one is for what nobody thought of.
 HANGS = 600
 
 # Files whose cases share what one process of pytest makes, in the order in which they run: what sshd needs is mounted

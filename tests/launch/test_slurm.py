@@ -105,7 +105,7 @@ def in_training(job: Job, output: Path, step: int = 3) -> None:
 
 @contextlib.contextmanager
 def suspended(job: Job, output: Path) -> Iterator[None]:
-    """Suspend the ranks of a job until it has been asked to stop, so that no machine is fast enough to finish before."""
+    """Suspend the ranks of a job until it has been asked to stop: no machine is fast enough to finish before."""
     stopped = [*ranks(output).values()]
     for process in stopped:
         process.suspend()
