@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .template import Child, run_module, template
+from .template import Child, run_interpreter, run_module, template
 from .timeouts import allowed
 from .versions import mend_torch
 
@@ -58,23 +58,41 @@ def run_module_on_ranks(
     Raises:
         subprocess.TimeoutExpired: if the ranks do not end in ``timeout`` seconds.
     """
+    jobs = [((run_module, module, list(own)), env) for own, env in zip(arguments, environments, strict=True)]
+    return _captured(module, jobs, cwd, timeout)
+
+
+def run_python(
+    *words: str, env: dict[str, str] | None = None, cwd: Path | None = None, timeout: float = 120
+) -> subprocess.CompletedProcess[str]:
+    """``python *words`` in a forked process, for tests of what a program does: imports take no time.
+
+    Args:
+        words: ``-m MODULE``, ``-c CODE`` or a file, and arguments.
+        env, cwd: the whole environment and the working directory; those of this process by default.
+        timeout: seconds on an idle machine, ``allowed`` to be more on a busy one.
+
+    Raises:
+        subprocess.TimeoutExpired: if it does not end in ``timeout`` seconds.
+    """
+    return _captured(words[0], [((run_interpreter, *words), env or dict(os.environ))], cwd, timeout)
+
+
+def _captured(
+    name: str, jobs: list[tuple[tuple[Any, ...], dict[str, str]]], cwd: Path | None, timeout: float
+) -> subprocess.CompletedProcess[str]:
+    """Run jobs, each with an environment, side by side, and return what they printed."""
     # Opened for appending: each line goes to the end, whichever rank writes it.
     with tempfile.TemporaryDirectory() as folder:
         out, err = Path(folder) / "out", Path(folder) / "err"
         with out.open("a") as stdout, err.open("a") as stderr:
             files = {"stdout": stdout.fileno(), "stderr": stderr.fileno(), "cwd": cwd}
-            codes, in_time = _run(
-                [
-                    ((run_module, module, list(own)), {**files, "env": env})
-                    for own, env in zip(arguments, environments, strict=True)
-                ],
-                timeout,
-            )
+            codes, in_time = _run([(job, {**files, "env": env}) for job, env in jobs], timeout)
         if not in_time:
-            raise subprocess.TimeoutExpired(module, timeout, out.read_text(), err.read_text())
+            raise subprocess.TimeoutExpired(name, timeout, out.read_text(), err.read_text())
         # A rank that was ended because another had failed has a negative status.
         code = max(codes) or min(codes)
-        return subprocess.CompletedProcess(module, code, out.read_text(), err.read_text())
+        return subprocess.CompletedProcess(name, code, out.read_text(), err.read_text())
 
 
 def _run(jobs: list[tuple[tuple[Any, ...], dict[str, Any]]], timeout: float) -> tuple[list[int], bool]:

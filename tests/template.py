@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import traceback
+import types
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -173,6 +174,22 @@ def run_module(module: str, arguments: list[str]) -> None:
     """What ``python -m module arguments`` does; to be forked."""
     sys.argv = [module, *arguments]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_interpreter(*words: str) -> None:
+    """What ``python *words`` does, words being ``-m MODULE``, ``-c CODE`` or a file, and arguments; to be forked."""
+    # What is defined there is found by its module's name, as pickle and dataclasses look for it.
+    if words[0] == "-m":
+        run_module(words[1], list(words[2:]))
+        return
+    main = sys.modules["__main__"] = types.ModuleType("__main__")
+    if words[0] == "-c":
+        sys.argv, code = ["-c", *words[2:]], compile(words[1], "<string>", "exec")
+    else:
+        sys.argv, code = list(words), compile(Path(words[0]).read_text(), words[0], "exec")
+        sys.path.insert(0, str(Path(words[0]).resolve().parent))
+        main.__dict__["__file__"] = words[0]
+    exec(code, main.__dict__)
 
 
 _templates: dict[int, Template] = {}

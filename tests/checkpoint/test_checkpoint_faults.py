@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 from apollo_dist import checkpoint
 from apollo_dist.checkpoint import folder
 
-from ..timeouts import allowed
+from ..ranks import run_python
 from .checkpoint_kills import build, snapshot, step
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -212,14 +210,8 @@ def test_a_save_that_fails_leaves_the_others(root, states):
 @pytest.mark.slow
 def test_a_killed_save_leaves_the_old_checkpoint_or_the_new_one(tmp_path):
     """Killed at each of its file operations, and in the middle of writing a file."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.checkpoint.checkpoint_kills", str(tmp_path)],
-        cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=allowed(300),
-    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = run_python("-m", "tests.checkpoint.checkpoint_kills", str(tmp_path), cwd=ROOT, env=environment, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert sum("killed loaded 1" in line for line in lines) > 20

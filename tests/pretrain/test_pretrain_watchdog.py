@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from ..pretrain_runs import environment
+from ..ranks import run_python
 from ..timeouts import allowed
 from .test_pretrain_stop import arguments, started, steps_done, wait_for, worker, write_text
 
@@ -43,10 +43,7 @@ print("done")
 
 def program(case: str, limit: float, folder: Path) -> tuple[subprocess.CompletedProcess[str], float]:
     began = time.monotonic()
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, case, str(limit), str(folder)], env=environment(), capture_output=True,
-        text=True, timeout=allowed(60),
-    )  # fmt: skip
+    done = run_python("-c", PROGRAM, case, str(limit), str(folder), env=environment(), timeout=60)
     return done, time.monotonic() - began
 
 

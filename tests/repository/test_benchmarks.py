@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from ..timeouts import allowed
+from ..ranks import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-    return subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "step_time.py"), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=allowed(300),
-        env={**os.environ, "PYTHONPATH": path},
-        check=False,
-    )
+    return run_python(str(ROOT / "benchmarks" / "step_time.py"), *arguments, timeout=300)
 
 
 def table(text: str) -> dict[str, list[str]]:

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 
 import pytest
 
-from ..timeouts import allowed
+from ..ranks import run_python
 from .test_benchmarks import ROOT
 
 
 def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-W", "ignore", str(ROOT / "benchmarks" / "claims.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=allowed(120), check=False)
+    return run_python(str(ROOT / "benchmarks" / "claims.py"), *arguments)
 
 
 def test_the_tracker_and_the_planner_agree() -> None:

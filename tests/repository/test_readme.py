@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-import sys
-import types
 from pathlib import Path
 
 import pytest
 
-from ..template import template
-from ..timeouts import allowed
+from ..ranks import run_python
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -89,13 +86,6 @@ dist.destroy_process_group()
 """
 
 
-def run_code(code: str) -> None:
-    """Run a program's text, as ``python FILE`` does: what a block defines must be found by its module's name."""
-    module = types.ModuleType("__main__")
-    sys.modules["__main__"] = module
-    exec(compile(code, "<block>", "exec"), module.__dict__)
-
-
 def test_there_are_blocks() -> None:
     assert len(BLOCKS) >= 5
 
@@ -106,18 +96,10 @@ def test_python_block_runs(number: int, tmp_path: Path) -> None:
     if "deepspeed" in block:
         pytest.importorskip("deepspeed")
     (tmp_path / "ds_configs").symlink_to(ROOT / "ds_configs")
-    log = tmp_path / "log"
-    with log.open("w") as output:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        child = template(0).fork(
-            run_code, PREAMBLE + block + CLOSING, env=environment, cwd=tmp_path, stdout=output.fileno(),
-            stderr=output.fileno(),
-        )  # fmt: skip
-        try:
-            code = child.wait(allowed(300))
-        finally:
-            child.kill()
-    assert code == 0, f"{block}\n{log.read_text()[-6000:]}"
+    done = run_python(
+        *("-c", PREAMBLE + block + CLOSING), cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=300
+    )
+    assert done.returncode == 0, f"{block}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 
 
 def test_links_point_to_files() -> None:
