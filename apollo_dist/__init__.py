@@ -8,14 +8,16 @@ from .integrations.hugging_face import register as register_hugging_face
 from .optimizers.adam_mini import AdamMini
 from .optimizers.adamw import AdamW
 from .optimizers.apollo import APOLLO, APOLLOMini
+from .optimizers.galore import Fira, GaLore
+from .optimizers.muon import Muon
 from .optimizers.param_groups import param_groups
 from .optimizers.scale import SCALE
 from .optimizers.sgd import SGD
 from .selection.describe import describe
 
-# AdamW and SGD are names of torch's in DeepSpeed's JSON.
-register(APOLLO, APOLLOMini, SCALE, AdamMini, unnamed=(AdamW, SGD))
-register_hugging_face(APOLLO, APOLLOMini, SCALE, AdamMini, AdamW, SGD)
+# AdamW, SGD and Muon are names of torch's or DeepSpeed's own in DeepSpeed's JSON.
+register(APOLLO, APOLLOMini, GaLore, Fira, SCALE, AdamMini, unnamed=(AdamW, SGD, Muon))
+register_hugging_face(APOLLO, APOLLOMini, GaLore, Fira, SCALE, AdamMini, AdamW, SGD, Muon)
 
 __all__ = [
     "APOLLO",
@@ -24,6 +26,9 @@ __all__ = [
     "APOLLOMini",
     "AdamMini",
     "AdamW",
+    "Fira",
+    "GaLore",
+    "Muon",
     "RankError",
     "__version__",
     "checkpoint",

@@ -41,8 +41,8 @@ def one_rank(layout: str, world: int) -> Iterator[None]:
     if layout == "whole":
         yield
         return
-    saved = collectives.Exchange._all_to_all, dist.all_reduce, collectives.wait, collectives.device_for
-    collectives.Exchange._all_to_all = (  # type: ignore[method-assign]
+    saved = collectives.Exchange.all_to_all, dist.all_reduce, collectives.wait, collectives.device_for
+    collectives.Exchange.all_to_all = (  # type: ignore[method-assign]
         lambda self, buffer, send, receive: buffer.new_empty(sum(receive))
     )
     collectives.wait = lambda work, where: None
@@ -52,7 +52,7 @@ def one_rank(layout: str, world: int) -> Iterator[None]:
             dist.all_reduce = lambda *args, **kwargs: None
             yield
     finally:
-        collectives.Exchange._all_to_all, dist.all_reduce, collectives.wait, collectives.device_for = saved
+        collectives.Exchange.all_to_all, dist.all_reduce, collectives.wait, collectives.device_for = saved
 
 
 def make_step(

@@ -19,19 +19,27 @@ import math
 import sys
 import time
 import tracemalloc
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
 from apollo_dist.exchange.collectives import Exchange
 from apollo_dist.exchange.plan import MatrixSpec, Plan, make_plan
+from apollo_dist.exchange.whole import traffic
 from apollo_dist.rules.apollo import APOLLO
+from apollo_dist.rules.fira import Fira
+from apollo_dist.rules.galore import GaLore
+from apollo_dist.rules.muon import Muon
 from apollo_dist.sharding.local_shard import ShardGroup
 from apollo_dist.sharding.regions import FlatPartition, Range, cut_ranges, even_ranges, flat_partition_tiles, row_ranges
 from apollo_dist.step.specs import exchanged
+
+if TYPE_CHECKING:
+    from apollo_dist.rules.base import MatrixRule
 
 Shape = tuple[int, int]
 Shapes = dict[str, tuple[int, ...]]
@@ -40,11 +48,16 @@ Shapes = dict[str, tuple[int, ...]]
 MODELS = {"13B": (5120, 13824, 40, 5120), "70B": (8192, 28672, 80, 1024)}
 VOCABULARY = 32000
 LAYOUTS = ("fsdp2", "fsdp1", "zero3", "zero1")
-OPTIMIZERS = {
-    "APOLLO": {"rank": 256, "scale_type": "channel", "disable_nl": False, "proj_type": "std"},
-    "Mini": {"rank": 1, "scale_type": "tensor", "disable_nl": False, "proj_type": "std"},
-}
 RULE = APOLLO()
+_DEFAULTS = {key: option.default for key, option in RULE.options.items()}
+OPTIMIZERS = {"APOLLO": _DEFAULTS, "Mini": {**_DEFAULTS, "rank": 1, "scale_type": "tensor"}}
+# Of the table of rules: each with its options.
+RULES: dict[str, tuple[MatrixRule, dict[str, Any]]] = {
+    **{name: (RULE, options) for name, options in OPTIMIZERS.items()},
+    "GaLore": (GaLore(), {"rank": 256, "proj": "svd"}),
+    "Fira": (Fira(), {"rank": 256, "proj": "svd"}),
+    "Muon": (Muon(), {}),
+}
 WORLDS = (8, 64, 256, 1024, 4096)
 NUMBER = 4  # bytes: exchanges and states are fp32
 GRADIENT = 2  # bytes: of an element in the gradients' reduce-scatter, bf16
@@ -107,8 +120,9 @@ def _flat(shapes: Shapes, partition: int, world: int) -> dict[str, tuple[Range, 
 
 def specs(model: str, layout: str, optimizer: str, world: int) -> list[MatrixSpec]:
     """The matrices as the planner sees them."""
+    rule, options = RULES[optimizer]
     return [
-        exchanged(name, m, n, RULE.spec(m, n, OPTIMIZERS[optimizer]), partition.tiles(0, m, n))
+        exchanged(name, m, n, rule.spec(m, n, options), partition.tiles(0, m, n))
         for name, ((m, n), partition) in partitions(model, layout, world).items()
     ]
 
@@ -209,6 +223,25 @@ def _size(count: int) -> str:
     return f"{count} B"
 
 
+def rule_table(model: str, layouts: Sequence[str], worlds: Sequence[int]) -> Iterator[str]:
+    """What the busiest rank sends in a step under each rule, as a share of the gradients, in lines of Markdown."""
+    yield f"| rule | layout | {' | '.join(f'{world} ranks' for world in worlds)} |"
+    yield "|---|---|" + "---|" * len(worlds)
+    for name in RULES:
+        for layout in layouts:
+            shares, refreshes = [], []
+            for world in worlds:
+                plan = make_plan(specs(model, layout, name, world), world)
+                whole = traffic(plan)
+                scattered = parameters(model) * (world - 1) / world * GRADIENT
+                most = max(sum(plan.numbers_sent(rank)) + int(whole.sent[rank]) for rank in range(world))
+                shares.append(f"{100 * NUMBER * most / scattered:.2g} %")
+                refreshes.append(f"{100 * NUMBER * int(whole.refresh_sent.max()) / scattered:.2g} %")
+            yield f"| {name} | {layout} | {' | '.join(shares)} |"
+            if name == "GaLore":
+                yield f"| a refresh by SVD | {layout} | {' | '.join(refreshes)} |"
+
+
 def same_plan(model: str, world: int) -> bool:
     """Whether real ``fully_shard`` on a meta LLaMA, under a fake process group, plans what the arithmetic here says."""
     import torch.distributed as dist
@@ -265,7 +298,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--worlds", nargs="+", type=int, default=list(WORLDS))
     parser.add_argument("--no-memory", action="store_true", help="leave out plan memory, which takes most of the time")
     parser.add_argument("--real", nargs=2, metavar=("MODEL", "RANKS"), help="compare with fully_shard on meta weights")
+    parser.add_argument("--rules", action="store_true", help="the table of what all rules send, of the first model")
     args = parser.parse_args(arguments)
+    if args.rules:
+        for text in rule_table(args.models[0], args.layouts, args.worlds):
+            print(text, flush=True)
+        return 0
     if args.real:
         same = same_plan(args.real[0], int(args.real[1]))
         print("the same plan" if same else "error: another plan")

@@ -7,6 +7,7 @@ Keys of the tensors::
     optimizer.MATRIX.STATE        of a matrix that a rule updates: by channel (channels, width), by element (m, n),
                                   or one number (1,), as the rule declares; MATRIX is NAME, or NAME[e] of a stack of
                                   experts
+    optimizer.MATRIX.projection   P^T, (min(m, n), r), where it does not follow from the seed
     optimizer.NAME.STATE          of another parameter, in the parameter's shape
     optimizer.MATRIX.step         steps taken, (1,) int64
 """
@@ -26,6 +27,7 @@ from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import LocalShard, view_of
 from ..sharding.names import canonical_name
 from ..state.identity import PROJECTIONS
+from ..state.slots import PROJECTION
 from . import elementwise
 from .opened import BUFFER, FROZEN, LOW_RANK, Contents
 from .options import options_of
@@ -136,7 +138,7 @@ def _ours(found: Contents, optimizer: NamedState, builds: Sequence[StepPlan]) ->
         parameters.update((name, {"kind": rule}) for name, rule in build.element_rules.items())
         for matrix in (m for group_step in build.shard_groups for m in group_step.matrices):
             rank = matrix.spec.rank
-            entries = matrix.declared.reduce.entries
+            entries = matrix.declared.reduce.projection
             about = {"kind": LOW_RANK, "rank": rank, "entries": entries} if rank else {"kind": matrix.rule.name}
             parameters[matrix.shard.name] = about
             _add_matrix(found, matrix)
@@ -178,6 +180,10 @@ def _add_matrix(found: Contents, m: Matrix) -> None:
     writes = bool(m.tiles)
     for name in m.declared.state.matrix:
         found.tensors[f"{key}.{name}"] = Shards.whole(m.state[name].view(1), writes)
+    projection = m.declared.projection_shape(m.place.m, m.place.n)
+    if projection is not None:
+        pieces = [Piece((0, 0), m.state[PROJECTION])] if writes else []
+        found.tensors[f"{key}.{PROJECTION}"] = Shards(projection, pieces, writes)
     _add_step(found, key, m.state, writes)
 
 

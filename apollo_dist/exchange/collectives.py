@@ -1,8 +1,9 @@
 """The collectives of a step, two for each shard group: the only file with communication in a step.
 
 Exchange 1 carries partial low-rank gradients, or gradient elements where those are fewer, to the owners of their
-channels; exchange 2 carries scaling factors and norm terms back to the holders. Each is one collective over the shard
-group for all matrices together: an ``all_to_all_single``, or for exchange 2 an ``all_reduce`` where that moves less.
+channels; exchange 2 carries the numbers that owners answer with, and sums of terms, back to the holders. Each is one
+collective over the shard group for all matrices together: an ``all_to_all_single``, or for exchange 2 an ``all_reduce``
+where that moves less.
 
 In an all-to-all, sums over ranks are taken in rank order, so they are deterministic and equal on every rank that takes
 them. In an all-reduce every number is summed once, in one place or along one ring or tree, and then copied to all ranks
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from ..distributed import device_for, meet
 from .messages import Partial, Received
-from .routes import Elements, Projected, ReduceRoutes, ReplyAllReduce, ReplyRoutes, Scales
+from .routes import Elements, Projected, ReduceRoutes, Replies, ReplyAllReduce, ReplyRoutes
 from .waiting import wait
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class Exchange:
             for piece in route.send:
                 self._pack(buffer[at : at + piece.numbers], partials[piece.matrix], piece)
                 at += piece.numbers
-        received = self._all_to_all(buffer, send, receive)
+        received = self.all_to_all(buffer, send, receive)
         total = received.new_zeros(self._first.sum_numbers)
         base = [0]
         for route in routes:
@@ -143,38 +144,39 @@ class Exchange:
             found.append((slice(block.first, block.last), block.inner, whole if by_rows else whole.t()))
         return found
 
-    def reply_to_holders(self, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[list[Tensor | None], Tensor]:
-        """Exchange 2: send scaling factors to the holders, and sum norm terms.
+    def reply_to_holders(self, replies: Sequence[Tensor | None], terms: Tensor) -> tuple[list[Tensor | None], Tensor]:
+        """Exchange 2: send what owners answer to the holders, and sum norm terms.
 
         Args:
-            scales: for each matrix with channel scaling the factors of its ``owned_shared`` channels, (channels,).
+            replies: for each matrix with any the numbers of its ``owned_shared`` channels, (channels, numbers).
             terms: (matrices, ``Plan.term_columns``), this rank's terms.
 
         Returns:
-            The factors over ``shared`` for each matrix with channel scaling, and the terms summed over ranks.
+            The numbers over ``shared`` for each such matrix, (channels, numbers), and the terms summed over ranks.
         """
         if isinstance(self._second, ReplyAllReduce):
-            received, total = self._reduce(self._second, scales, terms)
+            received, total = self._reduce(self._second, replies, terms)
         else:
-            received, total = self._scatter(self._second, scales, terms)
+            received, total = self._scatter(self._second, replies, terms)
         held: list[Tensor | None] = []
-        for scale, places in zip(scales, self._second.scales, strict=True):
-            if scale is None:
+        for reply, places in zip(replies, self._second.replies, strict=True):
+            if reply is None:
                 held.append(None)
             else:
-                parts = [received[offset : offset + count] for offset, count in places]
-                held.append(torch.cat(parts) if parts else scale.new_empty(0))
+                parts = [received[offset : offset + numbers] for offset, numbers in places]
+                flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else reply.new_empty(0)
+                held.append(flat.view(-1, reply.shape[1]))
         return held, total
 
-    def _scatter(self, plan: ReplyRoutes, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
+    def _scatter(self, plan: ReplyRoutes, replies: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
         chosen = {id(places): terms.view(-1).index_select(0, places) for places in self._places}
         pieces: list[Tensor] = []
         for places, parts in zip(self._places, plan.send, strict=True):
             pieces.append(chosen[id(places)])
-            pieces += [_part(scales, part) for part in parts]
+            pieces += [_part(replies, part) for part in parts]
         # A rank with nothing to say still takes part.
         buffer = torch.cat(pieces).to(self.dtype)
-        received = self._all_to_all(buffer, plan.send_numbers, plan.receive_numbers)
+        received = self.all_to_all(buffer, plan.send_numbers, plan.receive_numbers)
         total = torch.zeros_like(terms)
         at = 0
         for places, numbers in zip(self._places, plan.receive_numbers, strict=True):
@@ -183,11 +185,12 @@ class Exchange:
             at += numbers
         return received, total
 
-    def _reduce(self, plan: ReplyAllReduce, scales: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
+    def _reduce(self, plan: ReplyAllReduce, replies: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
         (places,) = self._places
         block = torch.zeros(self.plan.reduced_numbers, dtype=self.dtype, device=self.device)
         for part, offset in plan.owned:
-            block[offset : offset + part.channels].copy_(_part(scales, part))
+            numbers = _part(replies, part)
+            block[offset : offset + numbers.numel()].copy_(numbers)
         first_term = block.numel() - places.numel()
         torch.index_select(terms.view(-1), 0, places, out=block[first_term:])
         where = device_for(self.group.process_group, self.device)
@@ -199,7 +202,8 @@ class Exchange:
         total.view(-1)[places] = summed[first_term:]
         return summed, total
 
-    def _all_to_all(self, buffer: Tensor, send: list[int], receive: list[int]) -> Tensor:
+    def all_to_all(self, buffer: Tensor, send: list[int], receive: list[int]) -> Tensor:
+        """Send numbers to each rank, and return what each sends here, (sum of ``receive``,); a collective."""
         assert buffer.numel() == sum(send), "the plan and the pieces disagree"
         where = device_for(self.group.process_group, self.device)
         received = torch.empty(sum(receive), dtype=self.dtype, device=where)
@@ -210,10 +214,10 @@ class Exchange:
         return received.to(self.device)
 
 
-def _part(scales: Sequence[Tensor | None], part: Scales) -> Tensor:
-    scale = scales[part.matrix]
-    assert scale is not None
-    return scale[part.position : part.position + part.channels]
+def _part(replies: Sequence[Tensor | None], part: Replies) -> Tensor:
+    reply = replies[part.matrix]
+    assert reply is not None
+    return reply[part.position : part.position + part.channels].reshape(-1)
 
 
 def first_rank_where(condition: Tensor, process_group: dist.ProcessGroup | None = None) -> int | None:

@@ -36,6 +36,9 @@ class MatrixSpec:
         rank: r of the projection; 0 without one.
         channel_norms: whether the squared norm of each channel travels to its owner.
         channel_scales: whether each channel has a scaling factor of its own, which travels back.
+        low_rank_updates: how many times ``rank`` numbers of each channel travel back besides.
+        whole: whether one owner needs all elements in each step.
+        shared_state: how many numbers every rank with a part of it keeps that one owner makes from all elements.
         terms: how many numbers of the whole matrix are summed over its ranks.
         state: for each kind of state that owners keep, how many numbers of it a channel has.
         matrix_state: how many numbers every rank keeps for the whole matrix.
@@ -55,6 +58,9 @@ class MatrixSpec:
     matrix_state: int
     element_state: int
     tiles: tuple[tuple[Tile, ...], ...]
+    low_rank_updates: int = 0
+    whole: bool = False
+    shared_state: int = 0
 
     @property
     def channels(self) -> int:
@@ -70,6 +76,11 @@ class MatrixSpec:
     def numbers_per_channel(self) -> int:
         """How many numbers a projected part has for each channel."""
         return self.rank + int(self.channel_norms)
+
+    @property
+    def reply_numbers(self) -> int:
+        """How many numbers of each channel travel back."""
+        return int(self.channel_scales) + self.low_rank_updates * self.rank
 
     def sends_elements(self, elements: Integers, channels: Integers) -> npt.NDArray[np.bool_]:
         """Whether a holder with so many ``elements`` of so many ``channels`` sends them as they are, not projected."""
@@ -139,12 +150,12 @@ class Plan:
     @cached_property
     def needs_exchange1(self) -> bool:
         """Whether partial low-rank gradients must travel; the same on every rank."""
-        return any(m.shared for m in self.matrices)
+        return any(m.shared and not m.spec.whole for m in self.matrices)
 
     @cached_property
     def needs_exchange2(self) -> bool:
-        """Whether scaling factors or norm terms must travel; the same on every rank."""
-        return bool(self.term_places) or any(m.shared and m.spec.channel_scales for m in self.matrices)
+        """Whether numbers of channels or terms must travel back; the same on every rank."""
+        return bool(self.term_places) or any(m.shared and m.spec.reply_numbers for m in self.matrices)
 
     @cached_property
     def term_places(self) -> list[tuple[int, int]]:
@@ -163,16 +174,16 @@ class Plan:
 
     @cached_property
     def reduced_numbers(self) -> int:
-        """How many numbers exchange 2 has if all ranks sum all scaling factors and terms."""
-        scales = sum(int(m.shares.counts.sum()) for m in self.matrices if m.spec.channel_scales)
-        return scales + len(self.term_places)
+        """How many numbers exchange 2 has if all ranks sum all replies and terms."""
+        replies = sum(int(m.shares.counts.sum()) * m.spec.reply_numbers for m in self.matrices)
+        return replies + len(self.term_places)
 
     @cached_property
     def reduces(self) -> bool:
         """Whether exchange 2 is one all-reduce, not an all-to-all: where that moves fewer numbers over all ranks.
 
-        In an all-to-all the scaling factors go only where they are needed, but norm terms go from each of a matrix's
-        ranks to each other. Without channel scaling, and on very many ranks, the terms decide.
+        In an all-to-all a channel's numbers go only where they are needed, but norm terms go from each of a matrix's
+        ranks to each other. Where channels have none, and on very many ranks, the terms decide.
         """
         return 2 * (self.world_size - 1) * self.reduced_numbers <= int(self._scattered.sum())
 
@@ -181,9 +192,10 @@ class Plan:
         """How many numbers each rank sends to others if exchange 2 is an all-to-all."""
         sent = np.zeros(self.world_size, dtype=np.int64)
         for m in self.matrices:
-            if m.spec.channel_scales and m.shared:
+            if m.spec.reply_numbers and m.shared:
                 others = np.array([len(run.holders) - 1 for run in m.partition.shared], dtype=np.int64)
-                np.add.at(sent, m.shares.owners, m.shares.counts * others[m.shares.runs])
+                numbers = m.shares.counts * m.spec.reply_numbers
+                np.add.at(sent, m.shares.owners, numbers * others[m.shares.runs])
             sent[m.participants] += m.spec.terms * (len(m.participants) - 1)
         return sent
 
@@ -195,7 +207,19 @@ class Plan:
             s = m.spec
             text.update(
                 repr(
-                    (s.name, s.m, s.n, s.by_rows, s.rank, s.channel_norms, s.channel_scales, s.terms, s.state)
+                    (
+                        s.name,
+                        s.m,
+                        s.n,
+                        s.by_rows,
+                        s.rank,
+                        s.channel_norms,
+                        s.reply_numbers,
+                        s.terms,
+                        s.state,
+                        s.whole,
+                        s.shared_state,
+                    )
                 ).encode()
             )
             text.update(m.partition.digest)

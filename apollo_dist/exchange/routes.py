@@ -42,8 +42,8 @@ class Elements(NamedTuple):
     numbers: int
 
 
-class Scales(NamedTuple):
-    """Scaling factors of owned shared channels, from ``position`` on."""
+class Replies(NamedTuple):
+    """What travels back of owned shared channels, from ``position`` on."""
 
     matrix: int
     position: int
@@ -237,67 +237,69 @@ def held_shares(matrix: MatrixPlan, rank: int) -> list[int]:
 class ReplyRoutes:
     """Exchange 2 as one rank of a plan sees it, if it is an all-to-all.
 
-    A peer's message is its norm terms, then its scaling factors.
+    A peer's message is its norm terms, then its channels' numbers.
 
     Attributes:
-        send: for each rank the scaling factors that go there.
+        send: for each rank the channels whose numbers go there.
         terms: for each rank the places in the terms, (matrices, columns) row by row, of matrices that both hold; equal
             lists are one object.
         send_numbers, receive_numbers: for each rank.
-        scales: for each matrix (offset in what arrives, count) of each held share.
+        replies: for each matrix (offset in what arrives, numbers) of each held share.
     """
 
     def __init__(self, plan: Plan, rank: int) -> None:
         world = plan.world_size
-        self.send: list[list[Scales]] = [[] for _ in range(world)]
+        self.send: list[list[Replies]] = [[] for _ in range(world)]
         self.terms = _common_terms(plan, rank)
         self.send_numbers = [len(places) for places in self.terms]
         self.receive_numbers = list(self.send_numbers)
         incoming: list[list[tuple[int, int, int]]] = [[] for _ in plan.matrices]
-        for i, matrix in _with_scales(plan):
+        for i, matrix in _with_replies(plan):
+            width = matrix.spec.reply_numbers
             for share in held_shares(matrix, rank):
-                owner, count = int(matrix.shares.owners[share]), int(matrix.shares.counts[share])
-                incoming[i].append((owner, self.receive_numbers[owner], count))
-                self.receive_numbers[owner] += count
+                owner, numbers = int(matrix.shares.owners[share]), int(matrix.shares.counts[share]) * width
+                incoming[i].append((owner, self.receive_numbers[owner], numbers))
+                self.receive_numbers[owner] += numbers
             position = 0
             for share in np.nonzero(matrix.shares.owners == rank)[0].tolist():
                 count = int(matrix.shares.counts[share])
                 for holder in matrix.run_of(share).holders.tolist():
-                    self.send[holder].append(Scales(i, position, count))
-                    self.send_numbers[holder] += count
+                    self.send[holder].append(Replies(i, position, count))
+                    self.send_numbers[holder] += count * width
                 position += count
         base = np.concatenate(([0], np.cumsum(self.receive_numbers))).tolist()
-        self.scales = [[(base[owner] + offset, count) for owner, offset, count in parts] for parts in incoming]
+        self.replies = [[(base[owner] + offset, numbers) for owner, offset, numbers in parts] for parts in incoming]
 
 
 class ReplyAllReduce:
-    """Exchange 2 as one rank of a plan sees it, if it is an all-reduce: all scaling factors, then all terms.
+    """Exchange 2 as one rank of a plan sees it, if it is an all-reduce: all channels' numbers, then all terms.
 
     Attributes:
         owned: (what this rank writes, offset in the block).
-        scales: for each matrix (offset in the block, count) of each held share.
+        replies: for each matrix (offset in the block, numbers) of each held share.
         terms: the places in the terms that are summed.
     """
 
     def __init__(self, plan: Plan, rank: int) -> None:
-        self.owned: list[tuple[Scales, int]] = []
-        self.scales: list[list[tuple[int, int]]] = [[] for _ in plan.matrices]
+        self.owned: list[tuple[Replies, int]] = []
+        self.replies: list[list[tuple[int, int]]] = [[] for _ in plan.matrices]
         self.terms = [i * plan.term_columns + column for i, column in plan.term_places]
         base = 0
-        for i, matrix in _with_scales(plan):
+        for i, matrix in _with_replies(plan):
             counts = matrix.shares.counts
-            offsets = (base + np.cumsum(counts) - counts).tolist()
-            self.scales[i] = [(offsets[share], int(counts[share])) for share in held_shares(matrix, rank)]
+            numbers = counts * matrix.spec.reply_numbers
+            offsets = (base + np.cumsum(numbers) - numbers).tolist()
+            self.replies[i] = [(offsets[share], int(numbers[share])) for share in held_shares(matrix, rank)]
             position = 0
             for share in np.nonzero(matrix.shares.owners == rank)[0].tolist():
-                self.owned.append((Scales(i, position, int(counts[share])), offsets[share]))
+                self.owned.append((Replies(i, position, int(counts[share])), offsets[share]))
                 position += int(counts[share])
-            base += int(counts.sum())
+            base += int(numbers.sum())
 
 
-def _with_scales(plan: Plan) -> Iterator[tuple[int, MatrixPlan]]:
+def _with_replies(plan: Plan) -> Iterator[tuple[int, MatrixPlan]]:
     for i, matrix in enumerate(plan.matrices):
-        if matrix.shared and matrix.spec.channel_scales:
+        if matrix.shared and matrix.spec.reply_numbers:
             yield i, matrix
 
 

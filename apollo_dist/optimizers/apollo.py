@@ -31,8 +31,12 @@ class APOLLO(ShardedOptimizer):
         scale_type: "channel" for one scaling factor for each channel, "tensor" for one for each matrix.
         update_proj_gap: steps between redraws of the projections.
         seed: of the projections; equal on all ranks.
-        proj: "random".
-        proj_type: "std" for normal entries of P, "rademacher" for signs, which take one random bit each.
+        proj: "random", P follows from the seed; or "svd", it is made of the leading singular directions of the gradient
+            of a refresh, by one rank in float64 from the whole matrix, and is state; or "subspace", nearly those.
+        refresh: "together", all projections that are state are made anew in the same step, or "spread", each in one of
+            the ``update_proj_gap`` steps that follows from its name.
+        proj_type: of random projections "std" for normal entries of P, or "rademacher" for signs, which take one random
+            bit each.
         scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
             a ratio.
         disable_nl: turn the norm-growth limiter off.
@@ -72,6 +76,7 @@ class APOLLO(ShardedOptimizer):
         update_proj_gap: int = 200,
         seed: int = 0,
         proj: str = "random",
+        refresh: str = "together",
         proj_type: str = "std",
         scale_front: bool = False,
         disable_nl: bool = False,
@@ -87,7 +92,7 @@ class APOLLO(ShardedOptimizer):
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
             scale_type=scale_type, update_proj_gap=update_proj_gap, seed=seed, proj=proj, proj_type=proj_type,
-            scale_front=scale_front, disable_nl=disable_nl, maximize=maximize, exclude=exclude,
+            refresh=refresh, scale_front=scale_front, disable_nl=disable_nl, maximize=maximize, exclude=exclude,
             cache_projection=cache_projection, skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps,
             model=model, process_group=process_group, **unknown,
         )  # fmt: skip

@@ -19,15 +19,16 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model's parameters, with names.
 
-    For APOLLO two: attention and MLP matrices low-rank, everything else AdamW. The choice is that of ``APOLLO(model)``;
-    ``apollo_dist.describe(model)`` prints it with the reasons. For any other rule one, which names the rule.
+    For APOLLO, GaLore and Fira two: attention and MLP matrices low-rank, everything else AdamW. The choice is that of
+    ``APOLLO(model)``; ``apollo_dist.describe(model)`` prints it with the reasons. For any other rule one. Groups of
+    other rules than APOLLO's name their rule.
 
     Args:
         model: the model, wrapped or not. Parameters that are frozen at present are in the groups as well: they have no
             state, and train once they require a gradient.
         rank: r of the low-rank group, by default 256. Matrices with a smaller side go to AdamW, and the log names them.
         rule: the rule's name, such as "scale".
-        exclude: a regular expression; matching names go to AdamW. For APOLLO only.
+        exclude: a regular expression; matching names go to AdamW. For low-rank rules only.
         options: further options of the groups: lr, weight_decay, maximize, and what the rule has (for APOLLO betas and
             eps, and of the low-rank group scale, scale_type, update_proj_gap, proj, proj_type, scale_front,
             disable_nl).
@@ -40,7 +41,9 @@ def param_groups(
     """
     rules = rules_named(rule)
     if rules.matrix is not None and rules.matrix.chosen:
-        return chosen_groups(model, rules, 256 if rank is None else rank, exclude, options)
+        groups = chosen_groups(model, rules, 256 if rank is None else rank, exclude, options)
+        # Groups of APOLLO's name no rule, as groups for apollo-torch do.
+        return groups if rule == "apollo" else [{RULE: rule, "rank": None, **group} for group in groups]
     check_known(options, options_of(rules), "option")
     if rank is not None or exclude is not None:
         raise ValueError(f"rank and exclude are for low-rank matrices, which rule={rule!r} does not have")

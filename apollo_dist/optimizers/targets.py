@@ -13,6 +13,7 @@ from ..rules.registry import rules_of
 from ..rules.roles import UNKNOWN, Role
 from ..sharding.local_shard import matrices
 from ..state.loaded import Target
+from ..state.slots import PROJECTION
 
 if TYPE_CHECKING:
     from ..sharding.parameters import ParamInfo
@@ -77,4 +78,7 @@ def _shapes(rules: Rules, shape: tuple[int, ...], group: Mapping[str, Any]) -> d
     channels = m // declared.reduce.block if declared.reduce.by_rows(m, n) else n
     found: dict[str, tuple[int, ...]] = dict.fromkeys(declared.state.matrix, () if count == 1 else (count,))
     found |= dict.fromkeys(declared.state.element, shape)
+    projection = declared.projection_shape(m, n)
+    if projection is not None:
+        found[PROJECTION] = projection if count == 1 else (count, *projection)
     return found | {name: (count * channels, width) for name, width in declared.state.channel.items()}

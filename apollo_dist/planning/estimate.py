@@ -9,6 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from ..exchange.plan import MatrixSpec, Plan, make_plan
+from ..exchange.whole import traffic
 from ..optimizers.options import check_known
 from ..rules.base import ElementRule, MatrixRule, Rules, Spec
 from ..rules.registry import rules_named
@@ -38,6 +39,7 @@ class Estimate:
         state_bytes: of optimizer state on each rank, as ``APOLLO.state_bytes()`` reports after the first step.
         exchange_bytes: that leave each rank in one step.
         collectives: in one step; the same on every rank.
+        refresh_bytes: that leave each rank when projections are made anew from whole gradients, all of them at once.
         buffer_bytes: on each rank during exchange 1, which needs more than exchange 2: the partial low-rank
             gradients, what is sent and what arrives, each taken to be as large as what leaves the rank.
     """
@@ -46,6 +48,7 @@ class Estimate:
     exchange_bytes: tuple[int, ...]
     collectives: int
     buffer_bytes: tuple[int, ...] = ()
+    refresh_bytes: tuple[int, ...] = ()
 
 
 def estimate(
@@ -82,11 +85,7 @@ def estimate(
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
     if world < 1:
         raise ValueError(f"world must be at least 1, got {world}")
-    if low_rank is None:
-        found = choice.of_names({name: tuple(shape) for name, shape in shapes.items()}, rank)
-        check_any(found, f"{len(shapes)} parameters", rank)
-        low_rank = low_rank_names(found)
-    chosen = set(low_rank)
+    chosen = set(low_rank_of(shapes, rank) if low_rank is None else low_rank)
     matrix = rules.matrix
     assert matrix is not None
     options = {key: option.default for key, option in matrix.options.items()}
@@ -112,19 +111,21 @@ def estimate_rule(
     roles: Mapping[str, Role] | None = None,
     sub_group_size: int = 1_000_000_000,
     compute_bytes: int = 4,
+    low_rank: Collection[str] | None = None,
     **options: Any,
 ) -> Estimate:
-    """The same for an optimizer of any other rule, with all parameters in one group.
+    """The same for an optimizer of any rule; without low-rank matrices all parameters are in one group.
 
     Args:
         shapes: canonical name -> logical shape, in the model's order.
         rule: the rule's name, such as "scale".
         world, layout, sub_group_size, compute_bytes: as of ``estimate``.
         roles: what each parameter is in its model (``selection.roles.of_model``); by default by its name.
+        low_rank: as of ``estimate``, for rules with a rank.
         options: of the rule.
 
     Raises:
-        ValueError: for an unknown layout, rule or option.
+        ValueError: for an unknown layout, rule or option, or a parameter that cannot be low-rank.
     """
     if layout not in LAYOUTS:
         raise ValueError(f"layout must be one of {', '.join(LAYOUTS)}, got {layout!r}")
@@ -135,21 +136,36 @@ def estimate_rule(
     given = {name: tuple(shape) for name, shape in shapes.items()}
     known = of_names(given) if roles is None else roles
     group = {"weight_decay": 0.0, **{key: option.default for key, option in rules.options.items()}, **options}
-    views = {name: {**group, ROLE: known[name]} for name in given}
+    chosen: set[str] = set()
+    if rules.matrix is not None and rules.matrix.chosen:
+        chosen = set(low_rank_of(given, group["rank"]) if low_rank is None else low_rank)
+        for name in chosen:
+            check_matrix(name, given[name], group["rank"])
+    full = {name: {"rank": None} for name in given if chosen and name not in chosen}
+    views = {name: {**group, **full.get(name, {}), ROLE: known[name]} for name in given}
     by_rule = {name: rules.rule_of(shape, views[name]) for name, shape in given.items()}
     ranks = 1 if layout == "whole" else world
-    partitions = divide(given, (), layout, ranks, compute_bytes)
+    partitions = divide(given, chosen, layout, ranks, compute_bytes)
 
     def declared(name: str, m: int, n: int) -> Spec:
         matrix = by_rule[name]
         assert isinstance(matrix, MatrixRule)
         return matrix.spec(m, n, views[name])
 
-    calls = _sub_groups(given, sub_group_size, ranks) if layout == "zero3" else [given]
+    # Low-rank matrices are a parameter group of their own, and sub-groups are those of a group.
+    stepped = {name: shape for name, shape in given.items() if not chosen or name in chosen}
+    calls = _sub_groups(stepped, sub_group_size, ranks) if layout == "zero3" else [stepped]
     of_matrices = [{n: s for n, s in part.items() if isinstance(by_rule[n], MatrixRule)} for part in calls]
     plans = [make_plan(_specs(part, partitions, declared), ranks) for part in of_matrices if part]
     rest = [partition for name, partition in partitions.items() if not isinstance(by_rule[name], MatrixRule)]
     return _repeated(estimate_plans(plans, rest, ranks, rules.element, group), world // ranks)
+
+
+def low_rank_of(shapes: Shapes, rank: int) -> Collection[str]:
+    """Names of the parameters that are low-rank where no model is known; ValueError if there are none."""
+    found = choice.of_names({name: tuple(shape) for name, shape in shapes.items()}, rank)
+    check_any(found, f"{len(shapes)} parameters", rank)
+    return low_rank_names(found)
 
 
 def _repeated(result: Estimate, replicas: int) -> Estimate:
@@ -158,6 +174,7 @@ def _repeated(result: Estimate, replicas: int) -> Estimate:
         result.exchange_bytes * replicas,
         result.collectives,
         result.buffer_bytes * replicas,
+        result.refresh_bytes * replicas,
     )
 
 
@@ -182,23 +199,27 @@ def estimate_plans(
         element: the rule of the other parameters.
         group: their options; None for the rule's defaults.
     """
-    state, sent, buffers, collectives = [0] * ranks, [0] * ranks, [0] * ranks, 0
+    state, sent, buffers, refresh, collectives = [0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks, 0
     defaults = {key: option.default for key, option in element.options.items()}
     numbers = len(element.state_of(defaults if group is None else group))
     for partition in rest:
         for k in range(ranks):
             state[k] += NUMBER * numbers * partition.numel(k)
     for plan in plans:
-        collectives += plan.needs_exchange1 + plan.needs_exchange2
+        whole = traffic(plan)
+        collectives += plan.needs_exchange1 + plan.needs_exchange2 + whole.collectives
         for k in range(ranks):
             first, second = plan.numbers_sent(k)
             kept = plan.owned_numbers(k) + sum(m.spec.matrix_state for m in plan.matrices)
             by_element = (m for m in plan.matrices if m.spec.element_state)
             kept += sum(m.spec.element_state * int(m.partition.elements(ranks)[k]) for m in by_element)
+            kept += sum(m.spec.shared_state for m in plan.matrices if m.spec.shared_state and k in m.participants)
             state[k] += NUMBER * kept
-            sent[k] += NUMBER * (first + second)
-            buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second))
-    return Estimate(tuple(state), tuple(sent), collectives, tuple(buffers))
+            sent[k] += NUMBER * (first + second + int(whole.sent[k]))
+            refresh[k] += NUMBER * int(whole.refresh_sent[k])
+            # Of whole matrices an owner has what arrives, the matrices, and what it makes of them.
+            buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second, 3 * int(whole.largest[k])))
+    return Estimate(tuple(state), tuple(sent), collectives, tuple(buffers), tuple(refresh))
 
 
 def divide(

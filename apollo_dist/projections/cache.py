@@ -6,30 +6,17 @@ not its arithmetic, would be the time: 30,000 of them for the matrices of a 7B m
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from ..kernels.reduce import as_gemm_operand
 from . import gaussian as projection
-from .slices import Phase, ProjectionSlice
+from .slices import Phase, Projection, ProjectionSlice, scale_of
 
-
-@dataclass(frozen=True)
-class Projection:
-    """A slab that was drawn.
-
-    Attributes:
-        slab: P^T over the columns, without the factor 1/sqrt(r), as ``as_gemm_operand`` returns it.
-        first: the column of P that is the slab's first row.
-        tiles: the part of each local tile.
-    """
-
-    slab: Tensor
-    first: int
-    tiles: list[Tensor]
+_NOTHING: Mapping[int, Projection] = MappingProxyType({})
 
 
 class ProjectionCache:
@@ -49,6 +36,7 @@ class ProjectionCache:
         self._identities: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor]] = {}
         self._seed = 0
         self._refreshes: Sequence[int | None] = []
+        self._stored: Mapping[int, Projection] = _NOTHING
 
     def _divide(self, phase: int) -> dict[int, tuple[int, ...]]:
         """For each matrix that needs its projection in a phase, those drawn with it: of one shape, dtype and kind."""
@@ -64,13 +52,15 @@ class ProjectionCache:
                 found.update(dict.fromkeys(run, run))
         return found
 
-    def begin(self, seed: int, refreshes: Sequence[int | None]) -> None:
+    def begin(self, seed: int, refreshes: Sequence[int | None], stored: Mapping[int, Projection] = _NOTHING) -> None:
         """Begin a step.
 
         Args:
             seed: of the projections.
             refreshes: of each matrix how often its projection was redrawn before; None if it is not to be updated.
+            stored: projections that do not follow from the seed, by number of the matrix.
         """
+        self._stored = stored
         if seed != self._seed:
             self._drawn.clear()
             self._identities.clear()
@@ -78,6 +68,8 @@ class ProjectionCache:
 
     def of(self, k: int, phase: int) -> Projection | None:
         """What is needed of matrix ``k`` in a phase of the step; None if nothing is."""
+        if k in self._stored:
+            return self._stored[k]
         refresh = self._refreshes[k]
         if refresh is None or not self._slabs[k].needed[phase]:
             return None
@@ -101,4 +93,4 @@ class ProjectionCache:
         for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
             columns, first = as_gemm_operand(values), self._slabs[k].columns[0]
             tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]
-            self._drawn[k] = (refresh, Projection(columns, first, tiles))
+            self._drawn[k] = (refresh, Projection(columns, first, tiles, slab.rank, scale_of(slab.rank)))

@@ -20,67 +20,43 @@ Moments, scales and norms are float32 (float64 for float64 weights).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from ..kernels.adam import adam_direction
-from .base import Group, MatrixRule, Reduce, Reply, Seen, Spec, State, Update
+from .base import Group, Reply, Seen, Spec, Update
 from .limiter import NORM_EPS, limit
-from .options import BETAS, Option, flag, integer, not_negative, one_of, optional, positive
+from .low_rank import ADAM, RANK, LowRank, projection
+from .options import Option, flag, one_of, positive
 
 
-class APOLLO(MatrixRule):
-    """APOLLO's update of a matrix; ``rank=None`` leaves a group's parameters to the other rule."""
+class APOLLO(LowRank):
+    """APOLLO's update of a matrix."""
 
     name = "APOLLO"
-    chosen = True
-    spec_options = ("rank", "scale_type", "disable_nl", "proj_type")
+    spec_options = ("rank", "proj", "proj_type", "scale_type", "disable_nl")
     options: Mapping[str, Option] = {
-        "betas": BETAS,
-        "eps": Option(1e-6, not_negative),
-        "rank": Option(256, optional(integer(1))),
+        **ADAM,
+        "rank": RANK,
         "scale": Option(1.0, positive),
         "scale_type": Option("channel", one_of(("channel", "tensor"), '"channel" or "tensor"')),
-        "update_proj_gap": Option(200, integer(1)),
-        "proj": Option("random", one_of(("random",), '"random" (the only projection of APOLLO that needs no SVD)')),
-        "proj_type": Option("std", one_of(("std", "rademacher"), '"std" (normal entries) or "rademacher" (signs)')),
+        **projection("random"),
         "scale_front": Option(False, flag),
         "disable_nl": Option(False, flag),
     }
 
-    def takes(self, shape: Sequence[int], group: Group) -> bool:
-        """All that is in a group with a rank; whether that is a matrix is checked when the step is planned."""
-        return group["rank"] is not None
-
-    def refuses_change(self, before: Group, now: Group) -> str:
-        """Moments of one rank say nothing of another."""
-        old, new = before["rank"], now["rank"]
-        what = {True: "AdamW's, in the shape of a parameter", False: "low-rank"}[old is None]
-        if None not in (old, new):
-            what = f"of rank {old}, which say nothing of another projection"
-            if before["proj_type"] != now["proj_type"]:
-                return "proj_type was {proj_type!r} and is now another, but moments are of the former".format(**before)
-        return "" if old == new else f"rank was {old} and is now {new}, but the moments of its matrices are {what}"
-
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """By channel the limiter needs sum_c s_c^2 ||G_c||^2; by tensor ||N||^2, ||R||^2, and for it ||G||^2."""
-        rank, tensor, limiter = group["rank"], group["scale_type"] == "tensor", not group["disable_nl"]
-        state = State({"exp_avg": rank, "exp_avg_sq": rank}, matrix=("last_norm",))
-        entries = "gaussian" if group["proj_type"] == "std" else "rademacher"
-        reduce = Reduce(low_rank=rank, entries=entries, channel_norms=limiter and not tensor)
+        tensor, limiter = group["scale_type"] == "tensor", not group["disable_nl"]
+        state = self.moments(group, "last_norm")
         if tensor:
-            return Spec(reduce, Reply(terms=2, matrix_norm=limiter), state)
-        return Spec(reduce, Reply(scale=True, terms=int(limiter)), state)
+            return Spec(self.reduces(group), Reply(terms=2, matrix_norm=limiter), state)
+        return Spec(self.reduces(group, channel_norms=limiter), Reply(scale=True, terms=int(limiter)), state)
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Moments, and from N and R the scaling factors or what they are made of."""
-        low_rank, normalized = seen.low_rank, seen.workspace
-        moments = state["exp_avg"], state["exp_avg_sq"]
-        adam_direction(*moments, low_rank, normalized, betas=group["betas"], eps=group["eps"])
+        low_rank, normalized = seen.low_rank, self.normalized(seen, state, group)
         if group["scale_type"] == "tensor":
             return Update(terms=torch.stack([seen.square_sums(normalized), seen.square_sums(low_rank)], dim=1))
         # Two calls, not one stacked call: OpenMP gives the same rows to the same thread, so they are still in that
@@ -101,18 +77,9 @@ class APOLLO(MatrixRule):
         factor, last = limit(norm, state["last_norm"])
         return factor if scale is None else scale * factor, {"last_norm": last}
 
-    def step_size(self, lr: Any, step: int, group: Group) -> Any:
-        """With Adam's bias corrections, which are outside of epsilon here."""
-        return lr * bias_correction(step, group["betas"])
-
     def gain(self, group: Group) -> float:
         """The square root of ``scale``, as the authors' code has it."""
         return float(group["scale"] ** 0.5)
-
-
-def bias_correction(step: int, betas: tuple[float, float]) -> float:
-    r""":math:`\sqrt{1 - \beta_2^t} / (1 - \beta_1^t)` at step t, counted from 1."""
-    return math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)
 
 
 def channel_scale(normalized_norm: Tensor, low_rank_norm: Tensor) -> Tensor:

@@ -1,10 +1,11 @@
 """What an update rule is: a declaration of what it needs, and a few functions of tensors.
 
-A *matrix rule* updates each channel (row, column or block of rows) of a matrix by ``U = f * s_c * X_c``: X is the
-*carrier*, the gradient G or a state by element made of it; ``s_c`` is one number a channel, computed by the channel's
-owner; f is one number a matrix, computed from sums over the whole matrix. ``Spec`` declares which numbers the owner
-must see, which state is kept, and what comes back. Exchange, state, checkpoints, resharding and memory estimates follow
-from that declaration and know no rule.
+A *matrix rule* updates each channel (row, column or block of rows) of a matrix by
+``U_c = f * (s_c * X_c + D_c P) + N_c P``: X is the *carrier*, the gradient G or a state by element made of it; ``s_c``
+is one number a channel, ``D_c`` and ``N_c`` are r numbers a channel, all computed by the channel's owner; P is the
+projection; f is one number a matrix, computed from sums over the whole matrix. Each part is there if it is declared.
+``Spec`` declares which numbers the owner must see, which state is kept, and what comes back. Exchange, state,
+checkpoints, resharding and memory estimates follow from that declaration and know no rule.
 
 An *element rule* updates every element by itself, so it needs no exchange.
 
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 Group = Mapping[str, Any]  # a parameter group's options
 
+NO_CARRIER = ""  # as ``Spec.carrier``
+
 
 @dataclass(frozen=True)
 class Reduce:
@@ -34,21 +37,25 @@ class Reduce:
     Attributes:
         axis: along which dimension the channels lie: "rows", "columns", or "larger" (rows of a matrix with m >= n).
         low_rank: r, the number of columns of G P^T; 0 without a projection.
-        entries: how entries of P are distributed, "gaussian" or "rademacher".
+        projection: P's making: "gaussian" or "rademacher" entries from the seed; from a gradient "svd", or "subspace".
         channel_norms: whether the owner sees each channel's norm.
         root_mean_square: whether that is the root of the mean square instead.
         of_carrier: whether all this is of the carrier X, and not of the gradient G.
         block: how many neighbouring rows are one channel; it divides m. More than 1 only without a projection, and
             with the axis "rows".
+        whole: whether one owner needs all of X, for ``whole_step``; then the axis is "rows", and all else is left out.
+        gram: whether the owner sees P P^T, by which ``Seen.squares_of_products`` knows norms of low-rank updates.
     """
 
     axis: str = "larger"
     low_rank: int = 0
-    entries: str = "gaussian"
+    projection: str = "gaussian"
     channel_norms: bool = False
     root_mean_square: bool = False
     of_carrier: bool = False
     block: int = 1
+    gram: bool = False
+    whole: bool = False
 
     def by_rows(self, m: int, n: int) -> bool:
         """Whether the channels of an m x n matrix are its rows."""
@@ -60,7 +67,8 @@ class Reply:
     """What comes back to the ranks that hold a matrix.
 
     Attributes:
-        scale: whether each channel has a scaling factor s_c.
+        scale: whether each channel has a scaling factor s_c; without one it is 1.
+        residual, direct: whether each channel has a D_c, which the factor of the matrix multiplies, and an N_c.
         terms: how many numbers of each matrix are summed over its owners for ``matrix_step``.
         matrix_norm: whether the squared norm of all that is reduced follows as the last term. The holders compute it.
     """
@@ -68,6 +76,26 @@ class Reply:
     scale: bool = False
     terms: int = 0
     matrix_norm: bool = False
+    residual: bool = False
+    direct: bool = False
+
+    @property
+    def low_rank_updates(self) -> int:
+        """How many low-rank updates each channel has."""
+        return int(self.residual) + int(self.direct)
+
+    def columns(self, low_rank: int) -> dict[str, slice]:
+        """What comes back of each channel, by the names of ``Update``: where it is among the channel's numbers.
+
+        Args:
+            low_rank: r.
+        """
+        found, at = {}, 0
+        for name, width in (("scale", 1), ("residual", low_rank), ("direct", low_rank)):
+            if getattr(self, name):
+                found[name] = slice(at, at + width)
+                at += width
+        return found
 
 
 @dataclass(frozen=True)
@@ -95,7 +123,8 @@ class Spec:
     """All that a matrix rule declares for one matrix.
 
     Attributes:
-        carrier: the name of the state by element that is X; None where X is the gradient.
+        carrier: the name of the state by element that is X; None where X is the gradient; ``NO_CARRIER`` where there is
+            no X, and the update is N P.
     """
 
     reduce: Reduce = Reduce()
@@ -108,6 +137,10 @@ class Spec:
         """How many numbers ``matrix_step`` gets."""
         return self.reply.terms + int(self.reply.matrix_norm)
 
+    def projection_shape(self, m: int, n: int) -> tuple[int, int] | None:
+        """Of the P^T that ranks with a part of an m x n matrix keep; None where nothing is kept."""
+        return (min(m, n), self.reduce.low_rank) if self.reduce.projection in ("svd", "subspace") else None
+
 
 class Seen(NamedTuple):
     """What an owner knows of channels of one or several matrices, stacked.
@@ -118,6 +151,7 @@ class Seen(NamedTuple):
         workspace: uninitialized memory for the rule, like ``low_rank``.
         counts: how many of the channels are each matrix's; at least 1.
         step: counted from 1, of all these matrices, for a rule with ``reads_step``; else of any of them.
+        grams: P P^T of each matrix, (r, r), where ``Reduce.gram`` asks for it.
     """
 
     low_rank: Tensor
@@ -125,6 +159,12 @@ class Seen(NamedTuple):
     workspace: Tensor
     counts: list[int]
     step: int = 1
+    grams: Sequence[Tensor] = ()
+
+    def squares_of_products(self, low_rank: Tensor) -> Tensor:
+        """The squared norm of each channel of A P for a low-rank A, (channels, r): (channels,)."""
+        parts = torch.split(low_rank, self.counts)
+        return torch.cat([((part @ gram) * part).sum(dim=1) for part, gram in zip(parts, self.grams, strict=True)])
 
     def square_sums(self, values: Tensor) -> Tensor:
         """The sum of squares of ``values``, (channels, ...), over each matrix's channels: (matrices,)."""
@@ -132,10 +172,18 @@ class Seen(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What an owner answers: ``scale`` (channels,) and ``terms`` (matrices, ``Reply.terms``), where declared."""
+    """What an owner answers, where it is declared.
+
+    Attributes:
+        scale: (channels,).
+        terms: (matrices, ``Reply.terms``).
+        residual, direct: D and N, (channels, r) each.
+    """
 
     scale: Tensor | None = None
     terms: Tensor | None = None
+    residual: Tensor | None = None
+    direct: Tensor | None = None
 
 
 class MatrixRule:
@@ -174,6 +222,14 @@ class MatrixRule:
 
     def element_step(self, grad: Tensor, state: Mapping[str, Tensor], group: Group) -> None:
         """Update state by element in place, before anything is reduced; tensors of one shape, a part of a matrix."""
+
+    def source(self, grad: Tensor, state: Mapping[str, Tensor], group: Group) -> Tensor:
+        """X of a part of a matrix that an owner needs whole, after ``element_step``; not changed in place."""
+        return grad
+
+    def whole_step(self, whole: Tensor, group: Group) -> Tensor:
+        """U of a whole matrix, from X as (m, n), for ``Reduce.whole``."""
+        return whole
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Update the channels' state in place, each (channels, width), and return what the holders need."""

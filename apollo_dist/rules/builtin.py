@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from . import adam_mini, adamw, apollo, scale, sgd
+from . import adam_mini, adamw, apollo, fira, galore, muon, scale, sgd
 from .base import Rules
 from .registry import register
 
 APOLLO = register("apollo", Rules(apollo.APOLLO(), adamw.AdamW()))
+GALORE = register("galore", Rules(galore.GaLore(), adamw.AdamW()))
+FIRA = register("fira", Rules(fira.Fira(), adamw.AdamW()))
+MUON = register("muon", Rules(muon.Muon(), muon.Rest()))
 SCALE = register("scale", Rules(scale.SCALE(), scale.DecayFirst()))
 ADAM_MINI = register("adam_mini", Rules(adam_mini.AdamMini(), adam_mini.Bias()))
 SGD = register("sgd", Rules(None, sgd.SGD()))

@@ -170,13 +170,14 @@ def _check_rule(saved: Mapping[str, Any], live: Mapping[str, Any], number: int) 
             "of one rank say nothing to another. Build the optimizer with the rank that was saved, or go on without "
             "the optimizer's state"
         )
-    was, now = (group.get("proj_type", live.get("proj_type")) for group in (saved, live))
-    if was != now and saved.get("rank") is not None:
-        raise ValueError(
-            f"proj_type of parameter group {number} was {was!r} when the state was saved, and here it is {now!r}: its "
-            "moments would go on under other projections. Build the optimizer with the proj_type that was saved, or go "
-            "on without the optimizer's state"
-        )
+    for key in ("proj", "proj_type"):
+        was, now = (group.get(key, live.get(key)) for group in (saved, live))
+        if was != now and saved.get("rank") is not None:
+            raise ValueError(
+                f"{key} of parameter group {number} was {was!r} when the state was saved, and here it is {now!r}: its "
+                f"moments would go on under other projections. Build the optimizer with the {key} that was saved, or "
+                "go on without the optimizer's state"
+            )
 
 
 def _merged(

@@ -2,15 +2,16 @@
 
 For a parameter of E matrices (1, but for experts) with C channels each, ``step`` (steps taken, a float32 tensor () on
 the CPU, as torch's optimizers have it), and what the rule declares (``rules.base.State``): state by channel as
-(E * C, width), the channels of all matrices one after the other, numbers of a matrix as () or for experts (E,), and
-state by element in the parameter's shape. For another parameter ``step``, and the element rule's state in the
-parameter's shape. Of a DTensor parameter these are
-DTensors: state by element is divided as the parameter is, state by channel as its owners have it (``OwnedTensor``).
-Everything is what this rank has anyway, so nothing is communicated.
+(E * C, width), the channels of all matrices one after the other, numbers of a matrix as () or for experts (E,), a
+stored projection as (inner, r) or (E, inner, r), and state by element in the parameter's shape. For another parameter
+``step``, and the element rule's state in the parameter's shape. Of a DTensor parameter these are DTensors: state by
+element is divided as the parameter is, state by channel as its owners have it (``OwnedTensor``). Everything is what
+this rank has anyway, so nothing is communicated.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +49,7 @@ def collect(build: StepPlan) -> dict[str, State]:
     found: dict[str, State] = {}
     for p in low:
         state = found[p.shard.name] = {STEP: step_tensor(p.matrices[0].state[STEP])}
-        for key in p.declared.matrix:
+        for key in p.by_matrix:
             state[key] = _by_matrix(p, key)
         for key in p.declared.channel:
             parts = [m.state[key] for m in p.matrices]
@@ -73,8 +74,8 @@ def template(build: StepPlan) -> dict[str, State]:
         factory_kwargs: dict[str, Any] = {"dtype": p.shard.compute_dtype, "device": p.shard.device}
         start, stop = p.chunks[p.shard.group.rank]
         state = found[p.shard.name] = {STEP: step_tensor(0)}
-        for key in p.declared.matrix:
-            state[key] = torch.zeros((count,) if count > 1 else (), **factory_kwargs)
+        for key, shape in p.by_matrix.items():
+            state[key] = torch.zeros((count, *shape) if count > 1 else shape, **factory_kwargs)
         for key, width in p.declared.channel.items():
             state[key] = _like(p.mesh, torch.zeros((stop - start, width), **factory_kwargs), p.shape(key), p.placements)
         for key in p.declared.element:
@@ -96,11 +97,12 @@ def show(build: StepPlan) -> list[tuple[Tensor, State, Slot]]:
         slots = [m.state for m in p.matrices]
         state: State = {STEP: step_tensor(slots[0][STEP])}
         if len(slots) == 1:
-            state |= {key: _by_matrix(p, key) for key in p.declared.matrix}
+            state |= {key: _by_matrix(p, key) for key in p.by_matrix}
             state |= {key: _by_channel(p, key, slots[0][key]) for key in p.declared.channel}
             state |= {key: _like_parameter(p.tensor, slots[0][key], p.shard.shape) for key in p.declared.element}
         else:
-            state |= {key: [slot[key] for slot in slots] for key in p.declared.names}
+            names = dict.fromkeys((*p.declared.names, *p.by_matrix))
+            state |= {key: [slot[key] for slot in slots] for key in names}
         found.append((p.tensor, state, slots[0]))
     found += [(tensor, _by_element(tensor, part), part.state) for tensor, part in adam]
     return found
@@ -123,7 +125,8 @@ def restore(build: StepPlan, states: Mapping[str, Mapping[str, Any]], group: dis
     # What lies otherwise here becomes whole first: a collective, so before anything can fail.
     fitting: dict[str, State] = {}
     for p in (p for p in low if p.shard.name in states):
-        rows = {**dict.fromkeys(p.declared.matrix, p.participants), **dict.fromkeys(p.declared.channel, p.rows)}
+        rows = {key: p.rows_by_matrix(shape) for key, shape in p.by_matrix.items()}
+        rows |= dict.fromkeys(p.declared.channel, p.rows)
         fitting[p.shard.name] = {
             key: _fitting(value, *_layout(p.tensor))
             if key in p.declared.element
@@ -166,16 +169,17 @@ def _by_channel(p: LowRank, key: str, local: Tensor) -> Tensor:
 
 
 def _by_matrix(p: LowRank, key: str) -> Tensor:
-    """A number of each matrix; what a rank without elements of a matrix has is not that matrix's."""
-    numbers = [m.state[key] for m in p.matrices]
-    everywhere = all(len(ranges) == len(numbers) for ranges in p.participants)
+    """What ranks have of each matrix; what a rank without elements of a matrix has is not that matrix's."""
+    values, shape = [m.state[key] for m in p.matrices], p.by_matrix[key]
+    everywhere = all(len(ranges) == len(values) for ranges in p.participants)
     if everywhere or p.mesh is None or p.shard.group.process_group is None:
-        return numbers[0] if len(numbers) == 1 else torch.stack(numbers)
-    if len(numbers) == 1:
-        return OwnedTensor.of(numbers[0], (), p.mesh, p.placements, p.participants)
-    mine = [numbers[e] for e, _ in p.participants[p.shard.group.rank]]
-    local = torch.stack(mine) if mine else numbers[0].new_empty(0)
-    return OwnedTensor.of(local, (len(numbers),), p.mesh, p.placements, p.participants)
+        return values[0] if len(values) == 1 else torch.stack(values)
+    rows = p.rows_by_matrix(shape)
+    if len(values) == 1:
+        return OwnedTensor.of(values[0], shape, p.mesh, p.placements, rows)
+    mine = [values[e] for e, _ in p.participants[p.shard.group.rank]]
+    local = torch.stack(mine) if mine else values[0].new_empty((0, *shape))
+    return OwnedTensor.of(local, (len(values), *shape), p.mesh, p.placements, rows)
 
 
 def _by_element(tensor: Tensor, part: ElementwiseTensor) -> State:
@@ -257,17 +261,18 @@ def _restore_low_rank(p: LowRank, state: Mapping[str, Any]) -> None:
     name, count = p.shard.name, len(p.matrices)
     for matrix in p.matrices:
         matrix.state[STEP] = int(state[STEP])
-    for key in p.declared.matrix:
-        numbers = state[key] if isinstance(state[key], Tensor) else torch.as_tensor(state[key])
-        if numbers.numel() != count:
-            _check_shape(name, key, numbers, (count,))
-        if isinstance(numbers, OwnedTensor):
-            mine = [e for e, _ in p.participants[p.shard.group.rank]]
-            known = dict(zip(mine, numbers.to_local().reshape(-1).unbind(), strict=False))
+    for key, shape in p.by_matrix.items():
+        values = state[key] if isinstance(state[key], Tensor) else torch.as_tensor(state[key])
+        if values.numel() != count * math.prod(shape):
+            _check_shape(name, key, values, (count, *shape))
+        mine = [e for e, _ in p.participants[p.shard.group.rank]]
+        if isinstance(values, OwnedTensor):
+            known = dict(zip(mine, values.to_local().reshape(-1, *shape).unbind(), strict=False))
         else:
-            known = dict(enumerate(numbers.reshape(-1).unbind()))
-        for e, number in known.items():
-            p.matrices[e].state[key].copy_(number)
+            known = dict(enumerate(values.reshape(count, *shape).unbind()))
+        for e, value in known.items():
+            if not shape or e in mine:
+                p.matrices[e].state[key].copy_(value)
     for key in p.declared.element:
         parts = [matrix.state[key] for matrix in p.matrices]
         flat = parts[0] if len(parts) == 1 else torch.cat(parts)

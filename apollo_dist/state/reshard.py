@@ -17,6 +17,7 @@ from ..exchange.channels import ChannelSet, held_channels
 from ..sharding.dtensor import mesh_coordinates, shard_mesh
 from ..sharding.grid import Runs, chunk
 from ..sharding.regions import Range, joined
+from .slots import PROJECTION
 
 if TYPE_CHECKING:
     from ..exchange.plan import MatrixPlan
@@ -51,6 +52,20 @@ class LowRank:
     def shape(self, name: str) -> tuple[int, int]:
         """Of a state by channel."""
         return self.channels * len(self.matrices), self.declared.channel[name]
+
+    @property
+    def by_matrix(self) -> dict[str, tuple[int, ...]]:
+        """State that every rank with a part of a matrix has: its shape, of one matrix."""
+        first = self.matrices[0]
+        found: dict[str, tuple[int, ...]] = dict.fromkeys(self.declared.matrix, ())
+        projection = first.declared.projection_shape(first.place.m, first.place.n)
+        return found if projection is None else {**found, PROJECTION: projection}
+
+    def rows_by_matrix(self, shape: tuple[int, ...]) -> Rows:
+        """The rows of such a state, of that shape, that each rank has: matrices, or of one matrix its own rows."""
+        if len(self.matrices) > 1 or not shape:
+            return self.participants
+        return tuple(tuple((0, shape[0]) for _ in ranges) for ranges in self.participants)
 
     @cached_property
     def mesh(self) -> DeviceMesh | None:

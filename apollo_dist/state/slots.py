@@ -4,6 +4,7 @@ Keys of a slot::
 
     step                    steps taken, an int: the step reads it in Python
     what the rule declares  of a matrix (owned channels, width), and (); of another tensor (elements held here,)
+    projection              P^T, (min(m, n), r), of a matrix whose projection does not follow from the seed
     held                    which channels or elements these are, as plain integers
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 Slot = dict[str, Any]
 
-STEP, HELD = "step", "held"
+STEP, HELD, PROJECTION = "step", "held", "projection"
 
 
 def ready(

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..projections.slices import ProjectionSlice
+from ..projections.slices import Projection, ProjectionSlice, scale_of
+from ..rules.base import NO_CARRIER
 from ..sharding.local_shard import LocalShard, view_of
+from ..state.slots import PROJECTION
 
 if TYPE_CHECKING:
     from ..exchange.channels import ChannelSet
@@ -102,10 +104,14 @@ class Matrix:
         elements = self.channels.incoming_columns != (0, 0)
         inner = [*edges, self.channels.incoming_columns] if elements else edges
         columns = (min(a for a, _ in inner), max(b for _, b in inner)) if inner else (0, 0)
-        needed = bool(self.projected.parts), bool(self.local_only.parts) or elements
-        if not self.spec.rank:
-            needed = False, False
-        kind = self.declared.reduce.entries
+        gram = self.declared.reduce.gram and self.channels.owned.count > 0
+        if gram:
+            columns = (0, self.spec.n if self.spec.by_rows else self.spec.m)
+        updates = bool(self.spec.low_rank_updates and self.held.parts)
+        needed = bool(self.projected.parts), bool(self.local_only.parts) or elements or gram, updates
+        if not self.spec.rank or self.spec.shared_state:
+            needed = False, False, False
+        kind = self.declared.reduce.projection
         return ProjectionSlice(self.spec.name, self.spec.rank, self.shard.compute_dtype, columns, edges, needed, kind)
 
     @property
@@ -119,6 +125,8 @@ class Matrix:
     def begin_step(self) -> bool:
         """Count the step if there is a gradient; without one this rank leaves the matrix alone."""
         if self.shard.grad() is None:
+            if self.spec.shared_state and not self.numel:
+                self.state["step"] += 1  # with those that hold it, as all have to know when its projection is due
             return False
         self.state["step"] += 1
         return True
@@ -129,6 +137,26 @@ class Matrix:
         state = {name: self.tile_views(self.state[name]) for name in names}
         for i, grad in enumerate(self.gradients() if names else ()):
             self.rule.element_step(grad, {name: views[i] for name, views in state.items()}, self.group)
+
+    def sources(self) -> list[Tensor]:
+        """X of each tile, channels first, of a matrix that its owner needs whole."""
+        state = {name: self.tile_views(self.state[name]) for name in self.declared.state.element}
+        return [
+            self.rule.source(grad, {name: views[i] for name, views in state.items()}, self.group)
+            for i, grad in enumerate(self.gradients())
+        ]
+
+    @property
+    def projection_scale(self) -> float:
+        """The factor that P is kept without: 1/sqrt(r) of random projections, 1 of those that are state."""
+        return 1.0 if self.spec.shared_state else scale_of(self.spec.rank)
+
+    @property
+    def stored_projection(self) -> Projection:
+        """The projection that is kept as state, as ``ProjectionCache`` has others."""
+        slab: Tensor = self.state[PROJECTION]
+        edges = (tile.inner(self.spec.by_rows) for tile in self.tiles)
+        return Projection(slab, 0, [slab[a:b] for a, b in edges], self.spec.rank, self.projection_scale)
 
     @property
     def numel(self) -> int:
@@ -151,8 +179,10 @@ class Matrix:
         return views
 
     def carriers(self) -> list[Tensor]:
-        """X of each tile, channels first, in the compute dtype."""
+        """X of each tile, channels first, in the compute dtype; nothing where there is no X."""
         carrier = self.declared.carrier
+        if carrier == NO_CARRIER:
+            return []
         return self.gradients() if carrier is None else self.tile_views(self.state[carrier])
 
     @property

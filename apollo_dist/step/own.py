@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..kernels.reduce import line_norms
 from ..projections.slices import Phase
-from ..rules.base import Seen
+from ..rules.base import Seen, Update
 from ..state.slots import STEP
 from .reduce import complete
 
@@ -37,12 +37,13 @@ def own(
         terms: (matrices of the shard group, columns), written in place.
 
     Returns:
-        For each matrix of the batch its owned channels' scaling factors, (channels, 1); None if the rule has none.
+        For each matrix of the batch what its owned channels answer, (channels, numbers), in the order of
+        ``Reply.columns``; None if the rule answers nothing.
     """
     declared, kwargs = batch.declared, batch.factory_kwargs
     terms = terms[batch.first : batch.first + len(batch.matrices)]
     # Zeros where there is no gradient.
-    scale = torch.zeros(batch.channels, **kwargs) if declared.reply.scale else None
+    reply = torch.zeros((batch.channels, batch.matrices[0].spec.reply_numbers), **kwargs)
     norms = torch.empty(batch.channels, **kwargs) if declared.reduce.channel_norms else None
     norms_of = [None] * len(batch.matrices) if norms is None else torch.split(norms, batch.counts)
     # R of one chunk at a time, and as much for the rule to work in, in the same memory.
@@ -51,12 +52,16 @@ def own(
     for chunk in batch.chunks:
         start = batch.rows[chunk.start].start
         lines: list[tuple[Tensor, int]] = []
+        grams: dict[int, Tensor] = {}
         low_ranks = torch.split(space[0, : batch.rows[chunk[-1]].stop - start], batch.counts[chunk.start : chunk.stop])
         for k, low_rank in zip(chunk, low_ranks, strict=True):
             grad, place = grads[k], batch.first + k
             if grad is None:
                 continue
-            complete(batch.matrices[k], grad, low_rank, norms_of[k], projections.of(place, Phase.OWN), received[place])
+            projection = projections.of(place, Phase.OWN)
+            complete(batch.matrices[k], grad, low_rank, norms_of[k], projection, received[place])
+            if declared.reduce.gram and projection is not None:
+                grams[k] = projection.gram
             if declared.reply.matrix_norm:  # now, while the gradient is in the cache
                 lines += [(line_norms(tile), k) for tile in grad if tile.numel()]
         _add_squares(lines, terms[:, declared.terms - 1 : declared.terms])
@@ -66,14 +71,22 @@ def own(
             local = slice(rows.start - start, rows.stop - start)
             counts = [batch.counts[k] for k in members]
             step = batch.matrices[members[0]].state[STEP]
-            seen = Seen(space[0, local], None if norms is None else norms[rows], space[1, local], counts, step)
+            norms_seen = None if norms is None else norms[rows]
+            grams_seen = [grams[k] for k in members] if grams else []
+            seen = Seen(space[0, local], norms_seen, space[1, local], counts, step, grams_seen)
             state = {name: values[rows] for name, values in batch.channel_state.items()}
             update = batch.rule.owner_step(seen, state, batch.group)
-            if scale is not None and update.scale is not None:
-                scale[rows] = update.scale
+            _write(update, declared.reply.columns(declared.reduce.low_rank), reply[rows])
             if update.terms is not None:
                 _add_terms(update.terms, members, terms)
-    return [None] * len(batch.matrices) if scale is None else torch.split(scale[:, None], batch.counts)
+    return torch.split(reply, batch.counts) if reply.shape[1] else [None] * len(batch.matrices)
+
+
+def _write(update: Update, columns: Mapping[str, slice], out: Tensor) -> None:
+    """Write what a rule answers of channels to their rows of the reply, (channels, numbers)."""
+    for name, where in columns.items():
+        values: Tensor = getattr(update, name)
+        out[:, where] = values if values.ndim == 2 else values[:, None]
 
 
 def _add_squares(parts: Sequence[tuple[Tensor, int]], out: Tensor) -> None:

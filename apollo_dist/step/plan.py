@@ -84,11 +84,14 @@ class StepPlan:
         matrices = [m for group_step in self.shard_groups for m in group_step.matrices]
         layouts = sorted({m.shard.layout for m in matrices} | {a.shard.layout for a in self.elementwise})
         shared = sum(group_step.plan.shared_channels for group_step in self.shard_groups)
-        first, second = (sum(group_step.exchange.bytes_sent[i] for group_step in self.shard_groups) for i in (0, 1))
+        exchanged = sum(sum(group_step.exchange.bytes_sent) for group_step in self.shard_groups)
+        whole, refresh = (sum(group_step.whole.bytes_sent[i] for group_step in self.shard_groups) for i in (0, 1))
+        refreshed = f", and {refresh:,} when projections are made anew" if refresh else ""
         said = [*self._matrices(matrices), *self._tensors()]
         return (
             f"{', '.join(said)}; layout {', '.join(layouts)}; "
-            f"{shared:,} shared channels; this rank sends {first + second:,} bytes a step{self.chosen}{self._idle()}"
+            f"{shared:,} shared channels; this rank sends {exchanged + whole:,} bytes a step"
+            f"{refreshed}{self.chosen}{self._idle()}"
         )
 
     @staticmethod

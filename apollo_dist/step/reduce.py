@@ -16,11 +16,10 @@ from torch import Tensor
 from ..exchange.channels import ChannelSet
 from ..exchange.messages import Partial, Received
 from ..kernels.reduce import channel_norms, project
-from ..projections.slices import scale_of
 from .matrix import Matrix, Pieces, cast, take
 
 if TYPE_CHECKING:
-    from ..projections.cache import Projection
+    from ..projections.slices import Projection
     from ..sharding.regions import Range
 
 
@@ -59,7 +58,7 @@ def complete(
 ) -> None:
     """Write R, and the gradient's norms, over the owned channels: held by this rank only first, then received ones.
 
-    Here R gets its factor 1/sqrt(r), which projections are generated without, and its sign.
+    Here R gets the factor that random projections are generated without, and its sign.
 
     Args:
         m: the matrix.
@@ -70,7 +69,7 @@ def complete(
         received: what exchange 1 brought for ``owned_shared``, if there was one.
     """
     alone = m.channels.local_only.count
-    alpha = scale_of(m.spec.rank) * (-1.0 if m.group["maximize"] else 1.0)
+    alpha = m.projection_scale * (-1.0 if m.group["maximize"] else 1.0)
     if alone:
         first = None if alone == low_rank.shape[0] else slice(alone)
         _project(grads, m.local_only, projection, take(low_rank, first), alpha)

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from ..projections.slices import Phase
-from .apply import apply, shared_scale
+from .apply import apply, shared_reply
 from .own import own
 from .reduce import partial
+from .whole import refresh_projections, step_whole
 
 if TYPE_CHECKING:
     from ..exchange.messages import Received
@@ -34,15 +35,14 @@ class Pending:
 
 
 def step_shard_group(group_step: ShardGroupStep, seed: int) -> None:
-    """One step of all matrices of a shard group: at most two collectives.
+    """One step of all matrices of a shard group: at most two collectives, and those of whole matrices.
 
     Args:
         group_step: the matrices, their states and their plan.
         seed: of the projections.
     """
-    pending = begin_step(group_step, seed, early=not group_step.plan.needs_exchange2)
-    if group_step.plan.needs_exchange2:
-        finish_step(group_step, pending)
+    early = not group_step.plan.needs_exchange2
+    finish_step(group_step, begin_step(group_step, seed, early=early), early=early)
 
 
 def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) -> Pending:
@@ -59,7 +59,10 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     for m, on in zip(matrices, active, strict=True):
         if on:
             m.element_step()
-    projections.begin(seed, [m.refresh if on else None for m, on in zip(matrices, active, strict=True)])
+    refresh_projections(group_step, active, seed)
+    refreshes = [m.refresh if on else None for m, on in zip(matrices, active, strict=True)]
+    stored = {k: m.stored_projection for k, m in enumerate(matrices) if m.spec.shared_state and active[k]}
+    projections.begin(seed, refreshes, stored)
 
     # Parts of R and of squared norms travel to the owners of their channels.
     received: list[Received | None] = [None] * len(matrices)
@@ -68,26 +71,40 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
         received = list(exchange.reduce_to_owners(partials))
         del partials
 
-    # Owners: state, scaling factors, terms.
+    # Owners: state, what they answer of each channel, terms.
     terms = torch.zeros((len(matrices), plan.term_columns), dtype=group_step.dtype, device=group_step.device)
     owned: list[Tensor | None] = []
     replies: list[Tensor | None] = [None] * len(matrices)
     for batch in group_step.batches:
+        if batch.declared.reduce.whole:
+            owned += [None] * len(batch.matrices)
+            continue
         reduced = batch.reduced(active)
         owned += own(batch, reduced, projections, received, terms)
         if early:
-            apply(batch, batch.carriers(active, reduced), owned, replies, terms)
+            apply(batch, batch.carriers(active, reduced), owned, replies, projections, terms)
+            owned[batch.first :] = [None] * len(batch.matrices)  # low-rank updates are large
         del reduced
     del received
 
-    # Scaling factors travel back to the holders, and terms are summed.
+    # The answers travel back to the holders, and terms are summed.
     if plan.needs_exchange2:
-        shared = [shared_scale(m, scale) for m, scale in zip(matrices, owned, strict=True)]
+        shared = [shared_reply(m, reply) for m, reply in zip(matrices, owned, strict=True)]
         replies, terms = exchange.reply_to_holders(shared, terms)
     return Pending(active, owned, replies, terms)
 
 
-def finish_step(group_step: ShardGroupStep, pending: Pending) -> None:
-    """The factors of whole matrices, and the update of the local weights, which ``begin_step`` left."""
+def finish_step(group_step: ShardGroupStep, pending: Pending, *, early: bool = False) -> None:
+    """The factors of whole matrices, and the update of the local weights, which ``begin_step`` left.
+
+    Args:
+        group_step: the matrices.
+        pending: what ``begin_step`` returned.
+        early: whether it has updated what could be.
+    """
     for batch in group_step.batches:
-        apply(batch, batch.carriers(pending.active), pending.owned, pending.replies, pending.terms)
+        if early or batch.declared.reduce.whole:
+            continue
+        carriers = batch.carriers(pending.active)
+        apply(batch, carriers, pending.owned, pending.replies, group_step.projections, pending.terms)
+    step_whole(group_step, pending.active)

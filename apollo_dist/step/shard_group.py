@@ -9,8 +9,9 @@ import torch
 
 from ..exchange.collectives import Exchange
 from ..exchange.plan import MatrixSpec, make_plan
+from ..exchange.whole import WholeExchange
 from ..projections.cache import ProjectionCache
-from ..state.slots import Slot, ready
+from ..state.slots import PROJECTION, Slot, ready
 from .batch import Batch, make_batches
 from .matrix import Matrix
 
@@ -41,6 +42,7 @@ class ShardGroupStep:
         self.device = device
         self.plan = make_plan([entry.spec for entry in entries], group.size)
         self.exchange = Exchange(self.plan, group, self.dtype, device)
+        self.whole = WholeExchange(self.exchange)
         self._entries = entries
         self.matrices: list[Matrix] = []
         self.batches: list[Batch] = []
@@ -61,6 +63,9 @@ class ShardGroupStep:
             shapes |= dict.fromkeys(declared.state.matrix, ())
             numel = sum(tile.numel for tile in spec.tiles[shard.group.rank])
             shapes |= dict.fromkeys(declared.state.element, (numel,))
+            projection = declared.projection_shape(place.m, place.n)
+            if projection is not None:  # none where nothing of the matrix is
+                shapes[PROJECTION] = projection if numel else (0, projection[1])
             kwargs: dict[str, Any] = {"dtype": shard.compute_dtype, "device": shard.device}
             ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges])
             self.matrices.append(Matrix(place, spec, declared, rule, shard, channels, group, slot))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -37,6 +38,9 @@ def exchanged(name: str, m: int, n: int, declared: Spec, tiles: tuple[tuple[Tile
         matrix_state=len(declared.state.matrix),
         element_state=len(declared.state.element),
         tiles=tiles,
+        low_rank_updates=declared.reply.low_rank_updates,
+        whole=declared.reduce.whole,
+        shared_state=math.prod(declared.projection_shape(m, n) or (0,)),
     )
 
 

@@ -147,7 +147,7 @@ def test_one_clear_error_on_both_ranks():
         ({"scale": 0.0}, "scale must be > 0"),
         ({"scale_type": "row"}, 'scale_type must be "channel" or "tensor", got \'row\''),
         ({"update_proj_gap": 0}, "update_proj_gap"),
-        ({"proj": "svd"}, 'proj must be "random"'),
+        ({"proj": "qr"}, 'proj must be "random"'),
         ({"proj_type": "left"}, 'proj_type must be "std"'),
         ({"seed": 1.0}, "seed must be an integer"),
         ({"cache_projection": "yes"}, "cache_projection must be"),

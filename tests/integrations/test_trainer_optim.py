@@ -108,7 +108,7 @@ def test_defaults_are_those_of_hugging_face() -> None:
         ("rank=1.5", "optim_args: rank must be an integer, got '1.5'"),
         ("scale=big", "optim_args: scale must be a number, got 'big'"),
         ("disable_nl=maybe", "optim_args: disable_nl must be true or false, got 'maybe'"),
-        ("rank=4,proj=svd", 'proj must be "random"'),
+        ("rank=4,proj=qr", 'proj must be "random"'),
         ("rank=4,proj_type=reverse_std", 'proj_type must be "std"'),
         ("rank=4,scale_type=row", "scale_type must be"),
         ("rank=0", "rank must be an integer >= 1"),

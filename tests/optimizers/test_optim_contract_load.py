@@ -98,6 +98,7 @@ def test_what_was_saved_and_what_is_here(caplog):
             lambda s: s["param_groups"][0].update(proj_type="rademacher"),
             "proj_type of parameter group 0 was 'rademacher'",
         ),
+        (lambda s: s["param_groups"][0].update(proj="svd"), "proj of parameter group 0 was 'svd'"),
         (lambda s: s["param_groups"][0]["param_names"].__setitem__(1, "2.weight"), "was named 2.weight"),
         (lambda s: s["state"][0].update(step=float("nan")), "which is no number of steps"),
         (lambda s: s["state"].update({2: 5}), "is a int, not a dictionary"),

@@ -42,7 +42,7 @@ class Counted(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def projections(keep, needed=(True, True)):
+def projections(keep, needed=(True, True, True)):
     """Eight matrices: two ranks, two lengths, all dtypes, and two of signs."""
     kinds = [(4, (0, 50)), (4, (10, 60)), (4, (0, 30)), (3, (0, 50)), (4, (0, 50)), (4, (5, 55))] + [(4, (0, 50))] * 2
     slabs = []
@@ -81,7 +81,7 @@ def test_matrices_have_refreshes_of_their_own(keep):
 
 @pytest.mark.parametrize("keep", [True, False])
 def test_alike_ones_are_drawn_together_and_only_when_needed(keep):
-    drawing, slabs = projections(keep, needed=(False, True))
+    drawing, slabs = projections(keep, needed=(False, True, False))
 
     def draws(refreshes):
         drawing.begin(0, refreshes)

@@ -41,7 +41,7 @@ ALLOWED = {
     "state.identity": ("sharding.names",),
     "state.loaded": ("state",),
     "state.owned_tensor": ("distributed", "sharding.internals", "sharding.regions"),
-    "state.reshard": ("exchange", "rules.base", "sharding", "state.owned_tensor", "step.matrix"),
+    "state.reshard": ("exchange", "rules.base", "sharding", "state.owned_tensor", "state.slots", "step.matrix"),
     "state": (
         "distributed",
         "exchange",

@@ -116,6 +116,26 @@ def adam_mini_form(name: str, shape: torch.Size) -> tuple[str, dict[str, Any]]:
     return "blocks", {"elements": shape[-1] * (HEAD_DIM if "q_proj" in name or "k_proj" in name else 1)}
 
 
+def low_rank_form(**options: Any) -> Callable[[str, torch.Size], tuple[str, dict[str, Any]]]:
+    """What the library chooses in ``Llama`` is low-rank, and all else takes Hugging Face's AdamW."""
+
+    def form(name: str, shape: torch.Size) -> tuple[str, dict[str, Any]]:
+        low = name.startswith("layers.") and len(shape) > 1
+        return ("low_rank", {**LOW_RANK, **options}) if low else ("hf_adamw", {})
+
+    return form
+
+
+def muon_form(**options: Any) -> Callable[[str, torch.Size], tuple[str, dict[str, Any]]]:
+    """Hidden matrices take Muon, and all else torch's AdamW."""
+
+    def form(name: str, shape: torch.Size) -> tuple[str, dict[str, Any]]:
+        hidden = name.startswith("layers.") and len(shape) > 1
+        return ("muon", options) if hidden else ("adamw", {})
+
+    return form
+
+
 @dataclass
 class Case:
     """A rule: what makes the optimizer of a model, and what the reference makes of each parameter."""
@@ -125,22 +145,43 @@ class Case:
     options: dict[str, Any] = field(default_factory=dict)
     rule: str = ""  # its name in parameter groups
     json: str | None = None  # and in DeepSpeed's JSON
+    few: bool = False  # whether another case of the same rule is what runs under all layouts
 
     def optimizer(self, model: nn.Module, attach: Any = None) -> Any:
         """The optimizer of a wrapped model; ``attach`` is what makes one that updates inside backward."""
         options = {**COMMON, **self.options}
         return self.make(model, **options) if attach is None else attach(model, optimizer=self.make, **options)
 
-    def dense(self, weights: dict[str, Tensor]) -> Dense:
+    def dense(self, weights: dict[str, Tensor], draw_dtype: torch.dtype = torch.float64) -> Dense:
         """The reference for whole weights by name."""
         forms = {name: self.form(name, w.shape) for name, w in weights.items()}
-        return Dense(weights, forms, **COMMON, **{key: self.options[key] for key in ("betas",) if key in self.options})
+        betas = {key: self.options[key] for key in ("betas",) if key in self.options}
+        return Dense(weights, forms, **COMMON, **betas, draw_dtype=draw_dtype)
 
 
 COMMON = {"lr": 0.02, "weight_decay": 0.1}
+LOW_RANK = {"rank": 3, "gap": 3}
+RANDOM = {"rank": 3, "update_proj_gap": 3, "proj": "random"}
+SVD = {**RANDOM, "proj": "svd"}
 CASES = {
     "SCALE": Case(apollo_dist.SCALE, scale_form, rule="scale", json="SCALE"),
     "AdamMini": Case(apollo_dist.AdamMini, adam_mini_form, {"betas": (0.9, 0.95)}, "adam_mini", "AdamMini"),
+    "GaLore": Case(apollo_dist.GaLore, low_rank_form(alpha=0.25), RANDOM, "galore", "GaLore", True),
+    "Fira": Case(
+        apollo_dist.Fira, low_rank_form(alpha=0.25, rule="Fira"), {**RANDOM, "scale": 0.25}, "fira", "Fira", True
+    ),
+    "GaLore SVD": Case(apollo_dist.GaLore, low_rank_form(alpha=0.25, svd=True), SVD, "galore", "GaLore"),
+    "Fira SVD": Case(apollo_dist.Fira, low_rank_form(alpha=1.0, rule="Fira", svd=True), SVD, "fira", "Fira"),
+    "GaLore subspace": Case(
+        apollo_dist.GaLore,
+        low_rank_form(alpha=0.25, svd="subspace"),
+        {**SVD, "proj": "subspace", "refresh": "spread"},
+        "galore",
+        "GaLore",
+        True,
+    ),
+    "APOLLO SVD": Case(apollo_dist.APOLLO, low_rank_form(rule="APOLLO", svd=True), SVD, "apollo", "APOLLO", True),
+    "Muon": Case(apollo_dist.Muon, muon_form(), {"ns_dtype": "state"}, "muon"),
     "SGD": Case(apollo_dist.SGD, lambda name, shape: ("sgd", {"momentum": 0.9}), {"momentum": 0.9}, "sgd"),
     "AdamW": Case(apollo_dist.AdamW, lambda name, shape: ("adamw", {}), rule="adamw"),
 }

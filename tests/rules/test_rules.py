@@ -218,6 +218,7 @@ def test_a_rule_of_its_own_under_every_engine(tmp_path):
 GROUP = MappingProxyType(
     {
         "rank": 3,
+        "proj": "random",
         "proj_type": "std",
         "scale_type": "channel",
         "disable_nl": False,

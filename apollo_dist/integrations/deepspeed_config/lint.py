@@ -19,6 +19,7 @@ from torch import nn
 
 from ...optimizers.adam_mini import AdamMini
 from ...optimizers.apollo import APOLLO, APOLLOMini
+from ...optimizers.galore import Fira, GaLore
 from ...optimizers.scale import SCALE
 from ...selection.choice import name_pattern
 from ...sharding.deepspeed.faults import installed, not_yet
@@ -26,7 +27,7 @@ from ...sharding.deepspeed.unsupported import unsupported
 from .keys import DEEPSPEED_AUTO, HUGGING_FACE_AUTO, LENIENT, MESH, OUTDATED, STRICT, TOP_LEVEL
 
 Config = Mapping[str, Any]
-OURS = {"APOLLO": APOLLO, "APOLLOMini": APOLLOMini, "SCALE": SCALE, "AdamMini": AdamMini}
+OURS = {kind.__name__: kind for kind in (APOLLO, APOLLOMini, GaLore, Fira, SCALE, AdamMini)}
 # DeepSpeed lowers the names of its own optimizers, and looks up all others in torch.optim as they are.
 DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd")
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
