@@ -31,11 +31,12 @@ from apollo_dist.planning.memory import OPTIMIZERS, Forecast, forecast
 from apollo_dist.planning.options import Options
 from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.compute import configure_compute
-from apollo_dist.pretrain.config import ApolloConfig, Config
+from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.engines.native import NativeEngine
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.model import deferred_model
+from apollo_dist.pretrain.optimizer_config import ApolloConfig
 from apollo_dist.pretrain.placing import place_whole
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.utilization import flops_per_token

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..pretrain.config import ApolloConfig
+from ..pretrain.optimizer_config import ApolloConfig
 from ..pretrain.settings import load_settings
 from .memory import forecast
 from .options import ATTENTIONS, CHECKPOINTING, ENGINES, LOSSES, OFFLOADS, PRECISIONS, Options, parse_bytes
@@ -23,7 +23,7 @@ def add_parser(subparsers: Any) -> None:
     parser: argparse.ArgumentParser = subparsers.add_parser(
         "plan",
         help="memory and traffic of a run, before it starts",
-        description="Prints what the worst rank of a run holds under APOLLO, APOLLO-Mini, SCALE, Adam-mini and AdamW, "
+        description="Prints what the worst rank of a run holds under APOLLO, GaLore, Fira, Muon and others, "
         "the largest micro-batch that fits, and what a step sends. No device and no other rank is needed. Exit code: 0 "
         "if the recipe's optimizer fits, 1 if not, 2 if the arguments make no sense.",
     )

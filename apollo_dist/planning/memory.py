@@ -20,8 +20,9 @@ from .options import CHECKPOINTING, Options
 if TYPE_CHECKING:
     from ..pretrain.config import ModelConfig
 
-OPTIMIZERS = ("apollo", "apollo-mini", "scale", "adam-mini", "adamw")
-RULES = {"scale": "scale", "adam-mini": "adam_mini"}
+OPTIMIZERS = ("apollo", "apollo-mini", "galore", "fira", "muon", "scale", "adam-mini", "adamw")
+RULES = {"galore": "galore", "fira": "fira", "muon": "muon", "scale": "scale", "adam-mini": "adam_mini"}
+OF_RANK = ("galore", "fira")
 MINI: dict[str, Any] = {"rank": 1, "scale_type": "tensor"}
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -129,7 +130,7 @@ def forecast(name: str, model: ModelConfig, options: Options) -> Forecast:
     shapes = {n: tuple(p.shape) for n, p in module.named_parameters()}
     low = {kind: _low_rank(module, rank) for kind, rank in (("apollo", options.rank), ("apollo-mini", MINI["rank"]))}
     low["adamw"] = low["apollo"]
-    low["scale"] = low["adam-mini"] = set()  # one parameter group
+    low |= {kind: low["apollo"] if kind in OF_RANK else set() for kind in RULES}  # none: one parameter group
     estimates = _estimates(module, shapes, low, options)
     each = {chosen: _activations(model, options, chosen, 1) for chosen in CHECKPOINTING}
     activation_bytes = _activations(model, options, options.checkpointing, options.micro_batch).peak
@@ -175,6 +176,7 @@ def _low_rank(module: nn.Module, rank: int) -> set[str]:
 
 def _estimates(module: Any, shapes: Shapes, low: Mapping[str, set[str]], options: Options) -> dict[str, Estimate]:
     """State and exchange of the optimizers, for every rank of a shard group."""
+    of_rank: dict[str, dict[str, Any]] = {kind: {"rank": options.rank, "low_rank": low[kind]} for kind in OF_RANK}
     others = {
         kind: estimate_rule(
             shapes,
@@ -184,6 +186,7 @@ def _estimates(module: Any, shapes: Shapes, low: Mapping[str, set[str]], options
             roles=of_parameters(module),
             sub_group_size=options.sub_group_size,
             compute_bytes=options.compute_bytes,
+            **of_rank.get(kind, {}),
         )
         for kind, rule in RULES.items()
     }

@@ -25,6 +25,9 @@ WORDS = {"none": "without", "full": "with", "selective": "with selective"}
 TITLES = {
     "apollo": "APOLLO",
     "apollo-mini": "APOLLO-Mini",
+    "galore": "GaLore",
+    "fira": "Fira",
+    "muon": "Muon",
     "scale": "SCALE",
     "adam-mini": "Adam-mini",
     "adamw": "AdamW",

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from apollo_dist.pretrain.config import OPTIMIZERS, JsonOptimizer
 from apollo_dist.pretrain.metrics import FILE, read_rows
+from apollo_dist.pretrain.optimizer_config import OPTIMIZERS, JsonOptimizer
 from apollo_dist.pretrain.plot import plot
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.stop import FINISHED_FILE, write_whole

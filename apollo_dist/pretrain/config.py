@@ -7,9 +7,11 @@ All errors are ``ValueError`` and name the key and the value.
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+
+from apollo_dist.pretrain.fields import at_least, one_of, option, require
+from apollo_dist.pretrain.optimizer_config import OPTIMIZERS, AdamWConfig, JsonOptimizer
 
 ENGINES = ("deepspeed", "fsdp1", "fsdp2", "ddp")
 FSDP1_STRATEGIES = ("full", "grad_op", "hybrid", "none")
@@ -30,25 +32,6 @@ COMPUTE_KEYS = ("activation_checkpointing", "attention", "compile", "loss", "los
 PLACE_KEYS = frozenset({"engine", "fsdp1_strategy", "layerwise", "micro_batch_size", *COMPUTE_KEYS})
 
 
-def option(help: str, default: Any = dataclasses.MISSING) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": help})
-
-
-def _require(holds: bool, key: str, value: object, rule: str) -> None:
-    if not holds:
-        raise ValueError(f"{key} is {value!r}: it must be {rule}")
-
-
-def _at_least(low: float, **values: float | None) -> None:
-    for key, value in values.items():
-        _require(value is None or value >= low, key, value, f"at least {low}")
-
-
-def _one_of(choices: tuple[str, ...], key: str, value: str) -> None:
-    _require(value in choices, key, value, "one of " + ", ".join(choices))
-
-
 @dataclass(frozen=True)
 class ModelConfig:
     """Shape of the LLaMA: untied embeddings, no biases."""
@@ -63,7 +46,7 @@ class ModelConfig:
     init_std: float = option("standard deviation of the initial weights", 0.02)
 
     def __post_init__(self) -> None:
-        _at_least(
+        at_least(
             1,
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
@@ -72,108 +55,19 @@ class ModelConfig:
             num_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
         )
-        _require(
+        require(
             self.num_heads % self.kv_heads == 0,
             "model.num_kv_heads",
             self.num_kv_heads,
             f"a divisor of num_heads {self.num_heads}",
         )
         head = self.hidden_size / self.num_heads
-        _require(
-            head % 2 == 0, "model.hidden_size", self.hidden_size, f"an even multiple of num_heads {self.num_heads}"
-        )
+        require(head % 2 == 0, "model.hidden_size", self.hidden_size, f"an even multiple of num_heads {self.num_heads}")
 
     @property
     def kv_heads(self) -> int:
         """``num_kv_heads``, or by default as many as ``num_heads``."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-
-@dataclass(frozen=True)
-class AdamWConfig:
-    """Options of ``torch.optim.AdamW``, and the ones that every optimizer has."""
-
-    name: ClassVar[str] = "adamw"
-    lr: float = option("peak learning rate", 1e-3)
-    betas: tuple[float, float] = option("decay of the first and the second moment", (0.9, 0.999))
-    eps: float = option("added to the root of the second moment", 1e-6)
-    weight_decay: float = option("decoupled weight decay", 0.0)
-
-    def __post_init__(self) -> None:
-        _at_least(0, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
-        _require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
-
-
-@dataclass(frozen=True)
-class ApolloMiniConfig(AdamWConfig):
-    """Options of ``apollo_dist.APOLLOMini``: rank 1, one scaling factor per matrix."""
-
-    name: ClassVar[str] = "apollo-mini"
-    lr: float = option("peak learning rate", 1e-2)
-    scale: float = option("multiplies the low-rank matrices' update by its root", 128.0)
-    update_proj_gap: int = option("steps between two refreshes of the projections", 200)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.scale > 0, "scale", self.scale, "positive")
-        _at_least(1, update_proj_gap=self.update_proj_gap)
-
-
-@dataclass(frozen=True)
-class ApolloConfig(ApolloMiniConfig):
-    """Options of ``apollo_dist.APOLLO``."""
-
-    name: ClassVar[str] = "apollo"
-    rank: int = option("rank of the projections", 256)
-    scale: float = option("multiplies the low-rank matrices' update by its root", 1.0)
-    scale_type: str = option("channel: a scaling factor per channel; tensor: one per matrix", "channel")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _at_least(1, rank=self.rank)
-        _one_of(("channel", "tensor"), "scale_type", self.scale_type)
-
-
-@dataclass(frozen=True)
-class ScaleConfig(AdamWConfig):
-    """Options of ``apollo_dist.SCALE``; betas and eps are those of its AdamW for norms."""
-
-    name: ClassVar[str] = "scale"
-    eps: float = option("added to the root of the second moment, and the least root mean square", 1e-8)
-    momentum: float | None = option("of matrices; default: 0.9 of the output head, none of others", None)
-    adam_lr: float | None = option("peak learning rate of norms; default: lr", None)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        _require(self.momentum is None or 0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
-        _require(self.adam_lr is None or self.adam_lr > 0, "adam_lr", self.adam_lr, "positive")
-
-
-@dataclass(frozen=True)
-class AdamMiniConfig(AdamWConfig):
-    """Options of ``apollo_dist.AdamMini``, which finds the heads in the model."""
-
-    name: ClassVar[str] = "adam-mini"
-    eps: float = option("added to the root of the second moment", 1e-8)
-
-
-@dataclass(frozen=True)
-class JsonOptimizer:
-    """The optimizer that DeepSpeed's JSON brings: its ``type`` and ``params``, as DeepSpeed will read them."""
-
-    type: str
-    params: dict[str, Any]
-
-    @property
-    def name(self) -> str:
-        """The type in the words of ``--optimizer``."""
-        ours = {"APOLLO": "apollo", "APOLLOMini": "apollo-mini", "AdamMini": "adam-mini"}
-        return ours.get(self.type, self.type.lower())
-
-
-OPTIMIZERS: dict[str, type[AdamWConfig]] = {
-    c.name: c for c in (ApolloConfig, ApolloMiniConfig, ScaleConfig, AdamMiniConfig, AdamWConfig)
-}
 
 
 @dataclass(frozen=True)
@@ -192,9 +86,9 @@ class DataConfig:
     validation_fraction: float = option("share of the files (or of a lone file) split off for validation", 0.05)
 
     def __post_init__(self) -> None:
-        _one_of(TOKEN_DTYPES, "data.token_dtype", self.token_dtype)
+        one_of(TOKEN_DTYPES, "data.token_dtype", self.token_dtype)
         fraction = self.validation_fraction
-        _require(0 < fraction < 1, "data.validation_fraction", fraction, "between 0 and 1")
+        require(0 < fraction < 1, "data.validation_fraction", fraction, "between 0 and 1")
         if self.path is not None and self.dataset is not None:
             raise ValueError(f"--data {self.path!r} and --dataset {self.dataset!r} are both given: choose one")
         if self.validation is not None and self.path is None:
@@ -253,14 +147,14 @@ class Config:
     wandb: str | None = option("log to this Weights & Biases project too (needs wandb)", None)
 
     def __post_init__(self) -> None:
-        _one_of(ENGINES, "engine", self.engine)
-        _one_of(FSDP1_STRATEGIES, "fsdp1_strategy", self.fsdp1_strategy)
-        _one_of(PRECISIONS, "precision", self.precision)
-        _one_of(CHECKPOINTING, "activation_checkpointing", self.activation_checkpointing)
-        _one_of(ATTENTIONS, "attention", self.attention)
-        _one_of(LOSSES, "loss", self.loss)
-        _require(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "positive")
-        _at_least(
+        one_of(ENGINES, "engine", self.engine)
+        one_of(FSDP1_STRATEGIES, "fsdp1_strategy", self.fsdp1_strategy)
+        one_of(PRECISIONS, "precision", self.precision)
+        one_of(CHECKPOINTING, "activation_checkpointing", self.activation_checkpointing)
+        one_of(ATTENTIONS, "attention", self.attention)
+        one_of(LOSSES, "loss", self.loss)
+        require(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "positive")
+        at_least(
             1,
             loss_chunk=self.loss_chunk,
             sequence_length=self.sequence_length,
@@ -272,7 +166,7 @@ class Config:
             keep_checkpoints=self.keep_checkpoints,
             stop_after=self.stop_after,
         )
-        _at_least(
+        at_least(
             0,
             seed=self.seed,
             gradient_clipping=self.gradient_clipping,
@@ -281,11 +175,11 @@ class Config:
             checkpoint_every=self.checkpoint_every,
             step_timeout=self.step_timeout,
         )
-        _require(
+        require(
             0 <= self.warmup_steps < self.steps, "warmup_steps", self.warmup_steps, f"in [0, steps), steps {self.steps}"
         )
-        _require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
-        _require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "positive")
+        require(0 <= self.min_lr_ratio <= 1, "min_lr_ratio", self.min_lr_ratio, "in [0, 1]")
+        require(self.timeout_minutes > 0, "timeout_minutes", self.timeout_minutes, "positive")
         if (self.engine == "deepspeed") != (self.deepspeed_config is not None):
             raise ValueError(
                 f"engine is {self.engine!r} and deepspeed_config {self.deepspeed_config!r}: "
@@ -306,8 +200,8 @@ class Config:
                 f"--layerwise with gradient_clipping {self.gradient_clipping}: the norm of all gradients is known only "
                 "after they have been used; pass --gradient_clipping 0, the limiter of APOLLO takes its part"
             )
-        if not isinstance(self.optimizer, (ApolloMiniConfig, ScaleConfig, AdamMiniConfig)):
-            known = "apollo, apollo-mini, scale and adam-mini"
+        if type(self.optimizer) in (AdamWConfig, JsonOptimizer):  # not this library's
+            known = ", ".join(name for name, kind in OPTIMIZERS.items() if kind is not AdamWConfig)
             raise ValueError(f"--layerwise is for {known}; the optimizer is {self.optimizer.name}")
 
     @property

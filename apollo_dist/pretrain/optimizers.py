@@ -5,29 +5,37 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from apollo_dist import APOLLO, SCALE, AdamMini, APOLLOMini
+from apollo_dist import APOLLO, SCALE, AdamMini, APOLLOMini, Fira, GaLore, Muon
 from apollo_dist import layerwise as in_backward
-from apollo_dist.pretrain.config import (
+from apollo_dist.pretrain.optimizer_config import (
     AdamMiniConfig,
     AdamWConfig,
     ApolloConfig,
     ApolloMiniConfig,
-    Config,
+    FiraConfig,
+    GaLoreConfig,
     JsonOptimizer,
+    MuonConfig,
     ScaleConfig,
 )
 
-# In the order in which they are asked: APOLLO's options are APOLLO-Mini's and more.
+if TYPE_CHECKING:
+    from apollo_dist.pretrain.config import Config
+
+# In the order in which they are asked: APOLLO's options are APOLLO-Mini's and more, and Fira's are GaLore's.
 _CLASSES: tuple[tuple[type[AdamWConfig], Any], ...] = (
     (ApolloConfig, APOLLO),
     (ApolloMiniConfig, APOLLOMini),
+    (FiraConfig, Fira),
+    (GaLoreConfig, GaLore),
+    (MuonConfig, Muon),
     (ScaleConfig, SCALE),
     (AdamMiniConfig, AdamMini),
 )

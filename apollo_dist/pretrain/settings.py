@@ -15,7 +15,8 @@ from typing import Any
 
 import yaml
 
-from apollo_dist.pretrain.config import OPTIMIZERS, AdamWConfig, ApolloConfig, Config, DataConfig, ModelConfig
+from apollo_dist.pretrain.config import Config, DataConfig, ModelConfig
+from apollo_dist.pretrain.optimizer_config import OPTIMIZERS, AdamWConfig, ApolloConfig
 from apollo_dist.pretrain.override import parse_override
 
 # Short names on the command line.

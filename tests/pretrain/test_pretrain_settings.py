@@ -9,14 +9,16 @@ from pathlib import Path
 import pytest
 
 from apollo_dist.pretrain.batching import plan_batch
-from apollo_dist.pretrain.config import AdamWConfig, ApolloConfig, ApolloMiniConfig, JsonOptimizer
 from apollo_dist.pretrain.engines.deepspeed_json import reconcile
+from apollo_dist.pretrain.optimizer_config import AdamWConfig, ApolloConfig, ApolloMiniConfig, JsonOptimizer
 from apollo_dist.pretrain.settings import help_text, known_keys, load_settings
 
 RECIPES = ["tiny", "60M", "130M", "350M", "1B", "7B", "13B", "70B", "13B-DDP", "7B-throughput"]
 
 
-@pytest.mark.parametrize("optimizer", ["apollo", "apollo-mini", "scale", "adam-mini", "adamw"])
+@pytest.mark.parametrize(
+    "optimizer", ["apollo", "apollo-mini", "galore", "fira", "muon", "scale", "adam-mini", "adamw"]
+)
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads_with_every_optimizer(recipe: str, optimizer: str) -> None:
     config = load_settings(["--recipe", recipe, "--optimizer", optimizer]).config

@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from apollo_dist.pretrain.config import Config, JsonOptimizer
 from apollo_dist.pretrain.engines.native import total_norm
 from apollo_dist.pretrain.initial import InitialWeights
+from apollo_dist.pretrain.optimizer_config import JsonOptimizer
 from apollo_dist.pretrain.optimizers import build_optimizer, schedule
 from apollo_dist.pretrain.placing import place_whole
 
 if TYPE_CHECKING:
     from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.config import Config
     from apollo_dist.pretrain.distributed import Ranks
     from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from apollo_dist.pretrain.config import Config, JsonOptimizer
+from apollo_dist.pretrain.optimizer_config import JsonOptimizer
 from apollo_dist.pretrain.settings import Settings, convert
 
 if TYPE_CHECKING:
     from apollo_dist.pretrain.batching import BatchPlan
+    from apollo_dist.pretrain.config import Config
 
 AUTO = "auto"
 MICRO = "train_micro_batch_size_per_gpu"

@@ -1,0 +1,141 @@
+"""What a training run is told of its optimizer: the options of each, as ``config.py`` has those of the run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from apollo_dist.pretrain.fields import at_least, one_of, option, require
+
+
+@dataclass(frozen=True)
+class AdamWConfig:
+    """Options of ``torch.optim.AdamW``, and the ones that every optimizer has."""
+
+    name: ClassVar[str] = "adamw"
+    lr: float = option("peak learning rate", 1e-3)
+    betas: tuple[float, float] = option("decay of the first and the second moment", (0.9, 0.999))
+    eps: float = option("added to the root of the second moment", 1e-6)
+    weight_decay: float = option("decoupled weight decay", 0.0)
+
+    def __post_init__(self) -> None:
+        at_least(0, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+
+
+@dataclass(frozen=True)
+class ApolloMiniConfig(AdamWConfig):
+    """Options of ``apollo_dist.APOLLOMini``: rank 1, one scaling factor per matrix."""
+
+    name: ClassVar[str] = "apollo-mini"
+    lr: float = option("peak learning rate", 1e-2)
+    scale: float = option("multiplies the low-rank matrices' update by its root", 128.0)
+    update_proj_gap: int = option("steps between two refreshes of the projections", 200)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.scale > 0, "scale", self.scale, "positive")
+        at_least(1, update_proj_gap=self.update_proj_gap)
+
+
+@dataclass(frozen=True)
+class ApolloConfig(ApolloMiniConfig):
+    """Options of ``apollo_dist.APOLLO``."""
+
+    name: ClassVar[str] = "apollo"
+    rank: int = option("rank of the projections", 256)
+    scale: float = option("multiplies the low-rank matrices' update by its root", 1.0)
+    scale_type: str = option("channel: a scaling factor per channel; tensor: one per matrix", "channel")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(1, rank=self.rank)
+        one_of(("channel", "tensor"), "scale_type", self.scale_type)
+
+
+@dataclass(frozen=True)
+class GaLoreConfig(AdamWConfig):
+    """Options of ``apollo_dist.GaLore``."""
+
+    name: ClassVar[str] = "galore"
+    lr: float = option("peak learning rate", 1e-2)
+    rank: int = option("rank of the projections", 256)
+    scale: float = option("alpha: multiplies the update of low-rank matrices", 0.25)
+    update_proj_gap: int = option("steps between two refreshes of the projections", 200)
+    proj: str = option("svd: leading singular directions of the gradient; random: from the seed", "svd")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.scale > 0, "scale", self.scale, "positive")
+        at_least(1, rank=self.rank, update_proj_gap=self.update_proj_gap)
+        one_of(("svd", "random"), "proj", self.proj)
+
+
+@dataclass(frozen=True)
+class FiraConfig(GaLoreConfig):
+    """Options of ``apollo_dist.Fira``."""
+
+    name: ClassVar[str] = "fira"
+
+
+@dataclass(frozen=True)
+class MuonConfig(AdamWConfig):
+    """Options of ``apollo_dist.Muon``; betas and eps are those of its AdamW for embedding, head and norms."""
+
+    name: ClassVar[str] = "muon"
+    lr: float = option("peak learning rate", 2e-3)
+    eps: float = option("added to the root of the second moment", 1e-8)
+    momentum: float = option("decay of the momentum", 0.95)
+    adjust_lr_fn: str = option("match_rms_adamw, for learning rates of AdamW; original", "match_rms_adamw")
+    adam_lr: float | None = option("peak learning rate of what takes AdamW; default: lr", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        one_of(("match_rms_adamw", "original"), "adjust_lr_fn", self.adjust_lr_fn)
+        require(self.adam_lr is None or self.adam_lr > 0, "adam_lr", self.adam_lr, "positive")
+
+
+@dataclass(frozen=True)
+class ScaleConfig(AdamWConfig):
+    """Options of ``apollo_dist.SCALE``; betas and eps are those of its AdamW for norms."""
+
+    name: ClassVar[str] = "scale"
+    eps: float = option("added to the root of the second moment, and the least root mean square", 1e-8)
+    momentum: float | None = option("of matrices; default: 0.9 of the output head, none of others", None)
+    adam_lr: float | None = option("peak learning rate of norms; default: lr", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(self.momentum is None or 0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        require(self.adam_lr is None or self.adam_lr > 0, "adam_lr", self.adam_lr, "positive")
+
+
+@dataclass(frozen=True)
+class AdamMiniConfig(AdamWConfig):
+    """Options of ``apollo_dist.AdamMini``, which finds the heads in the model."""
+
+    name: ClassVar[str] = "adam-mini"
+    eps: float = option("added to the root of the second moment", 1e-8)
+
+
+@dataclass(frozen=True)
+class JsonOptimizer:
+    """The optimizer that DeepSpeed's JSON brings: its ``type`` and ``params``, as DeepSpeed will read them."""
+
+    type: str
+    params: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """The type in the words of ``--optimizer``."""
+        ours = {"APOLLO": "apollo", "APOLLOMini": "apollo-mini", "AdamMini": "adam-mini"}
+        return ours.get(self.type, self.type.lower())
+
+
+OPTIMIZERS: dict[str, type[AdamWConfig]] = {
+    c.name: c
+    for c in (
+        ApolloConfig, ApolloMiniConfig, GaLoreConfig, FiraConfig, MuonConfig, ScaleConfig, AdamMiniConfig, AdamWConfig,
+    )
+}  # fmt: skip
