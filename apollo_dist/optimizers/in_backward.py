@@ -1,8 +1,8 @@
 """Updates inside backward: each layer is updated as soon as its gradients are ready, and they are freed at once.
 
 The gradients of a whole model then never exist together, only one layer's. The step itself is the ordinary one
-(``step.py``), taken over a *part* of the parameters at a time: one parameter in a single process, and under FSDP2 what
-one ``fully_shard`` holds, whose gradients become ready together, in the same order on every rank.
+(``step/run.py``), taken over a *part* of the parameters at a time: one parameter in a single process, and under FSDP2
+what one ``fully_shard`` holds, whose gradients become ready together, in the same order on every rank.
 """
 
 from __future__ import annotations

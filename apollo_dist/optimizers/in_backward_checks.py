@@ -19,7 +19,7 @@ FSDP2_SINCE = "2.8"
 
 
 class GradientHook:
-    """What is called with a parameter when its gradient is ready. A class of its own, to be known again."""
+    """Post-accumulate-grad hook. A named class, so that ``check_parameter`` detects another optimizer's hook."""
 
     def __init__(self, ready: Callable[[Tensor], None]) -> None:
         self._ready = ready
