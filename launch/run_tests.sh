@@ -40,6 +40,7 @@ say "shellcheck"
 shellcheck -x launch/*.sh launch/*.sbatch launch/site.env.example benchmarks/*.sh tests/launch/*.sh
 export APOLLO_TEST_TIMEOUT_SCALE="${APOLLO_TEST_TIMEOUT_SCALE:-2}"
 say "pytest"
-# The cases of a file run in one process; tests/conftest.py says which files share one, and which start first.
-python -m pytest -n "${APOLLO_TEST_JOBS:-2}" --no-loadscope-reorder \
+# The cases of a file run in one process; tests/conftest.py says which files share one, and which start first. A process
+# that dies, or is ended because a case waits for ever, is not replaced: its file would begin anew, and wait again.
+python -m pytest -n "${APOLLO_TEST_JOBS:-2}" --no-loadscope-reorder --max-worker-restart=0 \
     "${pytest_args[@]+"${pytest_args[@]}"}"

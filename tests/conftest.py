@@ -45,8 +45,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     inside = {file: number for number, file in enumerate(GROUPS)}
     items.sort(key=lambda item: (first.get(group_of(item.nodeid), len(FIRST)), inside.get(file_of(item.nodeid), 0)))
     if config.pluginmanager.hasplugin("timeout"):  # pytest-timeout
+        # A signal is not heard inside of C++, where a hang is likely. A thread ends the whole process, which
+        # pytest-xdist reports.
+        method = "thread" if hasattr(config, "workerinput") else "signal"
         for item in items:
-            item.add_marker(pytest.mark.timeout(allowed(HANGS)))
+            item.add_marker(pytest.mark.timeout(allowed(HANGS), method=method))
 
 
 @pytest.hookimpl(optionalhook=True)
