@@ -26,11 +26,15 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from apollo_dist.kernels.costs import LISTENERS, Cost
+
 _FREE = {
     "view", "t", "transpose", "slice", "select", "unbind", "split", "split_with_sizes", "as_strided", "expand",
     "detach", "unsqueeze", "squeeze", "permute", "alias", "_unsafe_view", "_reshape_alias", "lift_fresh", "empty",
     "empty_like", "new_empty", "empty_strided", "new_empty_strided", "diagonal", "unfold", "chunk", "narrow",
 }  # fmt: skip
+# Operations that take a tensor for its shape and dtype alone.
+_READS_NOTHING = {"new_zeros", "new_ones", "new_full", "zeros_like", "ones_like", "full_like"}
 _OVERWRITES = {"copy_", "zero_", "fill_", "normal_", "uniform_"}
 # Arguments that a schema calls written, and which these operations write only where a gradient scaler is given.
 _ONLY_READ = {"_fused_adam_": "grads", "_fused_adamw_": "grads"}
@@ -82,6 +86,20 @@ class Count(TorchDispatchMode):
         self.traffic = Traffic()
         self._alive = 0
         self._storages: Counter[int] = Counter()
+
+    def __enter__(self) -> Count:
+        LISTENERS.append(self._told)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        LISTENERS.remove(self._told)
+        super().__exit__(*error)
+
+    def _told(self, cost: Cost) -> None:
+        """A launch of a kernel of our own."""
+        self.traffic.add(cost.name, cost.read, cost.written)
+        self.traffic.tensor_core += cost.tensor_core
+        self.traffic.other += cost.other
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -135,7 +153,9 @@ def _accesses(name: str, func: Any, args: Any, kwargs: Any, results: list[Tensor
         written = written and _ONLY_READ.get(name) != declared.name
         if written:
             writes += found
-        overwritten = written and (declared.kwarg_only or name in _OVERWRITES)
+        # What a factor of 0 multiplies is not read.
+        unread = i == 0 and (name in _READS_NOTHING or kwargs.get("beta") == 0)
+        overwritten = unread or (written and (declared.kwarg_only or name in _OVERWRITES))
         if not overwritten:
             reads += found
     known = {id(t) for t in (*reads, *writes)}
@@ -145,10 +165,9 @@ def _accesses(name: str, func: Any, args: Any, kwargs: Any, results: list[Tensor
 
 def _product(name: str, reads: list[Tensor]) -> tuple[int, bool]:
     """Operations of a matrix product, and whether tensor cores take it; 0 for anything else."""
-    factors = {"mm": 0, "bmm": 0, "mv": 0, "dot": 0, "addmm": 1, "addmm_": 1, "addmv": 1, "addmv_": 1}
-    if name not in factors:
+    if name not in {"mm", "bmm", "mv", "dot", "addmm", "addmm_", "addmv", "addmv_"}:
         return 0, False
-    a, b = reads[factors[name] : factors[name] + 2]
+    a, b = reads[-2:]
     columns = b.shape[-1] if b.ndim > 1 else 1
     return 2 * a.numel() * columns, a.dtype in _LOW and b.dtype in _LOW
 

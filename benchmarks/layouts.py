@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import apollo_dist
 from apollo_dist.exchange import collectives
+from apollo_dist.kernels.table import choose
 from apollo_dist.planning.estimate import RULES, divide
 from apollo_dist.planning.fake import fake_ranks
 from apollo_dist.pretrain.model import decoder_layers
@@ -108,6 +109,7 @@ def _flat_step(
     made = apollo_dist.APOLLO(model, process_group=dist.new_group([0]), **options).param_groups
     groups = {known[id(p)]: group for group in made for p in group["params"]}
     low = {name for name, group in groups.items() if group["rank"] is not None}
+    kernels = options.get("kernels", "auto")
     shard_group = ShardGroup(dist.group.WORLD, world, dist.get_rank()) if world > 1 else ShardGroup()
     entries: list[Entry] = []
     tensors: list[ElementwiseTensor] = []
@@ -120,9 +122,10 @@ def _flat_step(
             listed = specs_of(shard, RULES.matrix, group)
             entries += [Entry(shard, *each, RULES.matrix, group) for each in listed]
         elif shard.numel:
-            tensors.append(ElementwiseTensor(shard, RULES.element, group, Slot()))
+            table = choose(kernels, shard.device, shard.compute_dtype)
+            tensors.append(ElementwiseTensor(shard, RULES.element, group, Slot(), table))
     step = ShardGroupStep(entries)
-    step.load(lambda name: Slot(), options.get("cache_projection") is True)
+    step.load(lambda name: Slot(), options.get("cache_projection") is True, kernels)
 
     @torch.no_grad()
     def take() -> None:

@@ -92,10 +92,9 @@ def count(case: Case, kernels: str) -> Row:
     hidden, ffn, layers, heads, rank = SIZES[case.size]
     weights, grads = DTYPES[case.dtypes]
     options: dict[str, Any] = {"rank": rank, "scale_type": "channel", "cache_projection": "auto"}
+    options["kernels"] = kernels
     if case.optimizer == "mini":
         options |= {"rank": 1, "scale_type": "tensor", "scale": 128.0}
-    if kernels:
-        options["kernels"] = kernels
     with one_rank(case.layout, case.world):
         model = meta_model(ModelConfig(VOCABULARY, hidden, ffn, layers, heads))
         take, elements, _ = make_step(model, case.layout, case.world, weights, grads, options)
@@ -186,7 +185,7 @@ def options(arguments: list[str] | None = None) -> argparse.Namespace:
         "optimizers": OPTIMIZERS,
     }.items():
         parser.add_argument(f"--{name}", nargs="+", choices=list(choices), default=list(choices))
-    parser.add_argument("--kernels", default="", help="as APOLLO's option of that name, where it has one")
+    parser.add_argument("--kernels", choices=["torch", "triton"], default="triton", help="what steps compute with")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the counts as JSON")
     parser.add_argument("--write", action="store_true", help=f"write the table to {RESULTS.name} in benchmarks/results")
     parser.add_argument("--detail", action="store_true", help="print the operations that move most")

@@ -94,7 +94,8 @@ class Exchange:
         for route in routes:
             for offset, target, length in route.sums:
                 start = base[-1] + offset
-                total[target : target + length] += received[start : start + length]
+                # ``total[...] += `` would copy the sum onto itself.
+                total[target : target + length].add_(received[start : start + length])
             base.append(base[-1] + route.receive_numbers)
         return [
             Received(*self._summed(total, i), self._elements(received, base, i)) for i in range(len(self.plan.matrices))

@@ -43,7 +43,13 @@ DEFAULTS: dict[str, Any] = {
     "rank": 128,
 }
 # Keys of ``optim_args`` that are not options of the low-rank groups but of the whole optimizer.
-WHOLE: dict[str, type] = {"seed": int, "cache_projection": bool, "skip_nonfinite": bool, "max_skipped_steps": int}
+WHOLE: dict[str, type] = {
+    "seed": int,
+    "cache_projection": bool,
+    "kernels": str,
+    "skip_nonfinite": bool,
+    "max_skipped_steps": int,
+}
 _TYPES: dict[str, type] = {**{key: type(value) for key, value in DEFAULTS.items()}, **WHOLE}
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 

@@ -12,13 +12,17 @@ class ProjectPart(NamedTuple):
 
     Attributes:
         grad: (channels, inner extent), any strides, bf16, fp16 or fp32: a wide matrix's comes transposed.
-        columns: P^T of the inner extent, (inner extent, r), any strides, bf16.
+        columns: P^T of the inner extent, (inner extent, r), any strides, bf16. None where there is nothing to project.
         first: the row of the output that its first channel is. Parts of one channel are summed in the order given.
+        matrix: which one of the matrices whose totals are summed.
+        adds: whether other parts have elements of its channels, too.
     """
 
     grad: Tensor
-    columns: Tensor
+    columns: Tensor | None
     first: int
+    matrix: int = 0
+    adds: bool = True
 
 
 class ApplyPart(NamedTuple):

@@ -44,6 +44,10 @@ def channel_norms(grad: Tensor, out: Tensor) -> None:
 
 
 def line_norms(grad: Tensor) -> Tensor:
-    """The norms of a gradient's rows, or of its columns where those lie one after the other: the faster ones."""
-    lines: Tensor = torch.linalg.vector_norm(grad, dim=1 if grad.stride(1) == 1 else 0)
+    """The norms of a gradient's rows, or of its columns where those lie one after the other: the faster ones.
+
+    In fp32 at least.
+    """
+    wide = torch.promote_types(grad.dtype, torch.float32)
+    lines: Tensor = torch.linalg.vector_norm(grad, dim=1 if grad.stride(1) == 1 else 0, dtype=wide)
     return lines

@@ -60,7 +60,13 @@ def _words(keys: Tensor, length: int, calls: int) -> Tensor:
     return torch.stack([w0 | (w1 << 32), w2 | (w3 << 32)], dim=-1)
 
 
-def project(parts: Sequence[ProjectPart], alpha: float, out: Tensor, squares: Tensor | None) -> None:
+def project(
+    parts: Sequence[ProjectPart],
+    alpha: float,
+    out: Tensor,
+    squares: Tensor | None,
+    totals: list[tuple[Tensor, int]] | None = None,
+) -> None:
     """R = alpha G P^T of many rectangles, and the squared norms of their channels.
 
     Args:
@@ -68,16 +74,21 @@ def project(parts: Sequence[ProjectPart], alpha: float, out: Tensor, squares: Te
         alpha: multiplies the sums: 1 / sqrt(r), negative to follow the negated gradient.
         out: (channels, r) in fp32, contiguous, written.
         squares: (channels,) in fp32, written; None where they are not needed.
+        totals: a list that gets tensors, each with the number of a matrix: the squared norms of those of one matrix sum
+            to that of all its parts. None where they are not needed.
     """
     out.zero_()
     if squares is not None:
         squares.zero_()
-    for grad, columns, first in parts:
+    for grad, columns, first, matrix, _ in parts:
         rows = slice(first, first + grad.shape[0])
         values = grad.float()
+        assert columns is not None
         out[rows].addmm_(values, columns.float())
         if squares is not None:
             squares[rows] += values.square().sum(1)
+        if totals is not None:
+            totals.append((values, matrix))
     out.mul_(alpha)
 
 
@@ -90,6 +101,7 @@ def moments(
     *,
     betas: tuple[float, float],
     eps: float,
+    workspace: Tensor | None = None,
 ) -> None:
     r"""Update both moments with R, and write squared norms by channel: of :math:`N = M / (\sqrt{V} + \epsilon)` and R.
 
@@ -98,6 +110,7 @@ def moments(
         low_rank: R, like them.
         normalized_squares, low_rank_squares: (channels,) in fp32, written.
         betas, eps: Adam's.
+        workspace: memory like ``low_rank`` that may be written, or None.
     """
     exp_avg.lerp_(low_rank, 1.0 - betas[0])
     exp_avg_sq.mul_(betas[1]).addcmul_(low_rank, low_rank, value=1.0 - betas[1])
@@ -106,13 +119,14 @@ def moments(
     torch.sum(low_rank.square(), 1, out=low_rank_squares)
 
 
-def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool = False) -> None:
+def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool = False, decays: bool = True) -> None:
     """W = (W + c s G) d, or W = W d + c s G with ``decay_first``.
 
     Args:
         parts: rectangles of weights.
         coefficients: (matrices, 2) in fp32: c and d of each matrix.
         decay_first: whether d acts on the old weight.
+        decays: False where every d is 1, which saves some kernels a pass.
     """
     for weight, grad, scale, matrix in parts:
         factor, kept = coefficients[matrix].unbind()

@@ -27,8 +27,8 @@ class AdamMini(ShardedOptimizer):
         num_kv_heads: of keys, where they are grouped and the model does not say it; None where all heads are as large
             as the model's width over ``num_heads``.
         maximize: follow the negated gradients.
-        seed, cache_projection, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of ``APOLLO``;
-            the seed matters where a group names a rule with projections.
+        seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
+            ``APOLLO``; the seed matters where a group names a rule with projections.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -49,6 +49,7 @@ class AdamMini(ShardedOptimizer):
         maximize: bool = False,
         seed: int = 0,
         cache_projection: bool | str = "auto",
+        kernels: str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
         model: nn.Module | None = None,
@@ -58,6 +59,6 @@ class AdamMini(ShardedOptimizer):
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, num_heads=num_heads, num_kv_heads=num_kv_heads,
             maximize=maximize, seed=seed,
-            cache_projection=cache_projection, skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps,
-            model=model, process_group=process_group, **unknown,
+            cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
+            max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

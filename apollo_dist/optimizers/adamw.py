@@ -23,8 +23,8 @@ class AdamW(ShardedOptimizer):
         betas, eps: of the moments.
         weight_decay: decoupled; it acts on the weight before the update.
         maximize: follow the negated gradients.
-        seed, cache_projection, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of ``APOLLO``;
-            the seed matters where a group names a rule with projections.
+        seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
+            ``APOLLO``; the seed matters where a group names a rule with projections.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -43,6 +43,7 @@ class AdamW(ShardedOptimizer):
         maximize: bool = False,
         seed: int = 0,
         cache_projection: bool | str = "auto",
+        kernels: str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
         model: nn.Module | None = None,
@@ -52,6 +53,6 @@ class AdamW(ShardedOptimizer):
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay,
             maximize=maximize, seed=seed,
-            cache_projection=cache_projection, skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps,
-            model=model, process_group=process_group, **unknown,
+            cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
+            max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

@@ -44,6 +44,9 @@ class APOLLO(ShardedOptimizer):
         exclude: where the library chooses, a regular expression of names to leave to AdamW.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
+        kernels: what steps compute with: "torch", "triton", or "auto": Triton kernels over many matrices a launch on
+            CUDA devices where Triton is installed, torch's operations elsewhere. float64 and what a kernel does not
+            know takes torch's operations. The log line of the first step says which.
         skip_nonfinite: leave a step out, on all ranks, with weights and states untouched, where a gradient on any of
             them is infinite or NaN. Costs a pass over the gradients, an all-reduce of one number, and a wait for the
             device. Under ZeRO-1, 2 and 3 DeepSpeed's own check does this.
@@ -83,6 +86,7 @@ class APOLLO(ShardedOptimizer):
         maximize: bool = False,
         exclude: str | None = None,
         cache_projection: bool | str = "auto",
+        kernels: str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
         model: nn.Module | None = None,
@@ -93,8 +97,8 @@ class APOLLO(ShardedOptimizer):
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
             scale_type=scale_type, update_proj_gap=update_proj_gap, seed=seed, proj=proj, proj_type=proj_type,
             refresh=refresh, scale_front=scale_front, disable_nl=disable_nl, maximize=maximize, exclude=exclude,
-            cache_projection=cache_projection, skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps,
-            model=model, process_group=process_group, **unknown,
+            cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
+            max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip
 
 

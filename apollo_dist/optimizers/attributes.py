@@ -39,6 +39,7 @@ class OptimizerAttributes(Optimizer):
     rules: Rules
     exclude: str | None
     cache_projection: bool | str
+    kernels: str
     _process_group: dist.ProcessGroup | None
     _guard: NonFiniteGuard
     _failures: Failures

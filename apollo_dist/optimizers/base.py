@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..distributed import check_same_on_all_ranks, run_together, together
+from ..kernels.table import check as check_kernels
 from ..rules.groups import options_of
 from ..rules.registry import RULE, rules_of
 from ..selection.choice import name_pattern
@@ -41,7 +42,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("apollo_dist")
 
 _ARGUMENTS = (
-    "seed", "exclude", "cache_projection", "skip_nonfinite", "max_skipped_steps", "model", "process_group",
+    "seed", "exclude", "cache_projection", "kernels", "skip_nonfinite", "max_skipped_steps", "model",
+    "process_group",
 )  # fmt: skip
 
 
@@ -61,7 +63,7 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
         exclude: where the library chooses low-rank matrices, a regular expression of names to exclude.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
-        skip_nonfinite, max_skipped_steps, model, process_group: as of ``APOLLO``.
+        kernels, skip_nonfinite, max_skipped_steps, model, process_group: as of ``APOLLO``.
         options: those of the rules; keywords of other optimizers where they ask for what is done anyway; all others are
             errors.
 
@@ -81,6 +83,7 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
         seed: int = 0,
         exclude: str | None = None,
         cache_projection: bool | str = "auto",
+        kernels: str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
         model: nn.Module | None = None,
@@ -89,7 +92,7 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
     ) -> None:
         declared = {key: options.pop(key, option.default) for key, option in self.rules.options.items()}
         common = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        self.seed, self.exclude, self.cache_projection = seed, exclude, cache_projection
+        self.seed, self.exclude, self.cache_projection, self.kernels = seed, exclude, cache_projection, kernels
         self._choice, self._roles = KeptChoice(exclude), KeptRoles()
         self._process_group = process_group
         self._model = ModelRef(params if model is None and isinstance(params, nn.Module) else model)
@@ -120,6 +123,7 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
             raise ValueError(f"seed must be an integer, got {self.seed!r}")
         if self.cache_projection not in ("auto", True, False):
             raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
+        check_kernels(self.kernels)
         name_pattern(self.exclude)
         given_model = isinstance(params, nn.Module)
         self._model.check(params)
@@ -284,6 +288,7 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
         facts: dict[str, object] = {
             "skip_nonfinite": self._guard.enabled,
             "max_skipped_steps": self._guard.limit,
+            "kernels": self.kernels,
         }
         return facts | fingerprint(self.seed, self.param_groups, self._members_of_groups(), self.rules)
 
@@ -324,6 +329,7 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
             self._roles.of,
             seed=self.seed,
             cache_projection=self.cache_projection,
+            kernels=self.kernels,
             trained=self._trained,
             generation=self._generation,
         )

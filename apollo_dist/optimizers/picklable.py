@@ -16,8 +16,8 @@ from .model_ref import ModelRef
 
 # What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
 _KEPT = (
-    "defaults", "param_groups", "seed", "exclude", "cache_projection", "_guard", "_choose", "_choice", "_roles",
-    "_from_model", "_given", "_restored", "_trained", "_generation",
+    "defaults", "param_groups", "seed", "exclude", "cache_projection", "kernels", "_guard", "_choose", "_choice",
+    "_roles", "_from_model", "_given", "_restored", "_trained", "_generation",
 )  # fmt: skip
 
 

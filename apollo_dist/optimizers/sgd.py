@@ -21,8 +21,8 @@ class SGD(ShardedOptimizer):
         weight_decay: is added to the gradient, times the weight.
         nesterov: look one step ahead.
         maximize: follow the negated gradients.
-        seed, cache_projection, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of ``APOLLO``;
-            the seed matters where a group names a rule with projections.
+        seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
+            ``APOLLO``; the seed matters where a group names a rule with projections.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -42,6 +42,7 @@ class SGD(ShardedOptimizer):
         maximize: bool = False,
         seed: int = 0,
         cache_projection: bool | str = "auto",
+        kernels: str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
         model: nn.Module | None = None,
@@ -51,6 +52,6 @@ class SGD(ShardedOptimizer):
         super().__init__(
             params, lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
             maximize=maximize, seed=seed,
-            cache_projection=cache_projection, skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps,
-            model=model, process_group=process_group, **unknown,
+            cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
+            max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from ..kernels.reduce import as_gemm_operand
 from . import gaussian as projection
 from .slices import Phase, Projection, ProjectionSlice, scale_of
+
+if TYPE_CHECKING:
+    from ..kernels.table import Kernels
 
 _NOTHING: Mapping[int, Projection] = MappingProxyType({})
 
@@ -40,13 +44,13 @@ class ProjectionCache:
 
     def _divide(self, phase: int) -> dict[int, tuple[int, ...]]:
         """For each matrix that needs its projection in a phase, those drawn with it: of one shape, dtype and kind."""
-        alike: dict[tuple[int, int, torch.dtype, str], list[int]] = {}
+        alike: dict[tuple[int, int, torch.dtype, str, Kernels], list[int]] = {}
         for k, slab in enumerate(self._slabs):
             if slab.needed[phase]:
-                alike.setdefault((slab.rank, slab.length, slab.dtype, slab.kind), []).append(k)
+                alike.setdefault((slab.rank, slab.length, slab.dtype, slab.kind, slab.kernels), []).append(k)
         found = {}
-        for (rank, length, _, kind), members in alike.items():
-            count = projection.drawn_together(rank, length, self._device, kind)
+        for (rank, length, _, kind, kernels), members in alike.items():
+            count = projection.drawn_together(rank, length, self._device, kind, kernels)
             for first in range(0, len(members), count):
                 run = tuple(members[first : first + count])
                 found.update(dict.fromkeys(run, run))
@@ -89,8 +93,10 @@ class ProjectionCache:
         if run not in self._identities or self._identities[run][0] != key:
             names = [(self._slabs[k].name, refresh, self._slabs[k].columns[0]) for k, refresh in wanted]
             self._identities[run] = (key, projection.philox_keys(self._seed, names, self._device))
-        drawn = projection.draw(self._identities[run][1], slab.rank, slab.length, slab.dtype, slab.kind)
+        starts = self._identities[run][1]
+        drawn = projection.draw(starts, slab.rank, slab.length, slab.dtype, slab.kind, slab.kernels)
         for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
-            columns, first = as_gemm_operand(values), self._slabs[k].columns[0]
+            columns = values.t() if slab.kernels.together else as_gemm_operand(values)
+            first = self._slabs[k].columns[0]
             tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]
             self._drawn[k] = (refresh, Projection(columns, first, tiles, slab.rank, scale_of(slab.rank)))

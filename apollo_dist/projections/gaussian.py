@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..kernels import reference
 from ..kernels.philox import MASK32, words_of
+from ..kernels.table import TORCH, Kernels
 from ..kernels.transfer import to_device
 from .quantiles import quantiles
 from .slices import scale_of
@@ -27,11 +27,14 @@ from .slices import scale_of
 # Distributions of the entries, and how many rows of a column one call of Philox makes: 16 bits an entry, or one.
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
 _ROWS = {GAUSSIAN: 8, RADEMACHER: 128}
+KINDS = tuple(_ROWS)
 # How many calls of Philox are made together: on CPU the int64 temporaries then stay in the second-level cache; on
 # accelerators they are 8 MiB each, so that a kernel should have more to do than its launch takes (by what is known of
 # both, not measured).
 _COUNTERS = {"cpu": 1 << 14}
 _COUNTERS_ACCELERATOR = 1 << 20
+# Of a kernel without temporaries: 64 MiB of bf16 numbers, which a group of matrices then needs for a moment.
+_COUNTERS_TOGETHER = 1 << 22
 
 
 def _identity(seed: int, name: str, refresh: int) -> tuple[int, int, int, int]:
@@ -102,30 +105,41 @@ def philox_keys(seed: int, slabs: Sequence[tuple[str, int, int]], device: torch.
     return to_device(words, torch.int64, device)
 
 
-def drawn_together(rank: int, length: int, device: torch.device, kind: str = GAUSSIAN) -> int:
+def drawn_together(rank: int, length: int, device: torch.device, kind: str = GAUSSIAN, kernels: Kernels = TORCH) -> int:
     """How many slabs of rank x length one set of kernels generates; at least 1."""
     calls = math.ceil(rank / _ROWS[kind]) * length
-    return max(1, _COUNTERS.get(device.type, _COUNTERS_ACCELERATOR) // max(1, calls))
+    most = _COUNTERS_TOGETHER if kernels.together else _COUNTERS.get(device.type, _COUNTERS_ACCELERATOR)
+    return max(1, most // max(1, calls))
 
 
-def draw(starts: Tensor, rank: int, length: int, dtype: torch.dtype, kind: str = GAUSSIAN) -> Tensor:
+def draw(
+    starts: Tensor, rank: int, length: int, dtype: torch.dtype, kind: str = GAUSSIAN, kernels: Kernels = TORCH
+) -> Tensor:
     """Slabs of several matrices' projections, (slabs, rank, length), without the factor 1/sqrt(rank).
 
-    In memory each is P^T, (length, rank), as a product takes it.
+    In memory torch's kernels make P^T of each, (length, rank), as a product on CPU takes it; others P.
 
     Args:
         starts: what ``philox_keys`` returned.
         rank, length: of each slab.
         dtype: that holds bf16 numbers: torch.bfloat16, torch.float32 or torch.float64.
         kind: "gaussian" or "rademacher".
+        kernels: that generate it.
     """
+    if kernels.together:
+        out = torch.empty((starts.shape[0], rank, length), dtype=dtype, device=starts.device)
+        _write(starts, out, kind, kernels)
+        return out
     transposed = torch.empty((starts.shape[0], length, rank), dtype=dtype, device=starts.device)
     chunk = drawn_together(rank, len(starts), starts.device, kind)  # columns of every slab at a time
     for a in range(0, length, chunk):
         keys = starts if a == 0 else torch.cat([starts[:, :4], starts[:, 4:] + a], dim=1)
-        part = transposed[:, a : a + chunk].transpose(1, 2)
-        if kind == GAUSSIAN:
-            reference.draw(keys, quantiles(starts.device, dtype), part)
-        else:
-            reference.draw_signs(keys, part)
+        _write(keys, transposed[:, a : a + chunk].transpose(1, 2), kind, kernels)
     return transposed.transpose(1, 2)
+
+
+def _write(keys: Tensor, out: Tensor, kind: str, kernels: Kernels) -> None:
+    if kind == GAUSSIAN:
+        kernels.draw(keys, quantiles(keys.device, out.dtype), out)
+    else:
+        kernels.draw_signs(keys, out)

@@ -8,6 +8,8 @@ from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from ..kernels.table import TORCH, Kernels
+
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
@@ -34,6 +36,7 @@ class ProjectionSlice:
         edges: of each local tile the range that it spans, within ``columns``.
         needed: in each ``Phase``.
         kind: of the entries, "gaussian" or "rademacher".
+        kernels: that generate it, and multiply by it.
     """
 
     name: str
@@ -43,6 +46,7 @@ class ProjectionSlice:
     edges: tuple[tuple[int, int], ...]
     needed: tuple[bool, bool, bool]
     kind: str = "gaussian"
+    kernels: Kernels = TORCH
 
     @property
     def length(self) -> int:

@@ -38,6 +38,14 @@ class AdamW(ElementRule):
         """The kernel adds epsilon to the corrected root of V. Here both are corrected, so epsilon is, too."""
         return float(group["eps"] / math.sqrt(1.0 - group["betas"][1] ** step))
 
+    def adam(self, step: int, group: Group) -> tuple[float, float] | None:
+        """Epsilon is outside of the bias corrections."""
+        return self._correction(step, group), float(group["eps"])
+
+    def _correction(self, step: int, group: Group) -> float:
+        betas = group["betas"]
+        return float(math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step))
+
     def update(
         self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
     ) -> None:
@@ -64,3 +72,7 @@ class TorchAdamW(AdamW):
     def epsilon(self, step: int, group: Group) -> float:
         """The kernel's correction of V is inside of epsilon, as here."""
         return float(group["eps"])
+
+    def adam(self, step: int, group: Group) -> tuple[float, float] | None:
+        """Epsilon is inside of V's bias correction, whose inverse is outside of it."""
+        return self._correction(step, group), float(group["eps"]) * math.sqrt(1.0 - group["betas"][1] ** step)

@@ -56,13 +56,15 @@ class APOLLO(LowRank):
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Moments, and from N and R the scaling factors or what they are made of."""
-        low_rank, normalized = seen.low_rank, self.normalized(seen, state, group)
+        squares = torch.empty((2, seen.low_rank.shape[0]), dtype=seen.low_rank.dtype, device=seen.low_rank.device)
+        seen.kernels.moments(
+            state["exp_avg"], state["exp_avg_sq"], seen.low_rank, *squares.unbind(),
+            betas=group["betas"], eps=group["eps"], workspace=seen.workspace,
+        )  # fmt: skip
+        normalized, low_rank = squares.sqrt_().unbind()  # norms by channel of N and R
         if group["scale_type"] == "tensor":
             return Update(terms=torch.stack([seen.square_sums(normalized), seen.square_sums(low_rank)], dim=1))
-        # Two calls, not one stacked call: OpenMP gives the same rows to the same thread, so they are still in that
-        # core's L2. Measured: 12 % of a CPU step.
-        low_rank_norms = torch.linalg.vector_norm(low_rank, dim=1)
-        scale = channel_scale(torch.linalg.vector_norm(normalized, dim=1), low_rank_norms)
+        scale = channel_scale(normalized, low_rank)
         return Update(scale, None if seen.norms is None else seen.square_sums(seen.norms * scale)[:, None])
 
     def matrix_step(

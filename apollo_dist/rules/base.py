@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.table import TORCH, Kernels
+
 if TYPE_CHECKING:
     from .options import Option
 
@@ -152,6 +154,7 @@ class Seen(NamedTuple):
         counts: how many of the channels are each matrix's; at least 1.
         step: counted from 1, of all these matrices, for a rule with ``reads_step``; else of any of them.
         grams: P P^T of each matrix, (r, r), where ``Reduce.gram`` asks for it.
+        kernels: what the step computes with.
     """
 
     low_rank: Tensor
@@ -160,6 +163,7 @@ class Seen(NamedTuple):
     counts: list[int]
     step: int = 1
     grams: Sequence[Tensor] = ()
+    kernels: Kernels = TORCH
 
     def squares_of_products(self, low_rank: Tensor) -> Tensor:
         """The squared norm of each channel of A P for a low-rank A, (channels, r): (channels,)."""
@@ -293,6 +297,15 @@ class ElementRule:
     def refuses_change(self, before: Group, now: Group) -> str:
         """As of ``MatrixRule``."""
         return ""
+
+    def adam(self, step: int, group: Group) -> tuple[float, float] | None:
+        r"""What makes it Adam's, for kernels that know that; None where it is another rule.
+
+        Returns:
+            c and epsilon of :math:`W \leftarrow W - \eta c M / (\sqrt{V} + \epsilon)` at ``step``, from 1, with the
+            moments ``exp_avg`` and ``exp_avg_sq`` by ``group["betas"]``.
+        """
+        return None
 
     def update(
         self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..kernels.parts import ApplyPart
 from ..kernels.transfer import to_device
 from ..projections.slices import Phase
 from .matrix import Matrix, cast, take
@@ -43,21 +44,131 @@ def apply(
             moved = to_device([tiles is not None for tiles in carriers], torch.bool, values.device)
             values = torch.where(moved, values, batch.matrix_state[name])
         batch.matrix_state[name].copy_(values)
-    active = [(k, tiles) for k, tiles in enumerate(carriers) if tiles is not None]
-    factors = factor.unbind() if factor is not None else ()
-    by: Sequence[Tensor | None] = [factors[k] if factors else None for k, _ in active]
-    of_channels: Sequence[Mapping[str, Tensor]] = [{}] * len(active)
+    active = [k for k, tiles in enumerate(carriers) if tiles is not None]
+    if not active:
+        return
+    if factor is not None and len(active) < len(batch.matrices):
+        factor = factor[to_device(active, torch.int64, factor.device)]
+    matrices, given = [batch.matrices[k] for k in active], [tiles for tiles in carriers if tiles is not None]
+    coefficients = _coefficients(matrices, factor)
+    of_channels = _of_channels(batch, active, owned, replies)
+    if not matrices[0].spec.low_rank_updates:
+        _update(matrices, coefficients, given, [found.get("scale") for found in of_channels])
+        return
+    # One matrix after the other: products with P go to weights in the compute dtype.
+    for row, (k, found) in enumerate(zip(active, of_channels, strict=True)):
+        product = low_rank_update(found, None if factor is None else factor[row])
+        projection = projections.of(batch.first + k, Phase.APPLY)
+        here = slice(row, row + 1)
+        _update(matrices[here], coefficients[here], given[here], [found.get("scale")], (product, projection))
+
+
+def update(m: Matrix, carriers: Sequence[Tensor]) -> None:
+    """Update the local weights of one matrix by the step size times X, channels first for each tile."""
+    _update([m], _coefficients([m], None), [carriers], [None])
+
+
+def _of_channels(
+    batch: Batch, members: Sequence[int], owned: Sequence[Tensor | None], replies: Sequence[Tensor | None]
+) -> list[Mapping[str, Tensor]]:
+    """For each member what the owners answered of its held channels, (channels, width), by the names of ``Reply``."""
     columns = batch.declared.reply.columns(batch.declared.reduce.low_rank)
-    if columns and active:
-        held = [held_reply(batch.matrices[k], owned[batch.first + k], replies[batch.first + k]) for k, _ in active]
-        of_channels = [{name: reply[:, where] for name, where in columns.items()} for reply in held]
-    if batch.declared.reply.scale and active:
-        scales = [found["scale"] for found in of_channels]
-        by = torch._foreach_mul(scales, [factors[k] for k, _ in active]) if factors else scales
-    for (k, tiles), coefficient, found in zip(active, by, of_channels, strict=True):
-        m = batch.matrices[k]
-        projection = projections.of(batch.first + k, Phase.APPLY) if m.spec.low_rank_updates else None
-        update(m, tiles, coefficient, low_rank_update(found, factors[k] if factors else None), projection)
+    if not columns:
+        return [{} for _ in members]
+    held = [held_reply(batch.matrices[k], owned[batch.first + k], replies[batch.first + k]) for k in members]
+    return [{name: reply[:, where] for name, where in columns.items()} for reply in held]
+
+
+def _update(
+    matrices: Sequence[Matrix],
+    coefficients: Tensor,
+    carriers: Sequence[Sequence[Tensor]],
+    scales: Sequence[Tensor | None],
+    product: tuple[Tensor | None, Projection | None] | None = None,
+) -> None:
+    """Update the local weights of matrices of one batch.
+
+    Args:
+        matrices: the matrices.
+        coefficients: of them, (matrices, 2).
+        carriers: of them; empty where there is no X.
+        scales: of each the scaling factors of its held channels, (channels, 1), or None.
+        product: of the only one f D + N, (channels, r), and the projection that it is multiplied by.
+    """
+    rule, group = matrices[0].rule, matrices[0].group
+    parts: list[ApplyPart] = []
+    work: list[Tensor] = []
+    written: list[tuple[Tensor, Tensor]] = []
+    for row, (m, tiles, scale) in enumerate(zip(matrices, carriers, scales, strict=True)):
+        stored = m.shard.weight()
+        weights, copied = m.split(stored)
+        work = weights if product is None else [cast(weight, m.shard.compute_dtype) for weight in weights]
+        written += [(weight, done) for weight, done in zip(weights, work, strict=True) if done is not weight]
+        if copied is not None:
+            written.append((stored, copied.view(stored.shape)))
+        for number, rows, position in m.held.parts if tiles else ():
+            by = None if scale is None else take(scale[:, 0], position)
+            parts.append(ApplyPart(take(work[number], rows), take(tiles[number], rows), by, row))
+    if product is not None and not rule.decay_first:
+        _add_product(matrices[0], work, *product)
+    if parts:
+        decays = rule.weight_decay(group) != 0.0
+        matrices[0].kernels.apply(parts, coefficients, decay_first=rule.decay_first, decays=decays)
+    elif product is not None:  # there is no X
+        decay(work, group["lr"], rule.weight_decay(group))
+    if product is not None and rule.decay_first:
+        _add_product(matrices[0], work, *product)
+    for weight, done in written:
+        weight.copy_(done)
+
+
+def _add_product(m: Matrix, work: Sequence[Tensor], low_rank: Tensor | None, projection: Projection | None) -> None:
+    """Add the step size times (f D + N) P to weights in the compute dtype.
+
+    Args:
+        m: the matrix.
+        work: the weights of its tiles, channels first.
+        low_rank: f D + N of the held channels, (channels, r).
+        projection: P.
+    """
+    if low_rank is None or projection is None:  # this rank holds nothing of the matrix
+        return
+    lr, dtype = m.group["lr"], m.shard.compute_dtype
+    lr = lr.reshape(()).to(dtype) if isinstance(lr, Tensor) else lr
+    # Low-rank updates are of the negated gradient where that is followed: owners made them of R.
+    size = -m.rule.gain(m.group) * m.rule.step_size(lr, m.state["step"], m.group)
+    if isinstance(size, Tensor):
+        low_rank, size = low_rank * size, 1.0
+    for number, rows, position in m.held.parts:
+        projection.add_product(take(low_rank, position), number, take(work[number], rows), size)
+
+
+def _coefficients(matrices: Sequence[Matrix], factor: Tensor | None) -> Tensor:
+    """What the X of matrices of one batch, times scaling factors, and old weights are multiplied by, (matrices, 2).
+
+    Args:
+        matrices: the matrices.
+        factor: what the rule's ``matrix_step`` returned for them, (matrices,), or None for 1.
+    """
+    m = matrices[0]
+    group, rule = m.group, m.rule
+    dtype, device = m.shard.compute_dtype, m.shard.device
+    # R is made of the negated gradient in ``own``; norms do not differ.
+    value = (1.0 if group["maximize"] else -1.0) * rule.gain(group)
+    lr, steps = group["lr"], [one.state["step"] for one in matrices]
+    if isinstance(lr, Tensor):
+        # A tensor is not waited for.
+        lr = lr.reshape(()).to(device, dtype, non_blocking=True)
+        by_step = {step: rule.step_size(lr, step, group) * value for step in dict.fromkeys(steps)}
+        sizes = torch.stack([by_step[step] for step in steps])
+        kept = (1.0 - lr * rule.weight_decay(group)).expand(len(matrices))
+    else:
+        decayed = 1.0 - lr * rule.weight_decay(group)
+        rows = [[rule.step_size(lr, step, group) * value, decayed] for step in steps]
+        sizes, kept = to_device(rows, dtype, device).unbind(1)
+    if factor is not None:
+        sizes = sizes * factor
+    return torch.stack([sizes, kept], dim=1)
 
 
 def shared_reply(m: Matrix, owned: Tensor | None) -> Tensor | None:
@@ -90,58 +201,6 @@ def low_rank_update(of_channels: Mapping[str, Tensor], factor: Tensor | None) ->
     if factor is not None:
         residual = residual * factor
     return residual if direct is None else residual + direct
-
-
-def update(
-    m: Matrix,
-    carriers: Sequence[Tensor],
-    factor: Tensor | None,
-    low_rank: Tensor | None = None,
-    projection: Projection | None = None,
-) -> None:
-    """Update the local weights of one matrix.
-
-    Args:
-        m: the matrix.
-        carriers: X of each tile; empty where there is no X.
-        factor: of X: the scaling factors of the held channels times that of the matrix, (channels, 1); or
-            for the whole matrix, a scalar; None for 1.
-        low_rank: f D + N of the held channels, (channels, r), or None.
-        projection: that it is multiplied by.
-    """
-    group, rule, dtype = m.group, m.rule, m.shard.compute_dtype
-    value = -rule.gain(group)
-    lr = group["lr"]
-    # A tensor is not waited for.
-    size = rule.step_size(lr.reshape(()).to(dtype) if isinstance(lr, Tensor) else lr, m.state["step"], group)
-    if isinstance(size, Tensor):
-        factor = size if factor is None else factor * size
-        low_rank = None if low_rank is None else low_rank * size
-    else:
-        value *= size
-    # R, and what owners make of it, is of the negated gradient where that is followed; norms do not differ.
-    of_carrier = -value if group["maximize"] else value
-    stored = m.shard.weight()
-    weights, copied = m.split(stored)
-    work = [cast(weight, dtype) for weight in weights]
-    if rule.decay_first:
-        decay(work, lr, rule.weight_decay(group))
-    for number, rows, position in m.held.parts:
-        target = take(work[number], rows)
-        if carriers and factor is None:
-            target.add_(take(carriers[number], rows), alpha=of_carrier)
-        elif carriers and factor is not None:
-            by = factor if factor.ndim == 0 else take(factor, position)
-            target.addcmul_(take(carriers[number], rows), by, value=of_carrier)
-        if low_rank is not None and projection is not None:
-            projection.add_product(take(low_rank, position), number, target, value)
-    if not rule.decay_first:
-        decay(work, lr, rule.weight_decay(group))
-    for weight, updated in zip(weights, work, strict=True):
-        if updated is not weight:
-            weight.copy_(updated)
-    if copied is not None:
-        stored.copy_(copied.view(stored.shape))
 
 
 def decay(weights: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..state.slots import STEP
-from .matrix import Matrix, cast
+
+if TYPE_CHECKING:
+    from .matrix import Matrix
 
 # How many gradient elements a batch may have, which bounds the memory that converted gradients take, and how many
 # low-rank numbers a chunk of it, which bounds that of R: on CPU so that R stays in the cache until its norms are taken.
@@ -35,6 +37,7 @@ class Batch:
 
     Attributes:
         counts, rows: of each matrix how many channels this rank owns, and which rows of the batch's state they are.
+        kernels: what its steps compute with.
         chunks: which matrices are reduced together.
         channel_state: by name, (owned channels of all matrices, width).
         matrix_state: by name, (matrices,).
@@ -45,6 +48,7 @@ class Batch:
     def __init__(self, matrices: Sequence[Matrix], first: int) -> None:
         self.matrices, self.first = list(matrices), first
         self.rule, self.declared, self.group = matrices[0].rule, matrices[0].declared, matrices[0].group
+        self.kernels = matrices[0].kernels
         self.factory_kwargs: dict[str, Any] = matrices[0].factory_kwargs
         self.counts = [m.channels.owned.count for m in matrices]
         ends = list(accumulate(self.counts))
@@ -74,18 +78,18 @@ class Batch:
             self.inverse_roots = torch.cat(roots)
 
     def reduced(self, active: Sequence[bool]) -> Tiles:
-        """What is reduced, in the compute dtype; None for matrices that are not active.
+        """What is reduced, in a dtype that the kernels take; None for matrices that are not active.
 
         Args:
             active: for each matrix of the shard group whether it has a gradient.
         """
         return [
-            [cast(tile, m.shard.compute_dtype) for tile in m.reduced()] if active[i] else None
+            [m.taken(tile) for tile in m.reduced()] if active[i] else None
             for i, m in enumerate(self.matrices, start=self.first)
         ]
 
     def carriers(self, active: Sequence[bool], reduced: Tiles | None = None) -> Tiles:
-        """The carriers in the compute dtype; None for matrices that are not active.
+        """The carriers in a dtype that the kernels take; None for matrices that are not active.
 
         Args:
             active: for each matrix of the shard group whether it has a gradient.
@@ -120,7 +124,9 @@ class Batch:
 def make_batches(matrices: Sequence[Matrix]) -> list[Batch]:
     """Divide a shard group's matrices, in order, into batches."""
     sizes = [m.numel for m in matrices]
-    limit = _ELEMENTS.get(matrices[0].shard.device.type, _ACCELERATOR)
+    # Nothing is converted where kernels take gradients as they are stored.
+    together = all(m.kernels.together for m in matrices)
+    limit = sum(sizes) if together else _ELEMENTS.get(matrices[0].shard.device.type, _ACCELERATOR)
     runs = runs_of(sizes, limit, lambda i, j: _alike(matrices[i], matrices[j]))
     return [Batch([matrices[i] for i in run], run[0]) for run in runs]
 
@@ -140,5 +146,5 @@ def runs_of(sizes: Sequence[int], limit: int, alike: Callable[[int, int], bool] 
 
 
 def _alike(a: Matrix, b: Matrix) -> bool:
-    same_rule = a.group is b.group and a.rule is b.rule and a.declared == b.declared
+    same_rule = a.group is b.group and a.rule is b.rule and a.declared == b.declared and a.kernels is b.kernels
     return same_rule and a.shard.compute_dtype == b.shard.compute_dtype

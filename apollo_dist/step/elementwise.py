@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
+from ..kernels.parts import AdamWPart
+from ..kernels.table import TORCH, Kernels
+from ..kernels.transfer import to_device
 from ..state.slots import Slot, ready
 from .apply import decay
 
@@ -23,8 +27,10 @@ class ElementwiseTensor:
         names: of the state.
     """
 
-    def __init__(self, shard: LocalShard, rule: ElementRule, group: Mapping[str, Any], state: Slot) -> None:
-        self.shard, self.rule, self.group, self.state = shard, rule, group, state
+    def __init__(
+        self, shard: LocalShard, rule: ElementRule, group: Mapping[str, Any], state: Slot, kernels: Kernels = TORCH
+    ) -> None:
+        self.shard, self.rule, self.group, self.state, self.kernels = shard, rule, group, state, kernels
         self.names = rule.state_of(group)
         ready(
             state,
@@ -42,12 +48,17 @@ class ElementwiseTensor:
         return True
 
     def gradient(self) -> Tensor:
-        """The local gradient, (elements held here,), in the compute dtype; ValueError if it is sparse."""
+        """The local gradient, (elements held here,), in a dtype that its kernels take; ValueError if it is sparse."""
         grad = self.shard.grad()
         assert grad is not None
         if grad.is_sparse:
             raise ValueError(f"{self.shard.name} has a sparse gradient, which is not supported")
-        return grad.detach().reshape(-1).to(self.shard.compute_dtype)
+        flat = grad.detach().reshape(-1)
+        return flat if self._as_adam and flat.dtype in self.kernels.stored else flat.to(self.shard.compute_dtype)
+
+    @property
+    def _as_adam(self) -> bool:
+        return self.kernels.adamw is not None and self.rule.adam(1, self.group) is not None
 
 
 def step_elementwise(tensors: list[ElementwiseTensor]) -> None:
@@ -55,10 +66,14 @@ def step_elementwise(tensors: list[ElementwiseTensor]) -> None:
     batches: dict[tuple[Any, ...], list[ElementwiseTensor]] = {}
     for t in tensors:
         if t.begin_step():
-            key = (id(t.rule), id(t.group), t.state["step"], t.shard.device, t.shard.compute_dtype)
+            key = (id(t.rule), id(t.group), t.state["step"], t.shard.device, t.shard.compute_dtype, t.kernels)
             batches.setdefault(key, []).append(t)
     for batch in batches.values():
         group, rule = batch[0].group, batch[0].rule
+        form = rule.adam(batch[0].state["step"], group)
+        if batch[0].kernels.adamw is not None and form is not None:
+            _step_adam(batch, *form)
+            continue
         weights = [t.shard.weight() for t in batch]
         work = [w.reshape(-1).to(t.shard.compute_dtype) for w, t in zip(weights, batch, strict=True)]
         if rule.decay_first:
@@ -70,3 +85,31 @@ def step_elementwise(tensors: list[ElementwiseTensor]) -> None:
         for stored, updated in zip(weights, work, strict=True):
             if updated.data_ptr() != stored.data_ptr():
                 stored.copy_(updated.view(stored.shape))
+
+
+def _step_adam(batch: list[ElementwiseTensor], correction: float, eps: float) -> None:
+    """One step of tensors that share rule, hyperparameters and number of steps, in one pass over each.
+
+    Args:
+        batch: of a rule that is Adam's.
+        correction, eps: what ``ElementRule.adam`` returned.
+    """
+    group, rule, shard = batch[0].group, batch[0].rule, batch[0].shard
+    lr, weight_decay = rule.learning_rate(group), rule.weight_decay(group)
+    if isinstance(lr, Tensor):
+        rate = lr.reshape(()).to(shard.device, shard.compute_dtype, non_blocking=True)
+        coefficients = torch.stack([rate * correction, 1.0 - rate * weight_decay])
+    else:
+        coefficients = to_device([lr * correction, 1.0 - lr * weight_decay], shard.compute_dtype, shard.device)
+    stored = [t.shard.weight() for t in batch]
+    flat = [weight.reshape(-1) for weight in stored]
+    parts = [
+        AdamWPart(weight, t.gradient(), *(t.state[name] for name in t.names))
+        for weight, t in zip(flat, batch, strict=True)
+    ]
+    kernel = batch[0].kernels.adamw
+    assert kernel is not None
+    kernel(parts, coefficients, betas=group["betas"], eps=eps, maximize=group["maximize"], decay_first=rule.decay_first)
+    for weight, updated in zip(stored, flat, strict=True):
+        if updated.data_ptr() != weight.data_ptr():  # a copy of weights that do not lie in one piece
+            weight.copy_(updated.view(weight.shape))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.table import TORCH, Kernels
 from ..projections.slices import Projection, ProjectionSlice, scale_of
 from ..rules.base import NO_CARRIER
 from ..sharding.local_shard import LocalShard, view_of
@@ -70,8 +71,10 @@ class Matrix:
         group: the parameter group, whose hyperparameters are read at every step.
         state: ``step`` (int), and by the rule's names (owned channels, width), scalars, and (local elements,) in the
             order of the local weights.
+        kernels: what a step of it computes with.
         channels: which channels this rank deals with.
-        local_only, projected, held: the pieces of ``channels.local_only``, ``.projected`` and ``.held``.
+        local_only, projected, held, shared: the pieces of ``channels.local_only``, ``.projected``, ``.held`` and
+            ``.shared``.
     """
 
     def __init__(
@@ -84,16 +87,17 @@ class Matrix:
         channels: Channels,
         group: Mapping[str, Any],
         state: dict[str, Any],
+        kernels: Kernels = TORCH,
     ) -> None:
-        self.place = place
+        self.place, self.kernels = place, kernels
         self.spec, self.declared, self.rule, self.shard = spec, declared, rule, shard
         self.channels, self.group, self.state = channels, group, state
         self.tiles = spec.tiles[shard.group.rank]
         # Where the matrix begins in the local weights: those of one matrix lie together.
         self._first = min((tile.offset for tile in self.tiles), default=0)
-        self.local_only, self.projected, self.held = (
+        self.local_only, self.projected, self.held, self.shared = (
             Pieces.of(self.tiles, spec.by_rows, chosen)
-            for chosen in (channels.local_only, channels.projected, channels.held)
+            for chosen in (channels.local_only, channels.projected, channels.held, channels.shared)
         )
         self.factory_kwargs: dict[str, Any] = {"dtype": shard.compute_dtype, "device": shard.device}
 
@@ -111,8 +115,8 @@ class Matrix:
         needed = bool(self.projected.parts), bool(self.local_only.parts) or elements or gram, updates
         if not self.spec.rank or self.spec.shared_state:
             needed = False, False, False
-        kind = self.declared.reduce.projection
-        return ProjectionSlice(self.spec.name, self.spec.rank, self.shard.compute_dtype, columns, edges, needed, kind)
+        kind, dtype = self.declared.reduce.projection, self.kernels.entries or self.shard.compute_dtype
+        return ProjectionSlice(self.spec.name, self.spec.rank, dtype, columns, edges, needed, kind, self.kernels)
 
     @property
     def refresh(self) -> int:
@@ -179,11 +183,16 @@ class Matrix:
         return views
 
     def carriers(self) -> list[Tensor]:
-        """X of each tile, channels first, in the compute dtype; nothing where there is no X."""
+        """X of each tile, channels first, in a dtype that its kernels take; nothing where there is no X."""
         carrier = self.declared.carrier
         if carrier == NO_CARRIER:
             return []
-        return self.gradients() if carrier is None else self.tile_views(self.state[carrier])
+        tiles = self.stored_gradients() if carrier is None else self.tile_views(self.state[carrier])
+        return [self.taken(tile) for tile in tiles]
+
+    def taken(self, tile: Tensor) -> Tensor:
+        """A tile in a dtype that the kernels take: as it is stored, or in the compute dtype."""
+        return tile if tile.dtype in self.kernels.stored else cast(tile, self.shard.compute_dtype)
 
     @property
     def reduces_carrier(self) -> bool:

@@ -12,11 +12,14 @@ from ..kernels.reduce import line_norms
 from ..projections.slices import Phase
 from ..rules.base import Seen, Update
 from ..state.slots import STEP
-from .reduce import complete
+from .matrix import take
+from .reduce import parts_of, receive
 
 if TYPE_CHECKING:
     from ..exchange.messages import Received
+    from ..kernels.parts import ProjectPart
     from ..projections.cache import ProjectionCache
+    from ..projections.slices import Projection
     from .batch import Batch, Tiles
 
 
@@ -45,26 +48,20 @@ def own(
     # Zeros where there is no gradient.
     reply = torch.zeros((batch.channels, batch.matrices[0].spec.reply_numbers), **kwargs)
     norms = torch.empty(batch.channels, **kwargs) if declared.reduce.channel_norms else None
-    norms_of = [None] * len(batch.matrices) if norms is None else torch.split(norms, batch.counts)
-    # R of one chunk at a time, and as much for the rule to work in, in the same memory.
+    # R of one chunk at a time, and as much for the rule to work in, in the same memory. Kernels that take many matrices
+    # need no such memory, and then it is that of R.
     most = max(sum(batch.counts[chunk.start : chunk.stop]) for chunk in batch.chunks)
-    space = torch.empty((2, most, declared.reduce.low_rank), **kwargs)
+    space = torch.empty((1 if batch.kernels.together else 2, most, declared.reduce.low_rank), **kwargs)
     for chunk in batch.chunks:
-        start = batch.rows[chunk.start].start
-        lines: list[tuple[Tensor, int]] = []
-        grams: dict[int, Tensor] = {}
-        low_ranks = torch.split(space[0, : batch.rows[chunk[-1]].stop - start], batch.counts[chunk.start : chunk.stop])
-        for k, low_rank in zip(chunk, low_ranks, strict=True):
-            grad, place = grads[k], batch.first + k
-            if grad is None:
-                continue
-            projection = projections.of(place, Phase.OWN)
-            complete(batch.matrices[k], grad, low_rank, norms_of[k], projection, received[place])
-            if declared.reduce.gram and projection is not None:
-                grams[k] = projection.gram
-            if declared.reply.matrix_norm:  # now, while the gradient is in the cache
-                lines += [(line_norms(tile), k) for tile in grad if tile.numel()]
+        start, stop = batch.rows[chunk.start].start, batch.rows[chunk[-1]].stop
+        squares = None if norms is None else norms[start:stop]
+        used = {k: projections.of(batch.first + k, Phase.OWN) for k in chunk if grads[k] is not None}
+        lines = _reduce(batch, chunk, grads, used, received, space[0, : stop - start], squares)
+        grams = {k: p.gram for k, p in used.items() if p is not None} if declared.reduce.gram else {}
+        del used
         _add_squares(lines, terms[:, declared.terms - 1 : declared.terms])
+        if squares is not None:
+            squares.sqrt_()
         for members, rows in batch.active_runs(chunk, grads):
             if norms is not None and batch.inverse_roots is not None:
                 norms[rows] *= batch.inverse_roots[rows]
@@ -73,13 +70,57 @@ def own(
             step = batch.matrices[members[0]].state[STEP]
             norms_seen = None if norms is None else norms[rows]
             grams_seen = [grams[k] for k in members] if grams else []
-            seen = Seen(space[0, local], norms_seen, space[1, local], counts, step, grams_seen)
+            seen = Seen(space[0, local], norms_seen, space[-1, local], counts, step, grams_seen, batch.kernels)
             state = {name: values[rows] for name, values in batch.channel_state.items()}
             update = batch.rule.owner_step(seen, state, batch.group)
             _write(update, declared.reply.columns(declared.reduce.low_rank), reply[rows])
             if update.terms is not None:
                 _add_terms(update.terms, members, terms)
     return torch.split(reply, batch.counts) if reply.shape[1] else [None] * len(batch.matrices)
+
+
+def _reduce(
+    batch: Batch,
+    chunk: range,
+    grads: Tiles,
+    projections: Mapping[int, Projection | None],
+    received: Sequence[Received | None],
+    low_rank: Tensor,
+    squares: Tensor | None,
+) -> list[tuple[Tensor, int]]:
+    """Write R, and the squared norms of the gradient, over the owned channels of a chunk of a batch.
+
+    Here R gets the factor that random projections are generated without, and its sign.
+
+    Args:
+        batch, chunk: the matrices.
+        grads, received: as of ``own``.
+        projections: by number those of the matrices with a gradient.
+        low_rank: (owned channels of the chunk, r), written.
+        squares: (owned channels of the chunk,), written; None where norms by channel are not needed.
+
+    Returns:
+        Where the rule needs norms of whole matrices: tensors, each with the number of a matrix of the batch, whose
+        squared norms sum to that of the local elements.
+    """
+    alpha = batch.matrices[chunk.start].projection_scale * (-1.0 if batch.group["maximize"] else 1.0)
+    lines: list[tuple[Tensor, int]] | None = [] if batch.declared.reply.matrix_norm else None
+    first = batch.rows[chunk.start].start
+    parts: list[ProjectPart] = []
+    for k, projection in projections.items():
+        grad, m = grads[k], batch.matrices[k]
+        assert grad is not None
+        parts += parts_of(grad, m.local_only, projection, batch.rows[k].start - first, k)
+        if lines is not None:
+            shared = (take(grad[number], rows) for number, rows, _ in m.shared.parts)
+            lines += [(line_norms(tile), k) for tile in shared if tile.numel()]
+    if parts:
+        batch.kernels.project(parts, alpha, low_rank, squares, lines)
+    for k, projection in projections.items():
+        rows = slice(batch.rows[k].start - first, batch.rows[k].stop - first)
+        mine = None if squares is None else squares[rows]
+        receive(batch.matrices[k], low_rank[rows], mine, projection, received[batch.first + k], alpha)
+    return lines or []
 
 
 def _write(update: Update, columns: Mapping[str, slice], out: Tensor) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.table import STORED, choose
 from ..rules.base import MatrixRule, Rules
 from ..rules.groups import SELECT_BY_NAME, Views, rule_of
 from ..sharding import detect
@@ -91,7 +92,7 @@ class StepPlan:
         return (
             f"{', '.join(said)}; layout {', '.join(layouts)}; "
             f"{shared:,} shared channels; this rank sends {exchanged + whole:,} bytes a step"
-            f"{refreshed}{self.chosen}{self._idle()}"
+            f"{refreshed}; {self._kernels()}{self.chosen}{self._idle()}"
         )
 
     @staticmethod
@@ -109,6 +110,15 @@ class StepPlan:
         for name in dict.fromkeys(name for name, _ in self.elementwise_shapes):
             shapes = [torch.Size(shape) for rule, shape in self.elementwise_shapes if rule == name]
             yield f"{len(shapes)} tensors with {sum(shape.numel() for shape in shapes):,} elements take {name}"
+
+    def _kernels(self) -> str:
+        """What steps compute with; where that is of two kinds, for how many."""
+        used = [m.kernels.name for group_step in self.shard_groups for m in group_step.matrices]
+        used += [t.kernels.name for t in self.elementwise]
+        kinds = sorted(set(used))
+        if len(kinds) < 2:
+            return f"kernels: {''.join(kinds) or 'none'}"
+        return "kernels: " + ", ".join(f"{kind} for {used.count(kind)} of this rank's parameters" for kind in kinds)
 
     def _idle(self) -> str:
         if not self.idle:
@@ -128,6 +138,7 @@ def plan_step(
     *,
     seed: int,
     cache_projection: bool | str,
+    kernels: str = "auto",
     trained: Mapping[str, int] | None = None,
     generation: int = 0,
 ) -> StepPlan:
@@ -143,7 +154,7 @@ def plan_step(
             group without a rank of its own is low-rank.
         role_of: what a parameter is in its model, by name; asked after ``decide``.
         seed: of the projections.
-        cache_projection: as in ``APOLLO``.
+        cache_projection, kernels: as in ``APOLLO``.
         trained: parameters that have state, by name, each with the generation in which it began. Others that are
             frozen at present are ``idle``.
         generation: of the parameters that begin now. Who owns a channel depends on what is planned together, so a
@@ -158,7 +169,8 @@ def plan_step(
     names = _names(members, engine)
     chosen = decide(names, engine)
     parts = {names[key]: m.part for key, m in members.items()}
-    draft = _Draft(StepPlan([], groups=list(groups)), rules, chosen, role_of, slots, parts, trained, generation)
+    plan = StepPlan([], groups=list(groups))
+    draft = _Draft(plan, rules, chosen, role_of, slots, parts, trained, generation, kernels)
     if any(group.get(SELECT_BY_NAME) for group in groups):
         draft.plan.chosen = f"; chosen: {abbreviate(name for name in names.values() if chosen.get(name))}"
     seen: list[list[ParamInfo]] = []
@@ -186,6 +198,7 @@ class _Draft:
         rules, chosen, role_of, slots: as ``plan_step`` has them.
         parts: by name, which parameters step together.
         trained, generation: in which generation a parameter's state began, and that of the others.
+        kernels: what steps compute with, as ``plan_step`` has it.
         entries: matrices by what has to be common for them to share a plan.
     """
 
@@ -197,6 +210,7 @@ class _Draft:
     parts: Mapping[str, int]
     trained: Mapping[str, int]
     generation: int
+    kernels: str
     entries: dict[tuple[Any, ...], list[Entry]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -220,13 +234,15 @@ class _Draft:
         plan.elementwise_shapes.append((rule.name, tuple(shard.shape)))
         # Of a parameter in ``param_groups`` every rank counts the steps, also where it has no element of it.
         if shard.numel or shard.layout in PARAMETER_LAYOUTS:
-            plan.elementwise.append(ElementwiseTensor(shard, rule, group, self.slots(shard.name)))
+            table = choose(self.kernels, shard.device, shard.compute_dtype, known=shard.dtype in STORED)
+            plan.elementwise.append(ElementwiseTensor(shard, rule, group, self.slots(shard.name), table))
 
     def make_shard_groups(self, cache_projection: bool | str) -> None:
         """Plan the exchange of the matrices that were added, and load their states."""
         for i, entries in enumerate(self.entries.values()):
             made = ShardGroupStep(entries)
-            made.load(self.slots, made.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection))
+            keep = made.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection)
+            made.load(self.slots, keep, self.kernels)
             self.plan.shard_groups.append(made)
             self.plan.facts[f"exchange plan {i}"] = made.plan.digest
 

@@ -1,127 +1,146 @@
 """The first phase of a step: from local gradients to what the owners of channels see of them.
 
-For channels that other ranks hold too, each rank computes its part of R = G P^T and of the squared norms (``partial``);
-exchange 1 brings the parts to the owners. Channels that one rank alone holds, and elements that others send to be
-projected here, are taken by ``complete``.
+For channels that other ranks hold too, each rank computes its part of R = G P^T and of the squared norms
+(``partials``); exchange 1 brings the parts to the owners. Channels that one rank alone holds are ``parts_of`` a matrix,
+which the owner takes to the kernels; what exchange 1 has brought is added by ``receive``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..exchange.channels import ChannelSet
 from ..exchange.messages import Partial, Received
-from ..kernels.reduce import channel_norms, project
-from .matrix import Matrix, Pieces, cast, take
+from ..kernels.parts import ProjectPart
+from ..kernels.reduce import channel_norms
+from .matrix import Matrix, Pieces, take
 
 if TYPE_CHECKING:
     from ..projections.slices import Projection
     from ..sharding.regions import Range
 
 
-def partial(m: Matrix, projection: Projection | None, active: bool) -> Partial:
-    """What exchange 1 takes from this rank: its part of R and of the squared norms, and gradient elements.
+def partials(
+    matrices: Sequence[Matrix], projection_of: Callable[[int], Projection | None], active: Sequence[bool]
+) -> list[Partial]:
+    """What exchange 1 takes from this rank: of each matrix its part of R and of the squared norms, and elements.
 
-    Sizes depend on the plan alone: without a gradient (``active`` False) the parts are zeros.
-
-    Args:
-        m: the matrix.
-        projection: of the current step; None if there is nothing to project, or no gradient.
-        active: whether there is a gradient.
-    """
-    count = m.channels.projected.count
-    low_rank = torch.zeros((count, m.spec.rank), **m.factory_kwargs)
-    norms = torch.zeros(count, **m.factory_kwargs) if m.spec.channel_norms else None
-    if not active or not m.channels.shared.count:
-        return Partial(low_rank, norms, None)
-    stored = m.reduced()
-    if count:
-        grads = [cast(view, m.shard.compute_dtype) for view in stored]
-        _project(grads, m.projected, projection, low_rank, 1.0)
-        if norms is not None:
-            _channel_norms(grads, m.projected, norms)
-            norms.square_()
-    return Partial(low_rank, norms, stored if m.spec.by_rows else [view.t() for view in stored])
-
-
-def complete(
-    m: Matrix,
-    grads: Sequence[Tensor],
-    low_rank: Tensor,
-    norms: Tensor | None,
-    projection: Projection | None,
-    received: Received | None,
-) -> None:
-    """Write R, and the gradient's norms, over the owned channels: held by this rank only first, then received ones.
-
-    Here R gets the factor that random projections are generated without, and its sign.
+    Sizes depend on the plan alone: without a gradient the parts are zeros.
 
     Args:
-        m: the matrix.
-        grads: what is reduced of each tile, in the compute dtype.
-        low_rank: (owned channels, r), written.
-        norms: (owned channels,), written; None where norms by channel are not needed.
-        projection: of the current step; None if there is nothing to project.
-        received: what exchange 1 brought for ``owned_shared``, if there was one.
+        matrices: of a shard group.
+        projection_of: of the current step, by the number of a matrix; None if there is nothing to project.
+        active: for each matrix whether it has a gradient.
     """
-    alone = m.channels.local_only.count
-    alpha = m.projection_scale * (-1.0 if m.group["maximize"] else 1.0)
-    if alone:
-        first = None if alone == low_rank.shape[0] else slice(alone)
-        _project(grads, m.local_only, projection, take(low_rank, first), alpha)
-        if norms is not None:
-            _channel_norms(grads, m.local_only, take(norms, first))
-    if received is not None and m.channels.owned_shared.count:
-        torch.mul(received.low_rank, alpha, out=low_rank[alone:])
-        squares = None if norms is None or received.norms is None else received.norms.to(norms.dtype)
-        for channels, inner, elements in received.elements:
-            part = elements.to(m.shard.compute_dtype)
-            if m.spec.rank:
-                low_rank[alone:][channels].addmm_(part, _columns(projection, inner, m.spec.rank), alpha=alpha)
-            if squares is not None:
-                lengths = torch.empty_like(squares[channels])
-                channel_norms(part, lengths)
-                squares[channels].addcmul_(lengths, lengths)
-        if norms is not None and squares is not None:
-            torch.sqrt(squares, out=norms[alone:])
+    alike: dict[tuple[Any, ...], list[int]] = {}
+    for k, m in enumerate(matrices):
+        # What is converted for one matrix goes before the next one's comes.
+        alone = () if m.kernels.together else (k,)
+        key = (m.kernels, m.shard.compute_dtype, m.spec.rank, m.spec.channel_norms, *alone)
+        alike.setdefault(key, []).append(k)
+    found: dict[int, Partial] = {}
+    for members in alike.values():
+        found |= _partials({k: matrices[k] for k in members}, projection_of, active)
+    return [found[k] for k in range(len(matrices))]
 
 
-def _project(grads: Sequence[Tensor], pieces: Pieces, projection: Projection | None, out: Tensor, alpha: float) -> None:
-    """Write this rank's part of R times ``alpha`` over a set of channels to ``out``, (channels, r).
+def _partials(
+    matrices: dict[int, Matrix], projection_of: Callable[[int], Projection | None], active: Sequence[bool]
+) -> dict[int, Partial]:
+    """The same for matrices of one rank, dtype and kind of kernels, in one call of a kernel."""
+    first = next(iter(matrices.values()))
+    counts = [m.channels.projected.count for m in matrices.values()]
+    # Every channel of a matrix with a gradient is written.
+    make = torch.empty if all(active[k] for k in matrices) else torch.zeros
+    low_rank = make((sum(counts), first.spec.rank), **first.factory_kwargs)
+    squares = make(sum(counts), **first.factory_kwargs) if first.spec.channel_norms else None
+    parts: list[ProjectPart] = []
+    tiles: dict[int, list[Tensor] | None] = {}
+    row = 0
+    for (k, m), count in zip(matrices.items(), counts, strict=True):
+        projection = projection_of(k)
+        tiles[k] = m.reduced() if active[k] and m.channels.shared.count else None
+        stored = tiles[k]
+        if stored is not None and count:
+            parts += parts_of([m.taken(tile) for tile in stored], m.projected, projection, row)
+        row += count
+    if parts:
+        first.kernels.project(parts, 1.0, low_rank, squares)
+    by_matrix = torch.split(low_rank, counts)
+    squares_of = [None] * len(counts) if squares is None else torch.split(squares, counts)
+    found = {}
+    for (k, m), mine, lengths in zip(matrices.items(), by_matrix, squares_of, strict=True):
+        stored = tiles[k]
+        if stored is not None and not m.spec.by_rows:
+            stored = [tile.t() for tile in stored]
+        found[k] = Partial(mine, lengths, stored)
+    return found
+
+
+def parts_of(
+    tiles: Sequence[Tensor], pieces: Pieces, projection: Projection | None, first: int, matrix: int = 0
+) -> list[ProjectPart]:
+    """The local elements of a set of channels, for a kernel that projects them.
 
     R = G P^T where rows are the channels; else R^T = (P G)^T = G^T P^T, stored channels first alike. Each tile needs
     only the columns of P that it spans.
+
+    Args:
+        tiles: of the matrix, channels first.
+        pieces: how they overlap the channels.
+        projection: of the current step; None if there is nothing to project.
+        first: the row of the kernel's output that the first of the channels is.
+        matrix: the number that the parts get.
     """
-    if not pieces.parts or not out.shape[1]:
-        return
-    assert projection is not None
-    if pieces.overlapping:
-        out.zero_()
-    for number, rows, position in pieces.parts:
-        part, target = take(grads[number], rows), take(out, position)
-        if pieces.overlapping:
-            target.addmm_(part, projection.tiles[number][:, : out.shape[1]], alpha=alpha)
-        else:
-            project(part, projection.tiles[number], target, alpha)
+    return [
+        ProjectPart(
+            take(tiles[number], rows),
+            None if projection is None else projection.tiles[number],
+            first + (0 if position is None else position.start),
+            matrix,
+            pieces.overlapping,
+        )
+        for number, rows, position in pieces.parts
+    ]
 
 
-def _channel_norms(grads: Sequence[Tensor], pieces: Pieces, out: Tensor) -> None:
-    """Write the norm of this rank's part of each channel's gradient over a set of channels, (channels,)."""
-    if not pieces.overlapping:
-        for number, rows, position in pieces.parts:
-            channel_norms(take(grads[number], rows), take(out, position))
+def receive(
+    m: Matrix,
+    low_rank: Tensor,
+    squares: Tensor | None,
+    projection: Projection | None,
+    received: Received | None,
+    alpha: float,
+) -> None:
+    """Write R, and the squared norms of the gradient, over the owned channels that other ranks hold, too.
+
+    Args:
+        m: the matrix.
+        low_rank: (owned channels, r); the last rows are written.
+        squares: (owned channels,), likewise; None where norms by channel are not needed.
+        projection: of the current step; None if there is nothing to project.
+        received: what exchange 1 brought for ``owned_shared``, if there was one.
+        alpha: what sums are multiplied by.
+    """
+    if received is None or not m.channels.owned_shared.count:
         return
-    out.zero_()
-    for number, rows, position in pieces.parts:
-        part, total = take(grads[number], rows), take(out, position)
-        norms = torch.empty_like(total)
-        channel_norms(part, norms)
-        total.addcmul_(norms, norms)
-    out.sqrt_()
+    alone = m.channels.local_only.count
+    torch.mul(received.low_rank, alpha, out=low_rank[alone:])
+    if squares is not None and received.norms is not None:
+        squares[alone:] = received.norms
+    for channels, inner, elements in received.elements:
+        part = elements.to(m.shard.compute_dtype)
+        if m.spec.rank:
+            columns = _columns(projection, inner, m.spec.rank).to(part.dtype)
+            low_rank[alone:][channels].addmm_(part, columns, alpha=alpha)
+        if squares is not None:
+            lengths = torch.empty_like(squares[alone:][channels])
+            channel_norms(part, lengths)
+            squares[alone:][channels].addcmul_(lengths, lengths)
 
 
 def _columns(projection: Projection | None, inner: Sequence[Range], rank: int) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..projections.slices import Phase
 from .apply import apply, shared_reply
 from .own import own
-from .reduce import partial
+from .reduce import partials
 from .whole import refresh_projections, step_whole
 
 if TYPE_CHECKING:
@@ -67,9 +67,9 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     # Parts of R and of squared norms travel to the owners of their channels.
     received: list[Received | None] = [None] * len(matrices)
     if plan.needs_exchange1:
-        partials = [partial(m, projections.of(k, Phase.REDUCE), active[k]) for k, m in enumerate(matrices)]
-        received = list(exchange.reduce_to_owners(partials))
-        del partials
+        parts = partials(matrices, lambda k: projections.of(k, Phase.REDUCE), active)
+        received = list(exchange.reduce_to_owners(parts))
+        del parts
 
     # Owners: state, what they answer of each channel, terms.
     terms = torch.zeros((len(matrices), plan.term_columns), dtype=group_step.dtype, device=group_step.device)

@@ -10,7 +10,9 @@ import torch
 from ..exchange.collectives import Exchange
 from ..exchange.plan import MatrixSpec, make_plan
 from ..exchange.whole import WholeExchange
+from ..kernels.table import STORED, choose
 from ..projections.cache import ProjectionCache
+from ..projections.gaussian import KINDS
 from ..state.slots import PROJECTION, Slot, ready
 from .batch import Batch, make_batches
 from .matrix import Matrix
@@ -32,6 +34,12 @@ class Entry(NamedTuple):
     group: Mapping[str, Any]
 
 
+def _known(declared: Spec, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels know what a rule asks for: a projection from the seed, and no low-rank update."""
+    reduce, reply = declared.reduce, declared.reply
+    return dtype in STORED and reduce.low_rank > 0 and reduce.projection in KINDS and not reply.low_rank_updates
+
+
 class ShardGroupStep:
     """All matrices of one shard group on one device: they share one plan and its two collectives."""
 
@@ -47,12 +55,13 @@ class ShardGroupStep:
         self.matrices: list[Matrix] = []
         self.batches: list[Batch] = []
 
-    def load(self, slots: Callable[[str], Slot], cache_projection: bool) -> None:
+    def load(self, slots: Callable[[str], Slot], cache_projection: bool, kernels: str = "torch") -> None:
         """Make or check the states of the matrices.
 
         Args:
             slots: the state of a matrix by its name, empty if there is none yet.
             cache_projection: whether projections are kept until they are redrawn.
+            kernels: "auto", "torch" or "triton", as of the optimizers.
         """
         for entry, channels in zip(self._entries, self.exchange.channels, strict=True):
             shard, place, spec, declared, rule, group = entry
@@ -68,7 +77,8 @@ class ShardGroupStep:
                 shapes[PROJECTION] = projection if numel else (0, projection[1])
             kwargs: dict[str, Any] = {"dtype": shard.compute_dtype, "device": shard.device}
             ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges])
-            self.matrices.append(Matrix(place, spec, declared, rule, shard, channels, group, slot))
+            chosen = choose(kernels, shard.device, shard.compute_dtype, known=_known(declared, shard.dtype))
+            self.matrices.append(Matrix(place, spec, declared, rule, shard, channels, group, slot, chosen))
         slices = [m.projection_slice for m in self.matrices]
         self.projections = ProjectionCache(slices, self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)

@@ -13,9 +13,9 @@ from ..projections.gaussian import gaussian
 from ..projections.orthonormal import leading_directions
 from ..state.slots import PROJECTION, STEP
 from .apply import update
-from .matrix import Matrix, cast
 
 if TYPE_CHECKING:
+    from .matrix import Matrix
     from .shard_group import ShardGroupStep
 
 
@@ -80,4 +80,4 @@ def step_whole(group_step: ShardGroupStep, active: Sequence[bool]) -> None:
         del gathered
         for k, tiles in exchange.scatter(chosen, updates).items():
             if active[k]:
-                update(matrices[k], [cast(tile, matrices[k].shard.compute_dtype) for tile in tiles], None)
+                update(matrices[k], [matrices[k].taken(tile) for tile in tiles])

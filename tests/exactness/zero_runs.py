@@ -109,6 +109,7 @@ class Run:
         frozen: str = "nothing",
         by_name: bool = False,
         schedule: bool = False,
+        kernels: str = "auto",
     ) -> Run:
         """Both from the same weights.
 
@@ -120,6 +121,7 @@ class Run:
             frozen: names that start so are not trained.
             by_name: matrices are chosen by name.
             schedule: every parameter group has a learning rate of its own, and a scheduler changes it.
+            kernels: what steps compute with.
         """
         deepspeed = prepare()
         dtype = torch.float16 if "fp16" in config else torch.bfloat16 if "bf16" in config else torch.float32
@@ -135,7 +137,7 @@ class Run:
         if schedule:
             groups = [{**group, "lr": 0.02 / (i + 1)} for i, group in enumerate(groups)]
         chosen = {"params": model, "rank": 1} if by_name else {"params": groups}
-        optimizer = APOLLO(**chosen, update_proj_gap=gap, **options)
+        optimizer = APOLLO(**chosen, update_proj_gap=gap, kernels=kernels, **options)
         arguments = {"lr_scheduler": torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)} if schedule else {}
         engine = initialize(model, config, optimizer=optimizer, **arguments)
         if init and dtype != torch.float32:

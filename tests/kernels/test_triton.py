@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from apollo_dist.kernels import reference
+from apollo_dist.kernels import reference, tuned
 from apollo_dist.kernels.parts import AdamWPart, ApplyPart, ProjectPart
 from apollo_dist.kernels.philox import philox_4x32_10
 from apollo_dist.projections.quantiles import quantiles
@@ -46,6 +46,16 @@ def test_draw_is_bit_equal(rank):
         assert bool((got[2:] == 7.0).all())
 
 
+@pytest.mark.parametrize("rank", [1, 31, 129, 256])
+def test_draw_of_signs_is_bit_equal(rank):
+    slabs = keys((5, 6, 7, 8, 0), (2**32 - 1, 2**31, 2**32 - 1, 2**31 + 1, 4000))
+    want, got = (torch.full((3, rank, 77), 7.0, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    reference.draw_signs(slabs, want[:2])
+    kernels.draw_signs(slabs, got[:2])
+    assert torch.equal(got, want)
+    assert bool((got[:2].abs() == 1.0).all())
+
+
 def test_draw_takes_eight_rows_of_a_call_of_philox():
     """By the plain code of Philox, element by element, and a slab equals the columns of the whole."""
     table, whole = quantiles(DEVICE), torch.empty((1, 19, 40), dtype=torch.bfloat16, device=DEVICE)
@@ -81,7 +91,7 @@ def check_project(parts, rank, channels, *, norms=True, alpha=0.25):
     out, squares = torch.full((channels, rank), 9.0, device=DEVICE), torch.full((channels,), 9.0, device=DEVICE)
     kernels.project(parts, alpha, out, squares if norms else None)
     exact, size, lengths = (torch.zeros(s, dtype=torch.float64) for s in ((channels, rank),) * 2 + ((channels,),))
-    for grad, columns, first in parts:
+    for grad, columns, first, *_ in parts:
         rows, g, p = slice(first, first + grad.shape[0]), grad.double().cpu(), columns.double().cpu()
         exact[rows] += g @ p * alpha
         size[rows] += g.abs() @ p.abs() * alpha
@@ -136,6 +146,29 @@ def test_project_sums_tiles_of_one_channel(rank, dtype):
     again = [t.clone() for t in (out, squares)]
     kernels.project(parts, 0.25, out, squares)
     assert all(map(torch.equal, again, (out, squares)))  # in a fixed order, without atomics
+
+
+@pytest.mark.parametrize("norms", [True, False])
+def test_totals_are_the_matrices_squared_norms(norms):
+    """Of a matrix in one part, one in two that share channels, and one of whose rows nobody has any elements."""
+    grads = [random(5, 7), random(6, 3), random(4, 2), random(2, 0)]
+    columns = [random(grad.shape[1], 2, seed=9, dtype=torch.bfloat16) for grad in grads]
+    places = [(0, 0), (5, 3), (7, 3), (11, 4)]
+    parts = [ProjectPart(g, p, first, k) for g, p, (first, k) in zip(grads, columns, places, strict=True)]
+    for function in (kernels.project, tuned.project, reference.project):
+        taken = [part._replace(columns=part.columns.float()) for part in parts] if function is tuned.project else parts
+        totals: list = []
+        out, squares = torch.empty((13, 2), device=DEVICE), torch.empty(13, device=DEVICE)
+        function(taken, 1.0, out, squares if norms else None, totals)
+        for first, last in ((0, 5), (5, 13)):  # sums of parts that share channels, and zeros where nobody has elements
+            shown = [part for part in parts if first <= part.first < last]
+            exact = torch.zeros((13, 2), dtype=torch.float64, device=DEVICE)
+            for part in shown:
+                exact[part.first : part.first + len(part.grad)] += part.grad.double() @ part.columns.double()
+            torch.testing.assert_close(out[first:last].double(), exact[first:last], rtol=1e-5, atol=1e-5)
+        found = {k: sum(float(t.double().square().sum()) for t, of in totals if of == k) for k in (0, 3, 4)}
+        want = {0: grads[0], 3: torch.cat([grads[1].reshape(-1), grads[2].reshape(-1)]), 4: grads[3]}
+        assert found == {k: pytest.approx(float(g.double().square().sum()), rel=1e-6) for k, g in want.items()}
 
 
 def test_project_without_norms_and_of_rows_that_nobody_has():

@@ -36,6 +36,9 @@ def test_reads_and_writes_are_those_of_the_schema():
         (lambda: a.add_(b), 2 * 800, 800),
         (lambda: a.copy_(half), 400, 800),  # what is overwritten is not read
         (lambda: a.zero_(), 0, 800),
+        (lambda: a.new_zeros(5), 0, 20),
+        (lambda: meta(10, 30).addmm_(a, meta(20, 30), beta=0), 800 + 2400, 1200),
+        (lambda: meta(10, 30).addmm_(a, meta(20, 30)), 1200 + 800 + 2400, 1200),
         (lambda: torch.add(a, b, out=b), 800 + 800, 800),
         (lambda: a + meta(1, 1).expand(10, 20), 800 + 4, 800),
         (lambda: a.mul_(meta(10, 1)), 800 + 40, 800),
@@ -85,7 +88,44 @@ def test_the_table_is_whole(tmp_path, capsys):
         assert row["floor"] == matrices * 8 + rest * 22
         assert row["adamw"] == (matrices + rest) * 14 + 4  # and the count of steps
         assert row["bytes"] == row["read"] + row["written"] > row["floor"]
-        assert row["A100_ms"] > row["H100_ms"] > 1e3 * row["bytes"] / 3.35e12
+        assert row["A100_ms"] > row["H100_ms"] >= 0.999999 * 1e3 * row["bytes"] / 3.35e12
     products = 8 * 2 * 128 * (4 * 512 * 512 + 3 * 512 * 1376)
     assert apollo["fp32_products"] + apollo["tensor_core"] == products
     assert mini["launches"] == sum(launches for launches, _ in mini["by_name"].values())
+
+
+# Launches, times the floor, new memory in GB: what a step of Triton's kernels may take at most.
+BOUNDS = [
+    ("whole", 1, "bf16", "apollo", 200, 1.30, 0.5),
+    ("whole", 1, "bf16", "mini", 200, 1.10, 0.5),
+    ("whole", 1, "fp32", "apollo", 200, 1.20, 0.5),
+    ("whole", 1, "fp32", "mini", 200, 1.05, 0.5),
+    ("zero2", 8, "bf16", "apollo", 200, 1.35, 0.5),
+    ("zero2", 8, "bf16", "mini", 200, 1.10, 0.5),
+    # Their launches are bounded for whole matrices; those of the exchange are by piece.
+    ("fsdp2", 8, "bf16", "apollo", 300, 1.70, 1.2),
+    ("fsdp2", 8, "bf16", "mini", 350, 1.15, 0.5),
+]
+
+
+@pytest.mark.parametrize(("layout", "world", "dtypes", "optimizer", "launches", "times", "memory"), BOUNDS)
+def test_a_step_of_tritons_kernels_stays_within_its_bounds(layout, world, dtypes, optimizer, launches, times, memory):
+    """LLaMA-7B, embeddings and head included, redrawing at every step."""
+    pytest.importorskip("triton")
+    import traffic
+
+    row = traffic.count(traffic.Case("7B", layout, world, dtypes, optimizer), "triton")
+    counted = row.traffic
+    assert counted.launches <= launches
+    assert counted.bytes <= times * row.floor
+    assert counted.peak <= memory * 1e9
+    assert counted.fp32_products <= 0.01 * (counted.tensor_core + counted.fp32_products + counted.other)
+
+
+def test_launches_do_not_grow_with_depth():
+    """Nearly so: R of more channels is reduced in more chunks."""
+    pytest.importorskip("triton")
+    import traffic
+
+    small, large = (traffic.count(traffic.Case(size, "whole", 1, "bf16", "apollo"), "triton") for size in ("7B", "13B"))
+    assert large.traffic.launches <= 1.5 * small.traffic.launches

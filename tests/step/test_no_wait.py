@@ -103,6 +103,7 @@ def test_the_mode_lets_the_host_work():
         torch.tensor([1.0, 2.0]).to("meta", non_blocking=True)
 
 
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
 @pytest.mark.parametrize("kind", ["channel", "tensor"])
 @pytest.mark.parametrize(
     ("layout", "world", "weights"),
@@ -114,14 +115,16 @@ def test_the_mode_lets_the_host_work():
         ("zero3", 3, torch.float32),
     ],
 )
-def test_no_step_waits(layout, world, weights, kind, monkeypatch):
+def test_no_step_waits(layout, world, weights, kind, kernels, monkeypatch):
     """Steps with and without a redraw, with the learning rate as a number and as a tensor on the device."""
+    if kernels == "triton":
+        pytest.importorskip("triton")
     monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
     from layouts import make_step, one_rank
 
     for cache in (True, "auto"):
         options = {"rank": 1 if kind == "tensor" else 8, "scale_type": kind, "cache_projection": cache}
-        options |= {"update_proj_gap": 2, "weight_decay": 0.1}
+        options |= {"update_proj_gap": 2, "weight_decay": 0.1, "kernels": kernels}
         with one_rank(layout, world):
             model = meta_model(ModelConfig(64, 48, 80, 2, 4))
             take, elements, groups = make_step(model, layout, world, weights, torch.bfloat16, options)

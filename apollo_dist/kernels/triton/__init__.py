@@ -6,8 +6,8 @@ tests use. Nothing here is tuned at run time: block sizes follow from shapes, an
 
 from .adamw import adamw
 from .apply import apply
-from .draw import draw
+from .draw import draw, draw_signs
 from .moments import moments
 from .project import project
 
-__all__ = ["adamw", "apply", "draw", "moments", "project"]
+__all__ = ["adamw", "apply", "draw", "draw_signs", "moments", "project"]

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transfer import to_device
+from ..costs import Cost
 from .dtypes import DTYPES
-from .tables import blocks_of
+from .tables import blocks_on, launch, rows_on
 
 if TYPE_CHECKING:
+    import torch
+
     from ..parts import AdamWPart
 
 # Elements of one program.
@@ -61,12 +63,19 @@ def adamw(
         if part.weight.numel():
             alike.setdefault((part.weight.dtype, part.grad.dtype), []).append(part)
     for (weight, grad), members in alike.items():
-        tensors = [[*(t.data_ptr() for t in part), part.weight.numel()] for part in members]
-        programs = [[i, b] for i, row in enumerate(tensors) for b in range(blocks_of(row[-1], _BLOCK))]
         device = coefficients.device
-        _adamw[(len(programs),)](
-            to_device(programs, torch.int64, device), to_device(tensors, torch.int64, device), coefficients,
+        tensors = [[*(t.data_ptr() for t in part), part.weight.numel()] for part in members]
+        programs = blocks_on(device, tuple((row[-1],) for row in tensors), (_BLOCK,))
+        launch(
+            _adamw, (len(programs),), device, partial(_cost, members),
+            programs, rows_on(device, tensors), coefficients,
             betas[0], betas[1], 1.0 - betas[0], 1.0 - betas[1], eps,
             WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SIGN=-1.0 if maximize else 1.0, DECAY_FIRST=decay_first,
             BLOCK=_BLOCK,
         )  # fmt: skip
+
+
+def _cost(parts: Sequence[AdamWPart]) -> Cost:
+    written = sum(part.weight.nbytes + part.exp_avg.nbytes + part.exp_avg_sq.nbytes for part in parts)
+    read = written + sum(part.grad.nbytes for part in parts)
+    return Cost("adamw", read, written, other=15 * sum(part.weight.numel() for part in parts))

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..transfer import to_device
+from ..costs import Cost
 from .dtypes import DTYPES
-from .tables import blocks_of, layout
+from .tables import blocks_on, launch, layout, rows_on
 
 if TYPE_CHECKING:
     from ..parts import ApplyPart
@@ -61,7 +61,7 @@ def _apply(
     tl.store(weight + w_at, w.to(WEIGHT), mask=mask)
 
 
-def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool = False) -> None:
+def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool = False, decays: bool = True) -> None:
     """As ``kernels.reference.apply``; one launch for each kind of dtypes and memory layout."""
     alike: dict[tuple[Any, ...], list[ApplyPart]] = {}
     for part in parts:
@@ -79,15 +79,17 @@ def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool
             ]
             for w, g, s, matrix in members
         ]  # fmt: skip
-        programs = [
-            [i, a, b]
-            for i, part in enumerate(members)
-            for a in range(blocks_of(part.weight.shape[0], channels))
-            for b in range(blocks_of(part.weight.shape[1], inner))
-        ]
         device = coefficients.device
-        _apply[(len(programs),)](
-            to_device(programs, torch.int64, device), to_device(rows, torch.int64, device), coefficients,
+        programs = blocks_on(device, tuple(tuple(part.weight.shape) for part in members), (channels, inner))
+        launch(
+            _apply, (len(programs),), device, partial(_cost, members),
+            programs, rows_on(device, rows), coefficients,
             WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SCALED=scaled, ALIGNED=aligned, DECAY_FIRST=decay_first,
             CHANNELS=channels, INNER=inner, UNIT=unit,
         )  # fmt: skip
+
+
+def _cost(parts: Sequence[ApplyPart]) -> Cost:
+    written = sum(part.weight.nbytes for part in parts)
+    read = written + sum(part.grad.nbytes + (0 if part.scale is None else part.scale.nbytes) for part in parts)
+    return Cost("apply", read, written, other=4 * sum(part.weight.numel() for part in parts))

@@ -6,6 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..costs import Cost
+from .tables import launch
+
 # Channels of a program: with 256 columns, eight rows of 1 KB each.
 _ROWS, _COLUMNS = 8, 256
 
@@ -45,6 +48,7 @@ def moments(
     *,
     betas: tuple[float, float],
     eps: float,
+    workspace: Tensor | None = None,
 ) -> None:
     """As ``kernels.reference.moments``."""
     channels, rank = low_rank.shape
@@ -52,7 +56,10 @@ def moments(
         return
     columns = min(_COLUMNS, triton.next_power_of_2(rank))
     rows = _ROWS * (_COLUMNS // columns)  # as many elements a program whatever the rank
-    _moments[(triton.cdiv(channels, rows),)](
+    read, written = 3 * low_rank.nbytes, 2 * low_rank.nbytes + 8 * channels
+    launch(
+        _moments, (triton.cdiv(channels, rows),), low_rank.device,
+        lambda: Cost("moments", read, written, other=14 * low_rank.numel()),
         exp_avg, exp_avg_sq, low_rank, normalized_squares, low_rank_squares, channels, rank,
         betas[0], betas[1], 1.0 - betas[0], 1.0 - betas[1], eps, ROWS=rows, COLUMNS=columns,
     )  # fmt: skip

@@ -11,7 +11,7 @@ With r = 1 there is nothing for tensor cores to do: the product is a sum over th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -20,9 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..costs import Cost
 from ..transfer import to_device
 from .dtypes import DTYPES
-from .tables import blocks_of, interpreted, layout
+from .tables import blocks_of, interpreted, launch, layout, rows_on
 
 if TYPE_CHECKING:
     from ..parts import ProjectPart
@@ -107,24 +108,42 @@ def _project(
             tl.store(squares + row + c, sums, mask=c < count)
 
 
-def project(parts: Sequence[ProjectPart], alpha: float, out: Tensor, squares: Tensor | None) -> None:
+def project(
+    parts: Sequence[ProjectPart],
+    alpha: float,
+    out: Tensor,
+    squares: Tensor | None,
+    totals: list[tuple[Tensor, int]] | None = None,
+) -> None:
     """As ``kernels.reference.project``; one launch for each dtype and memory layout of gradients."""
+    if totals is not None and squares is None:
+        squares = torch.empty(out.shape[0], dtype=torch.float32, device=out.device)
     rank = out.shape[1]
     width = 1 if rank == 1 else max(16, min(_RANK, triton.next_power_of_2(rank)))
     # Fewer channels where they are summed in more columns; 64 along the inner extent, as tensor cores take them.
     channels, inner = (128, 128) if rank == 1 else (128 if width <= 128 else 64, 64)
     used = [part for part in parts if part.grad.numel()]
     for (dtype, unit, aligned), members in _alike(used).items():
-        programs, order = _programs(tuple((part.first, part.grad.shape[0]) for part in members), channels)
+        rows = tuple((part.first, part.grad.shape[0]) for part in members)
+        programs, order = _programs(rows, channels, out.device)
         segments = [_segment(members[i]) for i in order]
         grid = (len(programs), blocks_of(rank, width))
-        _project[grid](
-            to_device(programs, torch.int64, out.device), to_device(segments, torch.int64, out.device), out,
+        launch(
+            _project, grid, out.device, partial(_cost, members, out, squares),
+            programs, rows_on(out.device, segments), out,
             out if squares is None else squares,
             rank, alpha, GRAD=DTYPES[dtype], SPLIT=_SPLIT[dtype], UNIT=unit, ALIGNED=aligned,
             NORMS=squares is not None, CHANNELS=channels, INNER=inner, RANK=width, INTERPRETED=interpreted(),
         )  # fmt: skip
     _nothing(parts, out, squares)
+    if totals is not None and squares is not None:
+        # Of each matrix the norms of its channels, whose rows follow each other.
+        roots = squares.sqrt()
+        rows_of: dict[int, tuple[int, int]] = {}
+        for part in used:
+            first, last = rows_of.get(part.matrix, (part.first, part.first))
+            rows_of[part.matrix] = min(first, part.first), max(last, part.first + part.grad.shape[0])
+        totals += [(roots[first:last], matrix) for matrix, (first, last) in rows_of.items()]
 
 
 def _alike(parts: Sequence[ProjectPart]) -> dict[tuple[Any, int, bool], list[ProjectPart]]:
@@ -156,16 +175,20 @@ def _connected(parts: Sequence[ProjectPart]) -> list[list[ProjectPart]]:
 
 def _segment(part: ProjectPart) -> list[int]:
     grad, columns = part.grad, part.columns
+    assert columns is not None
     return [grad.data_ptr(), columns.data_ptr(), grad.shape[1], part.first, *grad.stride(), *columns.stride()]
 
 
-@lru_cache(maxsize=64)
-def _programs(rows: tuple[tuple[int, int], ...], block: int) -> tuple[list[list[int]], list[int]]:
+@lru_cache(maxsize=256)
+def _programs(rows: tuple[tuple[int, int], ...], block: int, device: torch.device) -> tuple[Tensor, list[int]]:
     """Blocks of channels, and which parts each sums.
+
+    They follow from shapes, so they are made once and stay on the device.
 
     Args:
         rows: of each part its first row of the output, and how many.
         block: most channels of a program.
+        device: where they go.
 
     Returns:
         Of each program the first row, how many, and its range in the list of parts that is returned as well.
@@ -184,7 +207,18 @@ def _programs(rows: tuple[tuple[int, int], ...], block: int) -> tuple[list[list[
         begin = len(order)
         order += alive
         programs += [[a, min(block, high - a), begin, len(order)] for a in range(low, high, block)]
-    return programs, order
+    return to_device(programs, torch.int64, device), order
+
+
+def _cost(parts: Sequence[ProjectPart], out: Tensor, squares: Tensor | None) -> Cost:
+    """Programs of one column of blocks share a P, which the second-level cache then holds."""
+    channels, rank = sum(part.grad.shape[0] for part in parts), out.shape[1]
+    columns = {id(part.columns): part.columns.nbytes for part in parts if part.columns is not None}
+    read = sum(part.grad.nbytes for part in parts) + sum(columns.values())
+    written = channels * (rank + (squares is not None)) * 4
+    work = sum(2 * part.grad.numel() * rank * (_SPLIT[part.grad.dtype] if rank > 1 else 1) for part in parts)
+    norms = sum(2 * part.grad.numel() for part in parts) if squares is not None else 0
+    return Cost("project", read, written, work if rank > 1 else 0, norms + (work if rank == 1 else 0))
 
 
 def _nothing(parts: Sequence[ProjectPart], out: Tensor, squares: Tensor | None) -> None:
