@@ -6,6 +6,9 @@
 #
 #   bash benchmarks/gpu.sh
 #
+# A run that was cut off goes on where it ended: parts that have succeeded at this revision are not run again. Remove
+# .parts-GPU from the folder of results to begin anew.
+#
 #   PYTHON=python3     the interpreter
 #   SHAPES="60M 350M 1B 7B"    DTYPES="fp32 bf16"    ROUNDS=15
 set -euo pipefail
@@ -29,12 +32,22 @@ fi
 }
 name="$("$python" -c 'import re, torch; print(re.sub(r"[^A-Za-z0-9]+", "-", torch.cuda.get_device_name()).strip("-").lower())')"
 
+# A part that has succeeded leaves a mark with the revision, and is not run again for that revision.
+marks="$results/.parts-$name"
+mkdir -p "$marks"
+revision="$(git rev-parse HEAD 2>/dev/null || echo unknown)"
+has_run() { [[ "$(cat "$marks/$1" 2>/dev/null)" == "$revision" ]] && echo "==> $1: has run before ($marks/$1)"; }
+mark() { echo "$revision" >"$marks/$1"; }
+
 status=0
-echo "==> tests marked gpu"
-"$python" -m pytest -p no:cacheprovider -m gpu tests || status=$?
+if ! has_run tests; then
+    echo "==> tests marked gpu"
+    if "$python" -m pytest -p no:cacheprovider -m gpu tests; then mark tests; else status=$?; fi
+fi
 
 for shapes in ${SHAPES:-60M 350M 1B 7B}; do
     for dtype in ${DTYPES:-fp32 bf16}; do
+        has_run "$shapes-$dtype" && continue
         echo "==> $shapes $dtype"
         # Weights, gradients and AdamW's state are four numbers an element, and a step may need as much again for the
         # largest matrices: a pair that does not fit is left out, not estimated.
@@ -52,8 +65,12 @@ EOF
             echo "left out: too large for this GPU"
             continue
         fi
-        "$python" benchmarks/step_time.py --device cuda --shapes "$shapes" --dtype "$dtype" --rounds "${ROUNDS:-15}" \
-            --write "$name-$shapes-$dtype" --results "$results" || status=$?
+        if "$python" benchmarks/step_time.py --device cuda --shapes "$shapes" --dtype "$dtype" \
+            --rounds "${ROUNDS:-15}" --write "$name-$shapes-$dtype" --results "$results"; then
+            mark "$shapes-$dtype"
+        else
+            status=$?
+        fi
     done
 done
 exit "$status"

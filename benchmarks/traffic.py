@@ -16,7 +16,9 @@ Beside the counts stand:
 - milliseconds, which are computed and not measured: bytes over the memory bandwidth of a data sheet plus products over
   its arithmetic, with kernels one after the other. Traffic of a network is not in them.
 
-Projections are redrawn as ``cache_projection="auto"`` does on accelerators.
+Projections are redrawn as ``cache_projection="auto"`` does on accelerators. Kernels are Triton's, as
+``kernels="auto"`` takes them on CUDA devices; ``--kernels torch`` counts torch's operations instead. A projection
+counts as read once a launch, since the second-level cache holds it for the programs that follow.
 """
 
 from __future__ import annotations
