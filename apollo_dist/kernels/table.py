@@ -13,8 +13,6 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import reference, tuned
-
 KERNELS = ("auto", "torch", "triton")
 # Dtypes of gradients and weights that Triton's kernels know.
 STORED = frozenset({torch.bfloat16, torch.float16, torch.float32})
@@ -45,10 +43,13 @@ class Kernels(NamedTuple):
     adamw: Callable[..., None] | None
 
 
-TORCH = Kernels(
-    "torch", frozenset(), None, False, reference.draw, reference.draw_signs, tuned.project, tuned.moments, tuned.apply,
-    None,
-)  # fmt: skip
+@lru_cache
+def torch_kernels() -> Kernels:
+    """torch's operations."""
+    from . import reference, tuned
+
+    draws = reference.draw, reference.draw_signs
+    return Kernels("torch", frozenset(), None, False, *draws, tuned.project, tuned.moments, tuned.apply, None)
 
 
 def check(wanted: Any) -> None:
@@ -74,13 +75,13 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, *, known: bool
         ValueError: for "triton" on a CPU, unless Triton's interpreter runs (``TRITON_INTERPRET=1``).
     """
     if wanted == "torch" or (wanted == "auto" and (device.type != "cuda" or not _installed())):
-        return TORCH
+        return torch_kernels()
     if device.type == "cpu" and not _interpreted():
         raise ValueError(
             'kernels="triton" cannot run on a CPU, where these parameters are: pass kernels="auto" or "torch", or set '
             "TRITON_INTERPRET=1 to try the kernels in Triton's interpreter, which is slow"
         )
-    return _triton() if known and dtype == torch.float32 else TORCH
+    return _triton() if known and dtype == torch.float32 else torch_kernels()
 
 
 @lru_cache

@@ -44,7 +44,7 @@ class ProjectionCache:
 
     def _divide(self, phase: int) -> dict[int, tuple[int, ...]]:
         """For each matrix that needs its projection in a phase, those drawn with it: of one shape, dtype and kind."""
-        alike: dict[tuple[int, int, torch.dtype, str, Kernels], list[int]] = {}
+        alike: dict[tuple[int, int, torch.dtype, str, Kernels | None], list[int]] = {}
         for k, slab in enumerate(self._slabs):
             if slab.needed[phase]:
                 alike.setdefault((slab.rank, slab.length, slab.dtype, slab.kind, slab.kernels), []).append(k)
@@ -96,7 +96,8 @@ class ProjectionCache:
         starts = self._identities[run][1]
         drawn = projection.draw(starts, slab.rank, slab.length, slab.dtype, slab.kind, slab.kernels)
         for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
-            columns = values.t() if slab.kernels.together else as_gemm_operand(values)
+            together = slab.kernels is not None and slab.kernels.together
+            columns = values.t() if together else as_gemm_operand(values)
             first = self._slabs[k].columns[0]
             tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]
             self._drawn[k] = (refresh, Projection(columns, first, tiles, slab.rank, scale_of(slab.rank)))

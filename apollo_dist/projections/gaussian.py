@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.philox import MASK32, words_of
-from ..kernels.table import TORCH, Kernels
+from ..kernels.table import Kernels, torch_kernels
 from ..kernels.transfer import to_device
 from .quantiles import quantiles
 from .slices import scale_of
@@ -105,15 +105,21 @@ def philox_keys(seed: int, slabs: Sequence[tuple[str, int, int]], device: torch.
     return to_device(words, torch.int64, device)
 
 
-def drawn_together(rank: int, length: int, device: torch.device, kind: str = GAUSSIAN, kernels: Kernels = TORCH) -> int:
+def drawn_together(
+    rank: int, length: int, device: torch.device, kind: str = GAUSSIAN, kernels: Kernels | None = None
+) -> int:
     """How many slabs of rank x length one set of kernels generates; at least 1."""
     calls = math.ceil(rank / _ROWS[kind]) * length
-    most = _COUNTERS_TOGETHER if kernels.together else _COUNTERS.get(device.type, _COUNTERS_ACCELERATOR)
+    most = (
+        _COUNTERS_TOGETHER
+        if kernels is not None and kernels.together
+        else _COUNTERS.get(device.type, _COUNTERS_ACCELERATOR)
+    )
     return max(1, most // max(1, calls))
 
 
 def draw(
-    starts: Tensor, rank: int, length: int, dtype: torch.dtype, kind: str = GAUSSIAN, kernels: Kernels = TORCH
+    starts: Tensor, rank: int, length: int, dtype: torch.dtype, kind: str = GAUSSIAN, kernels: Kernels | None = None
 ) -> Tensor:
     """Slabs of several matrices' projections, (slabs, rank, length), without the factor 1/sqrt(rank).
 
@@ -124,8 +130,9 @@ def draw(
         rank, length: of each slab.
         dtype: that holds bf16 numbers: torch.bfloat16, torch.float32 or torch.float64.
         kind: "gaussian" or "rademacher".
-        kernels: that generate it.
+        kernels: that generate it; None for torch's.
     """
+    kernels = torch_kernels() if kernels is None else kernels
     if kernels.together:
         out = torch.empty((starts.shape[0], rank, length), dtype=dtype, device=starts.device)
         _write(starts, out, kind, kernels)

@@ -8,11 +8,11 @@ from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from ..kernels.table import TORCH, Kernels
-
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from ..kernels.table import Kernels
 
 
 class Phase(IntEnum):
@@ -36,7 +36,7 @@ class ProjectionSlice:
         edges: of each local tile the range that it spans, within ``columns``.
         needed: in each ``Phase``.
         kind: of the entries, "gaussian" or "rademacher".
-        kernels: that generate it, and multiply by it.
+        kernels: that generate it, and multiply by it; None for torch's.
     """
 
     name: str
@@ -46,7 +46,7 @@ class ProjectionSlice:
     edges: tuple[tuple[int, int], ...]
     needed: tuple[bool, bool, bool]
     kind: str = "gaussian"
-    kernels: Kernels = TORCH
+    kernels: Kernels | None = None
 
     @property
     def length(self) -> int:

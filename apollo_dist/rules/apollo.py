@@ -25,6 +25,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from ..kernels.table import torch_kernels
 from .base import Group, Reply, Seen, Spec, Update
 from .limiter import NORM_EPS, limit
 from .low_rank import ADAM, RANK, LowRank, projection
@@ -57,7 +58,7 @@ class APOLLO(LowRank):
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Moments, and from N and R the scaling factors or what they are made of."""
         squares = torch.empty((2, seen.low_rank.shape[0]), dtype=seen.low_rank.dtype, device=seen.low_rank.device)
-        seen.kernels.moments(
+        (seen.kernels or torch_kernels()).moments(
             state["exp_avg"], state["exp_avg_sq"], seen.low_rank, *squares.unbind(),
             betas=group["betas"], eps=group["eps"], workspace=seen.workspace,
         )  # fmt: skip

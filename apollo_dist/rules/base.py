@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..kernels.table import TORCH, Kernels
-
 if TYPE_CHECKING:
+    from ..kernels.table import Kernels
     from .options import Option
 
 Group = Mapping[str, Any]  # a parameter group's options
@@ -154,7 +153,7 @@ class Seen(NamedTuple):
         counts: how many of the channels are each matrix's; at least 1.
         step: counted from 1, of all these matrices, for a rule with ``reads_step``; else of any of them.
         grams: P P^T of each matrix, (r, r), where ``Reduce.gram`` asks for it.
-        kernels: what the step computes with.
+        kernels: what the step computes with; None for torch's.
     """
 
     low_rank: Tensor
@@ -163,7 +162,7 @@ class Seen(NamedTuple):
     counts: list[int]
     step: int = 1
     grams: Sequence[Tensor] = ()
-    kernels: Kernels = TORCH
+    kernels: Kernels | None = None
 
     def squares_of_products(self, low_rank: Tensor) -> Tensor:
         """The squared norm of each channel of A P for a low-rank A, (channels, r): (channels,)."""
@@ -242,15 +241,11 @@ class MatrixRule:
     def matrix_step(
         self, terms: Tensor, state: Mapping[str, Tensor], group: Group
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """The factor f of each matrix, and their new state; elementwise over matrices.
+        """The factor f of each matrix, (matrices,) or None for 1, and the state that changes, by name; elementwise.
 
         Args:
             terms: (matrices, ``Spec.terms``), summed over ranks.
             state: by name, (matrices,); not to be changed, since matrices without a gradient keep theirs.
-            group: the options.
-
-        Returns:
-            f as (matrices,), or None for 1, and the state that changes by name.
         """
         return None, {}
 
@@ -299,13 +294,7 @@ class ElementRule:
         return ""
 
     def adam(self, step: int, group: Group) -> tuple[float, float] | None:
-        r"""What makes it Adam's, for kernels that know that; None where it is another rule.
-
-        Returns:
-            c and epsilon of :math:`W \leftarrow W - \eta c M / (\sqrt{V} + \epsilon)` at ``step``, from 1, with the
-            moments ``exp_avg`` and ``exp_avg_sq`` by ``group["betas"]``.
-        """
-        return None
+        r"""c and eps of :math:`W - \eta c M / (\sqrt{V} + \epsilon)` if it is Adam's, with ``group["betas"]``."""
 
     def update(
         self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
@@ -316,14 +305,12 @@ class ElementRule:
             weights, grads: of equal lengths, one device and one dtype, float32 or float64.
             state: by name, like ``weights``.
             step: counted from 1, the same for all.
-            group: the options.
         """
         raise NotImplementedError
 
 
 class Rules(NamedTuple):
-    """The rules of a parameter group: ``matrix`` for the matrices that it takes (None: for none), ``element`` for all
-    other parameters."""
+    """The rules of a group: ``matrix`` for the matrices that it takes (None: for none), ``element`` for all others."""
 
     matrix: MatrixRule | None
     element: ElementRule

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.parts import AdamWPart
-from ..kernels.table import TORCH, Kernels
+from ..kernels.table import Kernels, torch_kernels
 from ..kernels.transfer import to_device
 from ..state.slots import Slot, ready
 from .apply import decay
@@ -28,9 +28,15 @@ class ElementwiseTensor:
     """
 
     def __init__(
-        self, shard: LocalShard, rule: ElementRule, group: Mapping[str, Any], state: Slot, kernels: Kernels = TORCH
+        self,
+        shard: LocalShard,
+        rule: ElementRule,
+        group: Mapping[str, Any],
+        state: Slot,
+        kernels: Kernels | None = None,
     ) -> None:
-        self.shard, self.rule, self.group, self.state, self.kernels = shard, rule, group, state, kernels
+        self.shard, self.rule, self.group, self.state = shard, rule, group, state
+        self.kernels = torch_kernels() if kernels is None else kernels
         self.names = rule.state_of(group)
         ready(
             state,

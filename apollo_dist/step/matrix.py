@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..kernels.table import TORCH, Kernels
 from ..projections.slices import Projection, ProjectionSlice, scale_of
 from ..rules.base import NO_CARRIER
 from ..sharding.local_shard import LocalShard, view_of
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from ..exchange.channels import ChannelSet
     from ..exchange.plan import MatrixSpec
     from ..exchange.routes import Channels
+    from ..kernels.table import Kernels
     from ..rules.base import MatrixRule, Spec
     from ..sharding.regions import Tile
     from .specs import Place
@@ -87,7 +87,7 @@ class Matrix:
         channels: Channels,
         group: Mapping[str, Any],
         state: dict[str, Any],
-        kernels: Kernels = TORCH,
+        kernels: Kernels,
     ) -> None:
         self.place, self.kernels = place, kernels
         self.spec, self.declared, self.rule, self.shard = spec, declared, rule, shard

@@ -22,7 +22,7 @@ def test_triton_that_is_not_installed_is_an_error_and_no_choice(monkeypatch):
     monkeypatch.setattr(table, "_installed", lambda: False)
     with pytest.raises(ValueError, match=r'kernels="triton" needs Triton, which is not installed'):
         APOLLO([nn.Parameter(torch.ones(3, 2))], rank=1, kernels="triton")
-    assert table.choose("auto", torch.device("cuda"), torch.float32) is table.TORCH
+    assert table.choose("auto", torch.device("cuda"), torch.float32) is table.torch_kernels()
 
 
 def test_auto_takes_triton_on_cuda_for_what_it_knows():
@@ -30,8 +30,8 @@ def test_auto_takes_triton_on_cuda_for_what_it_knows():
     cuda = torch.device("cuda")
     assert table.choose("auto", cuda, torch.float32).name == "triton"
     for given in (("auto", cuda, torch.float64), ("auto", CPU, torch.float32), ("torch", cuda, torch.float32)):
-        assert table.choose(*given) is table.TORCH
-    assert table.choose("triton", cuda, torch.float32, known=False) is table.TORCH
+        assert table.choose(*given) is table.torch_kernels()
+    assert table.choose("triton", cuda, torch.float32, known=False) is table.torch_kernels()
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
