@@ -34,21 +34,24 @@ def project(
             out[rows].zero_()
             if squares is not None:
                 squares[rows].zero_()
+    rank = out.shape[1]
     for grad, columns, first, matrix, adds in parts:
         rows = slice(first, first + grad.shape[0])
-        if out.shape[1]:
+        if rank:
             assert columns is not None
             if adds:
-                out[rows].addmm_(grad, columns[:, : out.shape[1]], alpha=alpha)
+                out[rows].addmm_(grad, columns[:, :rank], alpha=alpha)
             else:
                 project_one(grad, columns, out[rows], alpha)
         if squares is not None:
-            norms = torch.empty_like(squares[rows]) if adds else squares[rows]
-            channel_norms(grad, norms)
+            mine = squares[rows]
             if adds:
-                squares[rows].addcmul_(norms, norms)
+                norms = torch.empty_like(mine)
+                channel_norms(grad, norms)
+                mine.addcmul_(norms, norms)
             else:
-                norms.square_()
+                channel_norms(grad, mine)
+                mine.square_()
         if totals is not None and grad.numel():
             totals.append((line_norms(grad), matrix))
 
