@@ -33,8 +33,8 @@ class GaLore(ShardedOptimizer):
             the ``update_proj_gap`` steps that follows from its name.
         proj_type: of random projections, as of ``APOLLO``.
         maximize: follow the negated gradients.
-        seed, exclude, cache_projection, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
-            ``APOLLO``.
+        seed, exclude, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as
+            of ``APOLLO``.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -60,6 +60,7 @@ class GaLore(ShardedOptimizer):
         seed: int = 0,
         exclude: str | None = None,
         cache_projection: bool | str = "auto",
+        kernels: str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
         model: nn.Module | None = None,
@@ -69,8 +70,9 @@ class GaLore(ShardedOptimizer):
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
             update_proj_gap=update_proj_gap, proj=proj, proj_type=proj_type, refresh=refresh, maximize=maximize,
-            seed=seed, exclude=exclude, cache_projection=cache_projection, skip_nonfinite=skip_nonfinite,
-            max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
+            seed=seed, exclude=exclude, cache_projection=cache_projection, kernels=kernels,
+            skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps, model=model,
+            process_group=process_group, **unknown,
         )  # fmt: skip
 
 

@@ -36,8 +36,8 @@ class Muon(ShardedOptimizer):
         adam_lr: learning rate of AdamW, which follows the schedule of ``lr``; None for the same. Groups keep it as
             ``adam_lr_ratio``, the ratio of both.
         maximize: follow the negated gradients.
-        seed, cache_projection, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of ``APOLLO``; the
-            seed matters where a group names a rule with projections.
+        seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
+            ``APOLLO``; the seed matters where a group names a rule with projections.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -63,6 +63,7 @@ class Muon(ShardedOptimizer):
         maximize: bool = False,
         seed: int = 0,
         cache_projection: bool | str = "auto",
+        kernels: str = "auto",
         skip_nonfinite: bool = False,
         max_skipped_steps: int | None = 10,
         model: nn.Module | None = None,
@@ -74,6 +75,6 @@ class Muon(ShardedOptimizer):
         super().__init__(
             params, lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
             ns_eps=ns_eps, ns_dtype=ns_dtype, adjust_lr_fn=adjust_lr_fn, betas=betas, eps=eps, maximize=maximize,
-            seed=seed, cache_projection=cache_projection, skip_nonfinite=skip_nonfinite,
+            seed=seed, cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
             max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip
