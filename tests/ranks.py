@@ -105,7 +105,8 @@ def _run(jobs: list[tuple[tuple[Any, ...], dict[str, Any]]], timeout: float) -> 
         for number, (job, options) in enumerate(jobs):
             ranks.append(template(number % 2).fork(*job, **options))
         deadline = time.monotonic() + allowed(timeout)
-        while in_time and any(rank.poll() is None for rank in ranks) and not any(rank.returncode for rank in ranks):
+        # Every rank is asked each time: one that has failed is seen while those before it run.
+        while in_time and None in (codes := [rank.poll() for rank in ranks]) and not any(codes):
             in_time = time.monotonic() < deadline
             time.sleep(0.01)
         deadline = time.monotonic() + allowed(GRACE_S)

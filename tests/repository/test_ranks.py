@@ -52,8 +52,8 @@ def failing(rank: int, world: int) -> None:
     dist.barrier()
 
 
-def dying(rank: int, world: int) -> None:
-    if rank == 0:
+def dying(rank: int, world: int, which: int) -> None:
+    if rank == which:
         os.kill(os.getpid(), signal.SIGSEGV)
     time.sleep(600)
 
@@ -69,11 +69,12 @@ def test_a_failing_rank_is_told_with_its_traceback() -> None:
         run_ranks(failing, 2)
 
 
-def test_a_rank_that_dies_ends_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("which", "codes"), [(0, r"\[-11, -9\]"), (1, r"\[-9, -11\]")])
+def test_a_rank_that_dies_ends_the_others(monkeypatch: pytest.MonkeyPatch, which: int, codes: str) -> None:
     monkeypatch.setattr(starter, "GRACE_S", 0.1)
     began = time.monotonic()
-    with pytest.raises(AssertionError, match=r"\[-11, -9\]"):
-        run_ranks(dying, 2)
+    with pytest.raises(AssertionError, match=codes):
+        run_ranks(dying, 2, which)
     assert time.monotonic() - began < allowed(60)
 
 
