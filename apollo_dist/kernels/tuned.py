@@ -88,11 +88,16 @@ def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool
         for i, product in zip(scaled, torch._foreach_mul(scales, [by[i] for i in scaled]), strict=True):
             by[i] = product[:, None]
     for part, factor in zip(parts, by, strict=True):
-        work = part.weight.to(coefficients.dtype)
-        if decays and decay_first:
-            work.mul_(kept_of[part.matrix])
-        work.addcmul_(part.grad, factor)
-        if decays and not decay_first:
-            work.mul_(kept_of[part.matrix])
-        if work is not part.weight:
-            part.weight.copy_(work)
+        apply_one(part, factor, kept_of[part.matrix] if decays else None, decay_first=decay_first)
+
+
+def apply_one(part: ApplyPart, factor: Tensor, kept: Tensor | None, *, decay_first: bool) -> None:
+    """Update one rectangle, in the dtype of ``factor``; where nothing decays ``kept`` is None."""
+    work = part.weight.to(factor.dtype)
+    if kept is not None and decay_first:
+        work.mul_(kept)
+    work.addcmul_(part.grad, factor)
+    if kept is not None and not decay_first:
+        work.mul_(kept)
+    if work is not part.weight:
+        part.weight.copy_(work)

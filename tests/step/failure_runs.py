@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from apollo_dist import APOLLO, RankError
 from apollo_dist.distributed import gather
 from apollo_dist.exchange import collectives
+from apollo_dist.kernels import tuned
 from apollo_dist.optimizers import base
 from apollo_dist.rules import adamw
 from apollo_dist.sharding import detect, dtensor
 from apollo_dist.state import slots
-from apollo_dist.step import apply as applying
 from apollo_dist.step import nonfinite, plan, run, shard_group
 from apollo_dist.step.matrix import Matrix
 
@@ -67,7 +67,7 @@ BUILDING: dict[str, Place] = {
 STEPPING: dict[str, Place] = {
     "looking for NaN": (nonfinite, "not_finite", 1),
     "counting the step": (Matrix, "begin_step", 2),
-    "projecting": (run, "partial", 2),
+    "projecting": (run, "partials", 1),
     "packing exchange 1": (collectives.Exchange, "_pack", 2),
     "unpacking exchange 1": (collectives.Exchange, "_summed", 1),
     "the owners' step": (run, "own", 1),
@@ -76,7 +76,7 @@ STEPPING: dict[str, Place] = {
 # Where weights change: the optimizer refuses to go on.
 CHANGING: dict[str, Place] = {
     "updating weights": (run, "apply", 1),
-    "updating a later matrix": (applying, "update", 2),
+    "updating a later matrix": (tuned, "apply_one", 2),
     "AdamW": (adamw, "adam_step", 1),
 }
 NOT_REACHED = "not reached"
