@@ -7,11 +7,14 @@ the signatures of ``kernels.reference``, which defines what they compute.
 from __future__ import annotations
 
 import importlib.util
+import logging
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+
+logger = logging.getLogger("apollo_dist")
 
 KERNELS = ("auto", "torch", "triton")
 # Dtypes of gradients and weights that Triton's kernels know.
@@ -66,7 +69,8 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, *, known: bool
     """The table for parameters of a device.
 
     Args:
-        wanted: "torch"; "triton" for Triton's kernels wherever they know how; "auto" for that on CUDA devices only.
+        wanted: "torch"; "triton" for Triton's kernels wherever they know how; "auto" for that on CUDA devices only, if
+            a trial of each kernel agrees with torch's operations there.
         device: of the gradients.
         dtype: of the computation; Triton's kernels know float32.
         known: whether all that is asked of the parameters is known to Triton's kernels.
@@ -81,7 +85,25 @@ def choose(wanted: str, device: torch.device, dtype: torch.dtype, *, known: bool
             'kernels="triton" cannot run on a CPU, where these parameters are: pass kernels="auto" or "torch", or set '
             "TRITON_INTERPRET=1 to try the kernels in Triton's interpreter, which is slow"
         )
-    return _triton() if known and dtype == torch.float32 else torch_kernels()
+    if not known or dtype != torch.float32 or (wanted == "auto" and not works(device)):
+        return torch_kernels()
+    return _triton()
+
+
+@lru_cache
+def works(device: torch.device) -> bool:
+    """Whether Triton's kernels agree with torch's operations on a device; a warning, once, if they do not."""
+    from .trial import failure
+
+    reason = failure(device)
+    if reason is not None:
+        logger.warning(
+            "Triton's kernels do not work on %s, so kernels=\"auto\" takes torch's operations, which are slower: %s. "
+            "Please report it with the output of python -m apollo_dist env",
+            device,
+            reason,
+        )
+    return reason is None
 
 
 @lru_cache

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from torch import nn
 
 from apollo_dist import APOLLO, SCALE, AdamW
-from apollo_dist.kernels import table
+from apollo_dist.kernels import table, trial
 
 CPU = torch.device("cpu")
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.mark.parametrize("wanted", ["Triton", "cuda", None, True, ["torch"]])
@@ -25,13 +28,53 @@ def test_triton_that_is_not_installed_is_an_error_and_no_choice(monkeypatch):
     assert table.choose("auto", torch.device("cuda"), torch.float32) is table.torch_kernels()
 
 
-def test_auto_takes_triton_on_cuda_for_what_it_knows():
+def test_auto_takes_triton_on_cuda_for_what_it_knows(monkeypatch):
     pytest.importorskip("triton")
     cuda = torch.device("cuda")
+    monkeypatch.setattr(table, "works", lambda device: True)
     assert table.choose("auto", cuda, torch.float32).name == "triton"
     for given in (("auto", cuda, torch.float64), ("auto", CPU, torch.float32), ("torch", cuda, torch.float32)):
         assert table.choose(*given) is table.torch_kernels()
     assert table.choose("triton", cuda, torch.float32, known=False) is table.torch_kernels()
+
+
+def test_a_trial_of_each_kernel_agrees_with_torch():
+    pytest.importorskip("triton")
+    assert trial.failure(DEVICE) is None
+
+
+@pytest.mark.parametrize("name", ["draw", "draw_signs", "project", "moments", "apply", "adamw"])
+def test_auto_does_without_kernels_that_fail_their_trial(name, monkeypatch, caplog):
+    triton = pytest.importorskip("apollo_dist.kernels.triton")
+    original = getattr(triton, name)
+
+    def wrong(*given, **options):
+        original(*given, **options)
+        written = {"draw": 2, "draw_signs": 1, "project": 2, "moments": 0}
+        tensor = given[written[name]] if name in written else given[0][0].weight
+        tensor.view(-1)[-1] += 1
+
+    def broken(*given, **options):
+        raise RuntimeError("ptxas exited with 1")
+
+    for kernel, reason in (
+        (wrong, f"{name.removesuffix('_signs')}.* differs from torch's"),
+        (broken, "RuntimeError: ptxas"),
+    ):
+        monkeypatch.setattr(triton, name, kernel)
+        trial.failure.cache_clear()
+        table.works.cache_clear()
+        caplog.clear()
+        try:
+            for _ in range(2):
+                assert not table.works(DEVICE)
+        finally:
+            trial.failure.cache_clear()
+            table.works.cache_clear()
+        assert len(caplog.messages) == 1
+        assert re.search(f"Triton's kernels do not work on {DEVICE}.*torch's operations.*{reason}", caplog.text)
+    monkeypatch.setattr(table, "works", lambda device: False)
+    assert table.choose("auto", torch.device("cuda"), torch.float32) is table.torch_kernels()
 
 
 def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):

@@ -1,0 +1,89 @@
+"""Whether Triton's kernels work on a device: each is run once there, on small tensors, beside torch's operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import reference
+from .parts import AdamWPart, ApplyPart, ProjectPart
+
+# A weight in bf16 may round to the neighbour, 2^-8 of it away, and R is a sum in another order.
+TOLERANCE = 2.0**-7
+BETAS, EPS = (0.9, 0.999), 1e-6
+CHANNELS, INNER, RANK = 67, 93, 5  # no multiples of a block
+
+# Runs one kernel, of either kind, on the same inputs, and returns what it wrote.
+Trial = Callable[[Any], tuple[Tensor, ...]]
+
+
+@lru_cache
+def failure(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot be used on a device; None if they can. Waits for the device.
+
+    Args:
+        device: a CUDA device, or the CPU for Triton's interpreter.
+    """
+    try:
+        from . import triton
+
+        for name, trial in _trials(device):
+            for got, expected in zip(trial(triton), trial(reference), strict=True):
+                error = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
+                if not float(error) <= (0.0 if name.startswith("draw") else TOLERANCE):
+                    return f"{name} differs from torch's operations by {float(error):.1e}"
+    except Exception as error:  # compilers and drivers raise anything
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def _trials(device: torch.device) -> Iterator[tuple[str, Trial]]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, dtype)
+
+    keys = torch.tensor([[5, 6, 7, 8, 0], [2**32 - 1, 2**31, 1, 2, 40]], device=device)
+    table = normal(1 << 16, dtype=torch.bfloat16)
+    columns, coefficients = normal(INNER, RANK, dtype=torch.bfloat16), normal(1, 2)
+    low_rank, first, second = normal(CHANNELS, RANK), normal(CHANNELS, RANK), normal(CHANNELS, RANK).square()
+
+    def draw(kernels: Any) -> tuple[Tensor, ...]:
+        slabs = torch.empty((2, RANK, INNER), dtype=torch.bfloat16, device=device)
+        signs = torch.empty_like(slabs)
+        kernels.draw(keys, table, slabs)
+        kernels.draw_signs(keys, signs)
+        return slabs, signs
+
+    yield "draw", draw
+
+    def moments(kernels: Any) -> tuple[Tensor, ...]:
+        results = first.clone(), second.clone(), normal(CHANNELS), normal(CHANNELS)
+        kernels.moments(results[0], results[1], low_rank, results[2], results[3], betas=BETAS, eps=EPS)
+        return results
+
+    yield "moments", moments
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        grad, weight, scale = normal(CHANNELS, INNER, dtype=dtype), normal(CHANNELS, INNER, dtype=dtype), first[:, 0]
+
+        def project(kernels: Any, grad: Tensor = grad) -> tuple[Tensor, ...]:
+            out, squares = torch.empty_like(low_rank), torch.empty(CHANNELS, device=device)
+            kernels.project([ProjectPart(grad, columns, 0)], 0.5, out, squares)
+            return out, squares
+
+        def apply(kernels: Any, grad: Tensor = grad, weight: Tensor = weight, scale: Tensor = scale) -> tuple[Tensor]:
+            changed = weight.clone()
+            kernels.apply([ApplyPart(changed, grad, scale.contiguous(), 0)], coefficients)
+            return (changed,)
+
+        def adamw(kernels: Any, grad: Tensor = grad, weight: Tensor = weight) -> tuple[Tensor, ...]:
+            shown = weight.flatten().clone(), torch.zeros_like(grad.flatten(), dtype=torch.float32)
+            part = AdamWPart(shown[0], grad.flatten(), shown[1], torch.zeros_like(shown[1]))
+            kernels.adamw([part], coefficients[0], betas=BETAS, eps=EPS)
+            return *shown, part.exp_avg_sq
+
+        yield from ((f"{run.__name__} in {dtype}", run) for run in (project, apply, adamw))
