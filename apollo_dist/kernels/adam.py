@@ -9,6 +9,11 @@ from torch import Tensor
 from torch.optim.adam import adam
 
 
+def bias_correction(step: int, betas: tuple[float, float]) -> float:
+    r""":math:`\sqrt{1 - \beta_2^t} / (1 - \beta_1^t)` at step t, counted from 1."""
+    return float(math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step))
+
+
 def adam_direction(
     exp_avg: Tensor, exp_avg_sq: Tensor, grad: Tensor, out: Tensor, *, betas: tuple[float, float], eps: float
 ) -> None:

@@ -84,7 +84,7 @@ class OptimizerAttributes(Optimizer):
     _view: defaultdict[Any, Any]
     _counted: list[tuple[dict[str, Any], Slot]]
     _stale: bool
-    # What the next load may bring otherwise: "seed", "names".
+    # What the next load may bring otherwise: "seed", "names", "projections".
     _accepted: frozenset[str]
 
     def _init_state(self) -> None:

@@ -22,34 +22,37 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..kernels.adam import adam_step
+from ..kernels.adam import adam_step, bias_correction
 from .base import ElementRule, Group
 from .options import BETAS, Option, not_negative
 
 
 class AdamW(ElementRule):
-    """Hugging Face's form."""
+    """Hugging Face's form.
+
+    Attributes:
+        corrects_first: whether epsilon is added to the corrected root of V, as in PyTorch's form.
+    """
 
     name = "AdamW"
+    corrects_first = False
     state = ("exp_avg", "exp_avg_sq")
     options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-6, not_negative)}
 
-    def epsilon(self, step: int, group: Group) -> float:
-        """The kernel adds epsilon to the corrected root of V. Here both are corrected, so epsilon is, too."""
-        return float(group["eps"] / math.sqrt(1.0 - group["betas"][1] ** step))
-
     def adam(self, step: int, group: Group) -> tuple[float, float] | None:
-        """Epsilon is outside of the bias corrections."""
-        return self._correction(step, group), float(group["eps"])
-
-    def _correction(self, step: int, group: Group) -> float:
-        betas = group["betas"]
-        return float(math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step))
+        """Where the root of V is corrected before, the inverse of that is outside of both, and epsilon has it, too."""
+        eps = float(group["eps"])
+        if self.corrects_first:
+            eps *= math.sqrt(1.0 - group["betas"][1] ** step)
+        return bias_correction(step, group["betas"]), eps
 
     def update(
         self, weights: list[Tensor], grads: list[Tensor], state: Mapping[str, list[Tensor]], step: int, group: Group
     ) -> None:
-        """One fused pass."""
+        """One fused pass. The kernel adds epsilon to the corrected root of V."""
+        eps = float(group["eps"])
+        if not self.corrects_first:
+            eps = eps / math.sqrt(1.0 - group["betas"][1] ** step)
         adam_step(
             weights,
             grads,
@@ -57,7 +60,7 @@ class AdamW(ElementRule):
             step=step,
             lr=group["lr"],
             betas=group["betas"],
-            eps=self.epsilon(step, group),
+            eps=eps,
             maximize=group["maximize"],
         )
 
@@ -67,12 +70,5 @@ class TorchAdamW(AdamW):
 
     name = "torch's AdamW"
     decay_first = True
+    corrects_first = True
     options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-8, not_negative)}
-
-    def epsilon(self, step: int, group: Group) -> float:
-        """The kernel's correction of V is inside of epsilon, as here."""
-        return float(group["eps"])
-
-    def adam(self, step: int, group: Group) -> tuple[float, float] | None:
-        """Epsilon is inside of V's bias correction, whose inverse is outside of it."""
-        return self._correction(step, group), float(group["eps"]) * math.sqrt(1.0 - group["betas"][1] ** step)

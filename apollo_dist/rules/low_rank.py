@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
-from ..kernels.adam import adam_direction
+from ..kernels.adam import adam_direction, bias_correction
 from .base import Group, MatrixRule, Reduce, Seen, State
 from .options import BETAS, Option, integer, not_negative, one_of, optional
 
@@ -76,8 +75,3 @@ class LowRank(MatrixRule):
     def step_size(self, lr: Any, step: int, group: Group) -> Any:
         """With Adam's bias corrections, which are outside of epsilon here."""
         return lr * bias_correction(step, group["betas"])
-
-
-def bias_correction(step: int, betas: tuple[float, float]) -> float:
-    r""":math:`\sqrt{1 - \beta_2^t} / (1 - \beta_1^t)` at step t, counted from 1."""
-    return math.sqrt(1.0 - betas[1] ** step) / (1.0 - betas[0] ** step)

@@ -89,7 +89,4 @@ class Rest(scale.DecayFirst):
     """AdamW in PyTorch's form, with a learning rate of its own that follows the schedule of the matrices."""
 
     name = "torch's AdamW, adam_lr"
-
-    def epsilon(self, step: int, group: Group) -> float:
-        """The kernel's correction of V is inside of epsilon, as here."""
-        return float(group["eps"])
+    corrects_first = True

@@ -18,8 +18,10 @@ import torch
 
 import apollo_dist
 from apollo_dist import checkpoint
+from apollo_dist.kernels import reference
+from apollo_dist.kernels.parts import AdamWPart
 from apollo_dist.optimizers.base import ShardedOptimizer
-from apollo_dist.rules import adamw, apollo, scale, sgd
+from apollo_dist.rules import adamw, apollo, builtin, scale, sgd
 from apollo_dist.rules.base import MatrixRule, Reduce, Reply, Rules, Seen, Spec, State, Update
 from apollo_dist.rules.roles import HEAD, Role
 
@@ -29,6 +31,27 @@ from ..ranks import run_ranks
 from ..sharded import fsdp1, fsdp2, whole
 
 OPTIONS = {"lr": 0.02, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("name", [name for name in vars(builtin) if name.isupper()])
+@pytest.mark.parametrize("step", [1, 2, 500])
+def test_the_form_of_adam_is_the_update(name, step):
+    """What a kernel computes by ``adam``, with an epsilon that shows where it stands."""
+    rule = getattr(builtin, name).element
+    group = {"lr": 0.1, "betas": (0.9, 0.99), "eps": 0.3, "maximize": False, "adam_lr_ratio": 0.5, "momentum": 0.9}
+    form = rule.adam(step, group)
+    if form is None:
+        assert name == "SGD"
+        return
+    generator = torch.Generator().manual_seed(step)
+    made = [torch.randn(7, generator=generator) for _ in range(3)] + [torch.rand(7, generator=generator)]
+    weight, grad, *state = made
+    kernel = AdamWPart(weight.clone(), grad, *(values.clone() for values in state))
+    coefficients = torch.tensor([rule.learning_rate(group) * form[0], 1.0])
+    reference.adamw([kernel], coefficients, betas=group["betas"], eps=form[1])
+    rule.update([weight], [grad], {key: [s] for key, s in zip(rule.state, state, strict=True)}, step, group)
+    torch.testing.assert_close(kernel.weight, weight)
+    torch.testing.assert_close([kernel.exp_avg, kernel.exp_avg_sq], state)
 
 
 class Smoothed(MatrixRule):
