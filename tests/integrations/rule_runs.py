@@ -17,7 +17,7 @@ import apollo_dist
 from ..engines import initialize, zero_config
 from ..llama import RATE, errors, llama, tokens, whole_batches
 from ..models import relative_error
-from ..rules.problems import CASES, low_rank_form, muon_form, scale_form
+from ..rules.problems import CASES, adam_mini_form, low_rank_form, muon_form, scale_form
 from ..rules.references import Dense
 from .blocks import accelerate_on_cpu, whole_weights
 from .hugging_face_fsdp_runs import prepared
@@ -25,17 +25,10 @@ from .hugging_face_fsdp_runs import prepared
 STEPS, DECAY, HEAD = 4, 0.1, 8  # rows of a head of the model
 LOW_RANK = {"rank": 3, "update_proj_gap": 3, "proj": "random"}
 
-
-def adam_mini_form(name: str, shape: torch.Size) -> tuple[str, dict[str, Any]]:
-    if len(shape) < 2:
-        return "blocks", {"elements": shape.numel(), "decay": 0.0}
-    return "blocks", {"elements": shape[-1] * (HEAD if "q_proj" in name or "k_proj" in name else 1)}
-
-
 # By class: its options, and what the reference makes of each parameter.
 RULES: dict[str, tuple[dict[str, Any], Any]] = {
     "SCALE": ({}, scale_form),
-    "AdamMini": ({}, adam_mini_form),
+    "AdamMini": ({}, adam_mini_form(HEAD)),
     "GaLore": ({**LOW_RANK, "scale": 0.25}, low_rank_form(alpha=0.25)),
     "Fira": ({**LOW_RANK, "scale": 0.25}, low_rank_form(alpha=0.25, rule="Fira")),
     "Muon": ({"ns_dtype": "state"}, muon_form()),

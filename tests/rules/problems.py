@@ -108,12 +108,17 @@ def scale_form(name: str, shape: torch.Size) -> tuple[str, dict[str, Any]]:
     return ("columns", {}) if "embed" in name else ("rows", {"momentum": 0.9} if "lm_head" in name else {})
 
 
-def adam_mini_form(name: str, shape: torch.Size) -> tuple[str, dict[str, Any]]:
-    if "bias" in name:
-        return "adamw", {"decay": 0.0}
-    if len(shape) < 2:
-        return "blocks", {"elements": shape.numel(), "decay": 0.0}
-    return "blocks", {"elements": shape[-1] * (HEAD_DIM if "q_proj" in name or "k_proj" in name else 1)}
+def adam_mini_form(head_dim: int) -> Callable[[str, torch.Size], tuple[str, dict[str, Any]]]:
+    """Queries and keys by heads of so many rows, biases with Adam, all else by rows."""
+
+    def form(name: str, shape: torch.Size) -> tuple[str, dict[str, Any]]:
+        if "bias" in name:
+            return "adamw", {"decay": 0.0}
+        if len(shape) < 2:
+            return "blocks", {"elements": shape.numel(), "decay": 0.0}
+        return "blocks", {"elements": shape[-1] * (head_dim if "q_proj" in name or "k_proj" in name else 1)}
+
+    return form
 
 
 def low_rank_form(**options: Any) -> Callable[[str, torch.Size], tuple[str, dict[str, Any]]]:
@@ -165,7 +170,7 @@ RANDOM = {"rank": 3, "update_proj_gap": 3, "proj": "random"}
 SVD = {**RANDOM, "proj": "svd"}
 CASES = {
     "SCALE": Case(apollo_dist.SCALE, scale_form, rule="scale", json="SCALE"),
-    "AdamMini": Case(apollo_dist.AdamMini, adam_mini_form, {"betas": (0.9, 0.95)}, "adam_mini", "AdamMini"),
+    "AdamMini": Case(apollo_dist.AdamMini, adam_mini_form(HEAD_DIM), {"betas": (0.9, 0.95)}, "adam_mini", "AdamMini"),
     "GaLore": Case(apollo_dist.GaLore, low_rank_form(alpha=0.25), RANDOM, "galore", "GaLore", True),
     "Fira": Case(
         apollo_dist.Fira, low_rank_form(alpha=0.25, rule="Fira"), {**RANDOM, "scale": 0.25}, "fira", "Fira", True
