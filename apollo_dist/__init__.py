@@ -8,6 +8,7 @@ from .integrations.hugging_face import register as register_hugging_face
 from .optimizers.adam_mini import AdamMini
 from .optimizers.adamw import AdamW
 from .optimizers.apollo import APOLLO, APOLLOMini
+from .optimizers.by_name import BY_NAME
 from .optimizers.galore import Fira, GaLore
 from .optimizers.muon import Muon
 from .optimizers.param_groups import param_groups
@@ -15,9 +16,8 @@ from .optimizers.scale import SCALE
 from .optimizers.sgd import SGD
 from .selection.describe import describe
 
-# AdamW, SGD and Muon are names of torch's or DeepSpeed's own in DeepSpeed's JSON.
-register(APOLLO, APOLLOMini, GaLore, Fira, SCALE, AdamMini, unnamed=(AdamW, SGD, Muon))
-register_hugging_face(APOLLO, APOLLOMini, GaLore, Fira, SCALE, AdamMini, AdamW, SGD, Muon)
+register(BY_NAME)
+register_hugging_face(*BY_NAME.values())
 
 __all__ = [
     "APOLLO",

@@ -2,7 +2,7 @@
 
 DeepSpeed looks unknown optimizer types up in ``torch.optim``, and under ZeRO accepts only the classes on its own list
 unless ``zero_allow_untested_optimizer`` is set. ``register`` puts our classes in both places, as DeepSpeed does for its
-own Muon.
+own Muon. (That is what the name "Muon" means there; ours is "ApolloDistMuon".)
 
 Two tools put another optimizer in the place of one that they were given, without a word; here that is an error:
 
@@ -18,7 +18,7 @@ modules to be imported by whoever needs them: nothing of them is imported here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -31,21 +31,24 @@ from .import_hooks import after_import, wrap_function
 
 logger = logging.getLogger("apollo_dist")
 
-Classes = tuple[type[torch.optim.Optimizer], ...]
+Classes = Mapping[str, type[torch.optim.Optimizer]]  # by their names in DeepSpeed's JSON
 
 
-def register(*classes: type[torch.optim.Optimizer], unnamed: Classes = ()) -> None:
+def register(classes: Classes) -> None:
     """Make ``"optimizer": {"type": "APOLLO"}`` work in a DeepSpeed config, and instances pass as tested.
 
     Called once, when ``apollo_dist`` is imported: before DeepSpeed, Accelerate and transformers, or after them.
 
     Args:
-        classes: that a DeepSpeed config may name.
-        unnamed: classes whose names are those of others in DeepSpeed or torch: instances only.
+        classes: the optimizers, by the names that a DeepSpeed config may say.
+
+    Raises:
+        ValueError: if a name is that of another optimizer of torch.
     """
-    for cls in classes:
-        setattr(torch.optim, cls.__name__, cls)
-    classes += unnamed
+    for name, cls in classes.items():
+        if getattr(torch.optim, name, cls) is not cls:
+            raise ValueError(f"torch.optim.{name} exists already")
+        setattr(torch.optim, name, cls)
     after_import("deepspeed.runtime.zero.utils", lambda m: _support(m, classes))
     after_import(
         "deepspeed.runtime.engine",
@@ -60,7 +63,7 @@ def _support(module: ModuleType, classes: Classes) -> None:
     """Add the classes to DeepSpeed's list of optimizers that are tested under ZeRO."""
     supported = getattr(module, "ZERO_SUPPORTED_OPTIMIZERS", None)
     if supported is not None:
-        supported.extend(cls for cls in classes if cls not in supported)
+        supported.extend(cls for cls in classes.values() if cls not in supported)
 
 
 def _wait_for_every_gather(module: ModuleType) -> None:
@@ -90,6 +93,12 @@ def _wait_for_every_gather(module: ModuleType) -> None:
     wrap_function(module.Init, name, call)
 
 
+def _name_of(optimizer: Any, classes: Classes) -> str | None:
+    """The name in the JSON of the class that an object is of, or that its class is derived from; None without one."""
+    names = {cls: name for name, cls in classes.items()}
+    return next((names[cls] for cls in type(optimizer).__mro__ if cls in names), None)
+
+
 def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> None:
     """Let ``check`` see, and refuse, the arguments of a function of a module or class."""
 
@@ -108,7 +117,7 @@ def _no_inexact(classes: Classes) -> Callable[..., None]:
     """
 
     def check(engine: Any, basic_optimizer: Any = None, *_: Any, **__: Any) -> None:
-        if isinstance(basic_optimizer, classes):
+        if _name_of(basic_optimizer, classes) is not None:
             if getattr(basic_optimizer, "updates_in_backward", False):
                 raise ValueError(NOT_IN_BACKWARD)
             check_supported(engine)
@@ -123,11 +132,13 @@ def _no_swap(classes: Classes) -> Callable[..., None]:
     """The check of Accelerate's ``map_pytorch_optim_to_deepspeed(optimizer)``."""
 
     def check(optimizer: Any, *_: Any, **__: Any) -> None:
-        if isinstance(optimizer, classes):
+        name = _name_of(optimizer, classes)
+        if name is not None:
             raise ValueError(
                 f"Accelerate is about to replace {type(optimizer).__name__} by DeepSpeedCPUAdam, because the DeepSpeed "
                 'config offloads the optimizer. Add "zero_force_ds_cpu_optimizer": false to the config (top level), or '
-                'name the optimizer there ("optimizer": {"type": "APOLLO", ...}) and pass accelerate.utils.DummyOptim'
+                f'name the optimizer there ("optimizer": {{"type": "{name}", ...}}) and pass '
+                "accelerate.utils.DummyOptim"
             )
 
     return check
@@ -138,11 +149,12 @@ def _no_drop(classes: Classes) -> Callable[..., None]:
 
     def check(trainer: Any, num_training_steps: Any = None, inference: bool = False) -> None:
         given = getattr(trainer, "optimizer", None)
-        if isinstance(given, classes) and not inference:
+        name = _name_of(given, classes)
+        if name is not None and not inference:
             raise ValueError(
                 f"under DeepSpeed the Trainer drops optimizers=({type(given).__name__}, ...) and would train with its "
-                "own default. Pass Trainer(optimizer_cls_and_kwargs=(APOLLO, {...})), or name the optimizer in the "
-                'DeepSpeed config: "optimizer": {"type": "APOLLO", ...}'
+                f"own default. Pass Trainer(optimizer_cls_and_kwargs=({type(given).__name__}, {{...}})), or name the "
+                f'optimizer in the DeepSpeed config: "optimizer": {{"type": "{name}", ...}}'
             )
 
     return check

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..rules import builtin
 from .base import ShardedOptimizer
-from .scale import ratio
+from .signatures import ratio
 
 
 class Muon(ShardedOptimizer):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..rules import builtin
 from .base import ShardedOptimizer
+from .signatures import ratio
 
 
 class SCALE(ShardedOptimizer):
@@ -68,11 +69,3 @@ class SCALE(ShardedOptimizer):
             cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
             max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip
-
-
-def ratio(adam_lr: Any, lr: Any) -> Any:
-    """What of ``lr`` the learning rate of AdamW is; as given where that makes no sense, for the errors of options."""
-    try:
-        return float(adam_lr) / float(lr)
-    except (TypeError, ValueError, ZeroDivisionError):
-        return adam_lr

@@ -1,4 +1,4 @@
-"""Classes that differ from others in the defaults of their arguments only."""
+"""What signatures of optimizers share: classes that differ from others in defaults only, and AdamW's learning rate."""
 
 from __future__ import annotations
 
@@ -35,3 +35,11 @@ def with_defaults(**defaults: Any) -> Callable[[type[T]], type[T]]:
         return cls
 
     return decorate
+
+
+def ratio(adam_lr: Any, lr: Any) -> Any:
+    """What of ``lr`` the learning rate of AdamW is; as given where that makes no sense, for the errors of options."""
+    try:
+        return float(adam_lr) / float(lr)
+    except (TypeError, ValueError, ZeroDivisionError):
+        return adam_lr

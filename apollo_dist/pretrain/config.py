@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from apollo_dist.pretrain.fields import at_least, one_of, option, require
-from apollo_dist.pretrain.optimizer_config import OPTIMIZERS, AdamWConfig, JsonOptimizer
+from apollo_dist.pretrain.optimizer_config import OPTIMIZERS, AdamWConfig, JsonOptimizer, OptimizerConfig
 
 ENGINES = ("deepspeed", "fsdp1", "fsdp2", "ddp")
 FSDP1_STRATEGIES = ("full", "grad_op", "hybrid", "none")
@@ -102,7 +102,7 @@ class Config:
     """One training run."""
 
     model: ModelConfig
-    optimizer: AdamWConfig | JsonOptimizer
+    optimizer: OptimizerConfig | JsonOptimizer
     data: DataConfig
     recipe: str = option("name of a recipe, or the path of a YAML file", "tiny")
     engine: str = option("deepspeed (the default if a --deepspeed_config is given), fsdp1, fsdp2 or ddp", "ddp")

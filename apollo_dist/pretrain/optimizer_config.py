@@ -9,17 +9,44 @@ from apollo_dist.pretrain.fields import at_least, one_of, option, require
 
 
 @dataclass(frozen=True)
-class AdamWConfig:
-    """Options of ``torch.optim.AdamW``, and the ones that every optimizer has."""
+class OptimizerConfig:
+    """The options that every optimizer has."""
 
-    name: ClassVar[str] = "adamw"
+    name: ClassVar[str]
     lr: float = option("peak learning rate", 1e-3)
-    betas: tuple[float, float] = option("decay of the first and the second moment", (0.9, 0.999))
-    eps: float = option("added to the root of the second moment", 1e-6)
     weight_decay: float = option("decoupled weight decay", 0.0)
 
     def __post_init__(self) -> None:
-        at_least(0, lr=self.lr, eps=self.eps, weight_decay=self.weight_decay)
+        at_least(0, lr=self.lr, weight_decay=self.weight_decay)
+
+
+@dataclass(frozen=True)
+class SgdConfig(OptimizerConfig):
+    """Options of ``apollo_dist.SGD``, which is ``torch.optim.SGD``."""
+
+    name: ClassVar[str] = "sgd"
+    lr: float = option("peak learning rate", 0.1)
+    weight_decay: float = option("weight decay, which is added to the gradient", 0.0)
+    momentum: float = option("of the running sum of gradients", 0.9)
+    nesterov: bool = option("look one step ahead", False)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
+        require(not self.nesterov or self.momentum > 0, "nesterov", self.nesterov, "false without a momentum")
+
+
+@dataclass(frozen=True)
+class AdamWConfig(OptimizerConfig):
+    """Options of ``torch.optim.AdamW``, and the ones of all optimizers that have its moments."""
+
+    name: ClassVar[str] = "adamw"
+    betas: tuple[float, float] = option("decay of the first and the second moment", (0.9, 0.999))
+    eps: float = option("added to the root of the second moment", 1e-6)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least(0, eps=self.eps)
         require(all(0 <= beta < 1 for beta in self.betas), "betas", self.betas, "two numbers in [0, 1)")
 
 
@@ -46,11 +73,15 @@ class ApolloConfig(ApolloMiniConfig):
     rank: int = option("rank of the projections", 256)
     scale: float = option("multiplies the low-rank matrices' update by its root", 1.0)
     scale_type: str = option("channel: a scaling factor per channel; tensor: one per matrix", "channel")
+    proj: str = option("random: from the seed; svd, subspace: singular directions of the gradient, or nearly", "random")
+    refresh: str = option("together: all such directions in one step of a gap; spread: each in its own", "together")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         at_least(1, rank=self.rank)
         one_of(("channel", "tensor"), "scale_type", self.scale_type)
+        one_of(("random", "svd", "subspace"), "proj", self.proj)
+        one_of(("together", "spread"), "refresh", self.refresh)
 
 
 @dataclass(frozen=True)
@@ -62,13 +93,15 @@ class GaLoreConfig(AdamWConfig):
     rank: int = option("rank of the projections", 256)
     scale: float = option("alpha: multiplies the update of low-rank matrices", 0.25)
     update_proj_gap: int = option("steps between two refreshes of the projections", 200)
-    proj: str = option("svd: leading singular directions of the gradient; random: from the seed", "svd")
+    proj: str = option("svd: leading singular directions of the gradient; subspace: nearly those; random", "svd")
+    refresh: str = option("together: all projections in one step of a gap; spread: each in its own", "together")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.scale > 0, "scale", self.scale, "positive")
         at_least(1, rank=self.rank, update_proj_gap=self.update_proj_gap)
-        one_of(("svd", "random"), "proj", self.proj)
+        one_of(("svd", "subspace", "random"), "proj", self.proj)
+        one_of(("together", "spread"), "refresh", self.refresh)
 
 
 @dataclass(frozen=True)
@@ -130,12 +163,14 @@ class JsonOptimizer:
     def name(self) -> str:
         """The type in the words of ``--optimizer``."""
         ours = {"APOLLO": "apollo", "APOLLOMini": "apollo-mini", "AdamMini": "adam-mini"}
+        ours |= {"ApolloDistMuon": "muon", "ApolloDistSGD": "sgd", "ApolloDistAdamW": "adamw"}
         return ours.get(self.type, self.type.lower())
 
 
-OPTIMIZERS: dict[str, type[AdamWConfig]] = {
+OPTIMIZERS: dict[str, type[OptimizerConfig]] = {
     c.name: c
     for c in (
-        ApolloConfig, ApolloMiniConfig, GaLoreConfig, FiraConfig, MuonConfig, ScaleConfig, AdamMiniConfig, AdamWConfig,
+        ApolloConfig, ApolloMiniConfig, GaLoreConfig, FiraConfig, MuonConfig, ScaleConfig, AdamMiniConfig, SgdConfig,
+        AdamWConfig,
     )
 }  # fmt: skip

@@ -12,25 +12,26 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from apollo_dist import APOLLO, SCALE, AdamMini, APOLLOMini, Fira, GaLore, Muon
+from apollo_dist import APOLLO, SCALE, SGD, AdamMini, APOLLOMini, Fira, GaLore, Muon
 from apollo_dist import layerwise as in_backward
 from apollo_dist.pretrain.optimizer_config import (
     AdamMiniConfig,
-    AdamWConfig,
     ApolloConfig,
     ApolloMiniConfig,
     FiraConfig,
     GaLoreConfig,
     JsonOptimizer,
     MuonConfig,
+    OptimizerConfig,
     ScaleConfig,
+    SgdConfig,
 )
 
 if TYPE_CHECKING:
     from apollo_dist.pretrain.config import Config
 
 # In the order in which they are asked: APOLLO's options are APOLLO-Mini's and more, and Fira's are GaLore's.
-_CLASSES: tuple[tuple[type[AdamWConfig], Any], ...] = (
+_CLASSES: tuple[tuple[type[OptimizerConfig], Any], ...] = (
     (ApolloConfig, APOLLO),
     (ApolloMiniConfig, APOLLOMini),
     (FiraConfig, Fira),
@@ -38,17 +39,18 @@ _CLASSES: tuple[tuple[type[AdamWConfig], Any], ...] = (
     (MuonConfig, Muon),
     (ScaleConfig, SCALE),
     (AdamMiniConfig, AdamMini),
+    (SgdConfig, SGD),
 )
 
 
 def build_optimizer(
-    config: AdamWConfig | JsonOptimizer, model: nn.Module, seed: int, *, layerwise: bool = False
+    config: OptimizerConfig | JsonOptimizer, model: nn.Module, seed: int, *, layerwise: bool = False
 ) -> torch.optim.Optimizer:
     """The optimizer for ``model`` as the engine has wrapped it; ``seed`` is that of the projections.
 
     With ``layerwise`` it updates inside the backward pass, which `Config` allows for the optimizers of this library.
     """
-    assert isinstance(config, AdamWConfig)  # DeepSpeed makes the other kind itself
+    assert isinstance(config, OptimizerConfig)  # DeepSpeed makes the other kind itself
     options = dataclasses.asdict(config)
     kind = next((kind for of, kind in _CLASSES if isinstance(config, of)), None)
     if layerwise:

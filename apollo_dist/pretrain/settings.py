@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from apollo_dist.pretrain.config import Config, DataConfig, ModelConfig
-from apollo_dist.pretrain.optimizer_config import OPTIMIZERS, AdamWConfig, ApolloConfig
+from apollo_dist.pretrain.optimizer_config import OPTIMIZERS, ApolloConfig, OptimizerConfig
 from apollo_dist.pretrain.override import parse_override
 
 # Short names on the command line.
@@ -226,7 +226,7 @@ def _merge(recipe: Mapping[str, object], given: Mapping[str, object], source: st
         target[inner or section] = value
     if "engine" not in given and merged.get("deepspeed_config") is not None:
         merged["engine"] = "deepspeed"
-    kind: type[AdamWConfig] = OPTIMIZERS[chosen]
+    kind: type[OptimizerConfig] = OPTIMIZERS[chosen]
     return {
         **merged,
         "model": build(ModelConfig, model, "model."),
@@ -253,13 +253,13 @@ def _check_optimizer(chosen: str, presets: Mapping[str, object], source: str) ->
             raise ValueError(f"unknown key 'optimizers.{name}' in {source}" + _nearest(name, names, "optimizers."))
 
 
-def _build_optimizer(kind: type[AdamWConfig], options: Mapping[str, object]) -> AdamWConfig:
+def _build_optimizer(kind: type[OptimizerConfig], options: Mapping[str, object]) -> OptimizerConfig:
     for key in options:
         if key not in _fields(kind):
             known = ", ".join(_fields(kind))
             hint = _nearest(key, _fields(kind), "optimizer.")
             raise ValueError(f"optimizer {kind.name} has no option {key!r}{hint}; its options are {known}")
-    made: AdamWConfig = build(kind, options, "optimizer.")
+    made: OptimizerConfig = build(kind, options, "optimizer.")
     return made
 
 

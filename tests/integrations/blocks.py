@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-import apollo_dist
+from apollo_dist.optimizers.base import ShardedOptimizer
 from apollo_dist.sharding.names import canonical_name
 
 from ..llama import GAP, RANK, STEPS, dense, tokens, whole_batches
@@ -81,11 +81,11 @@ class Watch:
 
 @contextmanager
 def watched(model: nn.Module) -> Iterator[Watch]:
-    """Watch a ``llama`` train with an APOLLO, whoever makes and calls it."""
+    """Watch a ``llama`` train with an optimizer of the library, whoever makes and calls it."""
     watch = Watch()
 
     def before_step(optimizer: Any, *_: Any) -> None:
-        if isinstance(optimizer, apollo_dist.APOLLO):
+        if isinstance(optimizer, ShardedOptimizer):
             watch.optimizer = optimizer
             watch.rates.append(optimizer.param_groups[0]["lr"])
 

@@ -105,6 +105,14 @@ BROKEN = {
         "optimizer.type: unknown, 'apollo-mini'; did you mean 'APOLLOMini'?",
     ),
     "another optimizer": (config(optimizer={"type": "AdamW"}), "optimizer.type: 'AdamW' is another optimizer, and"),
+    "DeepSpeed's own Muon": (
+        config(optimizer={"type": "Muon"}),
+        'the only one that outranks it. This library\'s is "ApolloDistMuon". Write that, or remove',
+    ),
+    "an option of Muon": (
+        config(optimizer={"type": "ApolloDistMuon", "params": {"momentum": 1.5}}),
+        "optimizer.params: Muon: momentum must be in [0, 1), got 1.5",
+    ),
     "another of torch's": (config(optimizer={"type": "SGD"}), "optimizer.type: 'SGD' is another optimizer, and"),
     "rank": (apollo(rank=0), "optimizer.params: APOLLO: rank must be an integer >= 1, got 0"),
     "unknown parameter": (apollo(rang=4), "optimizer.params: unknown argument 'rang'. Did you mean 'rank'?"),

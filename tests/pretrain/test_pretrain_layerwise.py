@@ -161,7 +161,7 @@ def test_the_tiny_recipe_runs(tmp_path: Path, options: list[str]) -> None:
         (["--gradient_clipping=1"], "--layerwise with gradient_clipping 1.0: the norm of all gradients"),
         (
             ["--optimizer=adamw"],
-            "--layerwise is for apollo, apollo-mini, galore, fira, muon, scale, adam-mini; the optimizer is adamw",
+            "--layerwise is for apollo, apollo-mini, galore, fira, muon, scale, adam-mini, sgd; the optimizer is adamw",
         ),
         (["--fsdp1_strategy=half"], "fsdp1_strategy is 'half': it must be one of full, grad_op, hybrid, none"),
     ],

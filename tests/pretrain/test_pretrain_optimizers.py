@@ -12,13 +12,17 @@ from apollo_dist.pretrain.optimizer_config import OPTIMIZERS
 from ..pretrain_runs import SMALL, SMALL_APOLLO, losses, write_text
 
 LOW_RANK = {"apollo", "galore", "fira"}
+# Every name, and what else there is of projections.
+MORE = {"galore": "--optimizer.proj=subspace --optimizer.refresh=spread", "apollo": "--optimizer.proj=svd"}
+CASES = [(name, "") for name in OPTIMIZERS] + list(MORE.items())
 
 
 @pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_run_trains_and_resumes(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "more"), CASES)
+def test_a_run_trains_and_resumes(name: str, more: str, tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     given = [*SMALL, f"--optimizer={name}", "--engine=fsdp2", "--checkpoint_every=4", f"--data={tmp_path / 'text'}"]
+    given += more.split()
     if name in LOW_RANK:
         given += SMALL_APOLLO
     assert main([*given, f"--output={tmp_path / 'whole'}"]) == 0

@@ -17,7 +17,7 @@ RECIPES = ["tiny", "60M", "130M", "350M", "1B", "7B", "13B", "70B", "13B-DDP", "
 
 
 @pytest.mark.parametrize(
-    "optimizer", ["apollo", "apollo-mini", "galore", "fira", "muon", "scale", "adam-mini", "adamw"]
+    "optimizer", ["apollo", "apollo-mini", "galore", "fira", "muon", "scale", "adam-mini", "sgd", "adamw"]
 )
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_every_recipe_loads_with_every_optimizer(recipe: str, optimizer: str) -> None:

@@ -186,7 +186,9 @@ CASES = {
         True,
     ),
     "APOLLO SVD": Case(apollo_dist.APOLLO, low_rank_form(rule="APOLLO", svd=True), SVD, "apollo", "APOLLO", True),
-    "Muon": Case(apollo_dist.Muon, muon_form(), {"ns_dtype": "state"}, "muon"),
-    "SGD": Case(apollo_dist.SGD, lambda name, shape: ("sgd", {"momentum": 0.9}), {"momentum": 0.9}, "sgd"),
-    "AdamW": Case(apollo_dist.AdamW, lambda name, shape: ("adamw", {}), rule="adamw"),
+    "Muon": Case(apollo_dist.Muon, muon_form(), {"ns_dtype": "state"}, "muon", "ApolloDistMuon"),
+    "SGD": Case(
+        apollo_dist.SGD, lambda name, shape: ("sgd", {"momentum": 0.9}), {"momentum": 0.9}, "sgd", "ApolloDistSGD"
+    ),
+    "AdamW": Case(apollo_dist.AdamW, lambda name, shape: ("adamw", {}), rule="adamw", json="ApolloDistAdamW"),
 }

@@ -17,17 +17,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from ...optimizers.adam_mini import AdamMini
-from ...optimizers.apollo import APOLLO, APOLLOMini
-from ...optimizers.galore import Fira, GaLore
-from ...optimizers.scale import SCALE
+from ...optimizers.by_name import BY_NAME
 from ...selection.choice import name_pattern
 from ...sharding.deepspeed.faults import installed, not_yet
 from ...sharding.deepspeed.unsupported import unsupported
 from .keys import DEEPSPEED_AUTO, HUGGING_FACE_AUTO, LENIENT, MESH, OUTDATED, STRICT, TOP_LEVEL
 
 Config = Mapping[str, Any]
-OURS = {kind.__name__: kind for kind in (APOLLO, APOLLOMini, GaLore, Fira, SCALE, AdamMini)}
 # DeepSpeed lowers the names of its own optimizers, and looks up all others in torch.optim as they are.
 DEEPSPEED_OPTIMIZERS = ("adagrad", "adam", "adamw", "lamb", "lion", "muadam", "muadamw", "muon", "musgd")
 BATCH = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -168,22 +164,24 @@ def optimizer(config: Config) -> Iterator[str]:
     if "max_grad_norm" in params:
         del params["max_grad_norm"]
         yield "optimizer.params.max_grad_norm: DeepSpeed refuses it; write gradient_clipping at the top level"
-    if kind in OURS:
+    if kind in BY_NAME:
         try:
             # One matrix, large enough for any rank and without memory, validates as in a run.
             name_pattern(params.pop("exclude", None))
-            OURS[kind]([("layers.0.weight", nn.Parameter(torch.empty((1 << 24, 1 << 24), device="meta")))], **params)
+            BY_NAME[kind]([("layers.0.weight", nn.Parameter(torch.empty((1 << 24, 1 << 24), device="meta")))], **params)
         except (TypeError, ValueError) as error:
             yield f"optimizer.params: {error}"
     elif kind.lower() not in DEEPSPEED_OPTIMIZERS and not hasattr(torch.optim, kind):
-        nearest = {name.lower(): name for name in OURS}
+        nearest = {name.lower(): name for name in BY_NAME}
         near = difflib.get_close_matches(kind.lower().replace("-", "").replace("_", ""), nearest, n=1)
         yield f"optimizer.type: unknown, {kind!r}" + (f"; did you mean {nearest[near[0]]!r}?" if near else "")
     else:
+        ours = {cls.__name__.lower(): name for name, cls in BY_NAME.items()}.get(kind.lower())
+        write = 'Write "APOLLO" or "APOLLOMini"' if ours is None else f'This library\'s is "{ours}". Write that'
         yield (
             f"optimizer.type: {kind!r} is another optimizer, and DeepSpeed trains with it: it outranks the Trainer's "
-            'optim="apollo_adamw", and an optimizer from the code is the only one that outranks it. Write "APOLLO" or '
-            '"APOLLOMini", or remove the section and build APOLLO in the code'
+            f'optim="apollo_adamw", and an optimizer from the code is the only one that outranks it. {write}, or '
+            "remove the section and build the optimizer in the code"
         )
 
 
