@@ -25,6 +25,7 @@ REASONS = {
     "optimizer.betas": "moments and their bias correction would be of different averages",
     "optimizer.disable_nl": "the limiter's norms are those of the last step that it saw",
     "optimizer.name": "the state is that of the old optimizer",
+    "optimizer.proj": "moments were taken in projections of the old kind",
     "optimizer.rank": "moments have the old rank",
     "optimizer.scale_type": "the limiter's norms are those of updates with the old scaling factors",
     "optimizer.type": "the state is that of the old optimizer",
