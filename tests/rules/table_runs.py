@@ -154,15 +154,16 @@ def moved(rule: str, rank: int, world: int, folder: str) -> Errors:
 
 
 def start(model: nn.Module, stage: int, how: str, case: Case):
-    """A DeepSpeed engine: with the optimizer from the code, with its state offloaded, or by its name in the JSON."""
+    """A DeepSpeed engine: with the optimizer from the code, or by its name in the JSON; with "offload" of its state; with
+    "sub-groups" of one or two matrices."""
     if how == "by name":
         config = zero_config(stage, optimizer={"type": case.json, "params": {**COMMON, **case.options}})
         return initialize(model, config, model_parameters=model.parameters())
-    if how == "offload":
-        offload = {"offload_optimizer": {"device": "cpu"}}
-        config = zero_config(stage, zero_optimization=offload, zero_force_ds_cpu_optimizer=False)
-    else:
-        config = zero_config(stage)
+    zero: dict[str, object] = {"sub_group_size": 200} if "sub-groups" in how else {}
+    changes: dict[str, object] = {}
+    if "offload" in how:
+        zero, changes = {**zero, "offload_optimizer": {"device": "cpu"}}, {"zero_force_ds_cpu_optimizer": False}
+    config = zero_config(stage, zero_optimization=zero, **changes)
     return initialize(model, config, optimizer=case.optimizer(model))
 
 

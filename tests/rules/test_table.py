@@ -17,7 +17,10 @@ LAYOUTS = {
     4: ["fsdp2", "hsdp"],
 }
 # (stage, how); fp32 flat partitions: 6e-8 a step.
-STAGES = {2: [(0, ""), (1, ""), (2, "by name"), (2, "offload"), (3, "")], 3: [(1, "by name"), (3, "offload")]}
+STAGES = {
+    2: [(0, ""), (1, ""), (2, "by name"), (3, ""), (2, "offload"), (3, "sub-groups")],
+    3: [(1, "by name"), (3, "sub-groups, offload")],
+}
 
 
 @pytest.mark.parametrize("rule", CASES)
