@@ -232,11 +232,11 @@ def rule_table(model: str, layouts: Sequence[str], worlds: Sequence[int]) -> Ite
             shares, refreshes = [], []
             for world in worlds:
                 plan = make_plan(specs(model, layout, name, world), world)
-                whole = traffic(plan)
+                whole = traffic(plan, NUMBER)
                 scattered = parameters(model) * (world - 1) / world * GRADIENT
-                most = max(sum(plan.numbers_sent(rank)) + int(whole.sent[rank]) for rank in range(world))
-                shares.append(f"{100 * NUMBER * most / scattered:.2g} %")
-                refreshes.append(f"{100 * NUMBER * int(whole.refresh_sent.max()) / scattered:.2g} %")
+                most = max(NUMBER * sum(plan.numbers_sent(rank)) + int(whole.sent[rank]) for rank in range(world))
+                shares.append(f"{100 * most / scattered:.2g} %")
+                refreshes.append(f"{100 * int(whole.refresh_sent.max()) / scattered:.2g} %")
             yield f"| {name} | {layout} | {' | '.join(shares)} |"
             if name == "GaLore":
                 yield f"| a refresh by SVD | {layout} | {' | '.join(refreshes)} |"

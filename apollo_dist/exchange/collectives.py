@@ -207,7 +207,7 @@ class Exchange:
         """Send numbers to each rank, and return what each sends here, (sum of ``receive``,); a collective."""
         assert buffer.numel() == sum(send), "the plan and the pieces disagree"
         where = device_for(self.group.process_group, self.device)
-        received = torch.empty(sum(receive), dtype=self.dtype, device=where)
+        received = torch.empty(sum(receive), dtype=buffer.dtype, device=where)
         given = buffer.to(where)
         meet()
         work = dist.all_to_all_single(received, given, receive, send, group=self.group.process_group, async_op=True)

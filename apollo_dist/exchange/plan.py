@@ -38,6 +38,7 @@ class MatrixSpec:
         channel_scales: whether each channel has a scaling factor of its own, which travels back.
         low_rank_updates: how many times ``rank`` numbers of each channel travel back besides.
         whole: whether one owner needs all elements in each step.
+        whole_in_bfloat16: whether they travel in bfloat16, both ways.
         shared_state: how many numbers every rank with a part of it keeps that one owner makes from all elements.
         terms: how many numbers of the whole matrix are summed over its ranks.
         state: for each kind of state that owners keep, how many numbers of it a channel has.
@@ -60,6 +61,7 @@ class MatrixSpec:
     tiles: tuple[tuple[Tile, ...], ...]
     low_rank_updates: int = 0
     whole: bool = False
+    whole_in_bfloat16: bool = False
     shared_state: int = 0
 
     @property
@@ -218,6 +220,7 @@ class Plan:
                         s.terms,
                         s.state,
                         s.whole,
+                        s.whole_in_bfloat16,
                         s.shared_state,
                     )
                 ).encode()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from .collectives import Exchange
     from .plan import MatrixPlan, Plan
 
+BFLOAT16 = 2  # bytes
 # How many elements of whole matrices an owner has in one round, at least one matrix: 256 MiB of float32.
 ROUND = 1 << 26
 
@@ -51,10 +52,10 @@ class WholeTraffic(NamedTuple):
     """What whole matrices cost, besides exchanges 1 and 2.
 
     Attributes:
-        sent: how many numbers leave each rank in each step.
+        sent: how many bytes leave each rank in each step.
         collectives: of each step.
-        refresh_sent: how many numbers leave each rank when all stored projections are refreshed.
-        largest: how many elements of whole matrices each rank owns in one round, at most.
+        refresh_sent: how many bytes leave each rank when all stored projections are refreshed.
+        largest: how many bytes of whole matrices each rank owns in one round, at most.
     """
 
     sent: Integers
@@ -63,27 +64,28 @@ class WholeTraffic(NamedTuple):
     largest: Integers
 
 
-def traffic(plan: Plan) -> WholeTraffic:
-    """What whole matrices cost under a plan."""
+def traffic(plan: Plan, itemsize: int) -> WholeTraffic:
+    """What whole matrices cost under a plan, where a number that does not travel in bfloat16 has so many bytes."""
     sent, refresh = np.zeros(plan.world_size, dtype=np.int64), np.zeros(plan.world_size, dtype=np.int64)
     owners = owners_of(plan)
+    sizes = {i: BFLOAT16 if plan.matrices[i].spec.whole_in_bfloat16 else itemsize for i in owners}
     for i, owner in owners.items():
-        matrix = plan.matrices[i]
+        matrix, size = plan.matrices[i], sizes[i]
         elements = matrix.partition.elements(plan.world_size)
         from_others = int(elements.sum() - elements[owner])
         elements[owner] = 0
         if matrix.spec.whole:
-            sent += elements
-            sent[owner] += from_others
+            sent += elements * size
+            sent[owner] += from_others * size
         else:
-            refresh += elements
-            refresh[owner] += (len(matrix.participants) - 1) * matrix.spec.shared_state
+            refresh += elements * size
+            refresh[owner] += (len(matrix.participants) - 1) * matrix.spec.shared_state * itemsize
     rounds = rounds_of(plan, owners, [i for i in owners if plan.matrices[i].spec.whole])
     largest = np.zeros(plan.world_size, dtype=np.int64)
     for chosen in rounds_of(plan, owners, owners):
         owned = np.zeros(plan.world_size, dtype=np.int64)
         for i in chosen:
-            owned[owners[i]] += plan.matrices[i].spec.m * plan.matrices[i].spec.n
+            owned[owners[i]] += plan.matrices[i].spec.m * plan.matrices[i].spec.n * sizes[i]
         largest = np.maximum(largest, owned)
     return WholeTraffic(sent, 2 * sum(travels(plan, chosen) for chosen in rounds), refresh, largest)
 
@@ -94,7 +96,13 @@ def travels(plan: Plan, chosen: Iterable[int]) -> bool:
 
 
 def rounds_of(plan: Plan, owners: Mapping[int, int], chosen: Iterable[int]) -> list[list[int]]:
-    """Divide matrices so that in each round no owner has more than ``ROUND`` elements, or one matrix."""
+    """Divide matrices so that in each round each owner has one dtype, and at most ``ROUND`` elements, or one matrix."""
+    chosen = list(chosen)
+    by_dtype = [[i for i in chosen if plan.matrices[i].spec.whole_in_bfloat16 == half] for half in (False, True)]
+    return [part for alike in by_dtype for part in _rounds_of(plan, owners, alike)]
+
+
+def _rounds_of(plan: Plan, owners: Mapping[int, int], chosen: Iterable[int]) -> list[list[int]]:
     chunks: list[list[list[int]]] = [[] for _ in range(plan.world_size)]
     room = [0] * plan.world_size
     for i in chosen:
@@ -122,8 +130,8 @@ class WholeExchange:
     def __init__(self, exchange: Exchange) -> None:
         self._exchange, self._plan, self._rank = exchange, exchange.plan, exchange.group.rank
         self.owners = owners_of(self._plan)
-        cost, size = traffic(self._plan), torch.empty((), dtype=exchange.dtype).element_size()
-        self.bytes_sent = int(cost.sent[self._rank]) * size, int(cost.refresh_sent[self._rank]) * size
+        cost = traffic(self._plan, exchange.dtype.itemsize)
+        self.bytes_sent = int(cost.sent[self._rank]), int(cost.refresh_sent[self._rank])
         self._known: dict[tuple[int, int], list[Place]] = {}
 
     def rounds(self, chosen: Iterable[int]) -> list[list[int]]:
@@ -138,9 +146,11 @@ class WholeExchange:
             tiles: of each that this rank holds a part of, its tiles, channels first, in any dtype; None for zeros.
 
         Returns:
-            The matrices that this rank owns, channels first, (channels, inner).
+            The matrices that this rank owns, channels first, (channels, inner), in the dtype of the exchange or, where
+            that is declared, in bfloat16.
         """
-        local = {i: given[0].to(self._exchange.dtype) for i in chosen if (given := tiles.get(i)) and self._alone(i)}
+        dtype = self._dtype(chosen)
+        local = {i: given[0].to(dtype) for i in chosen if (given := tiles.get(i)) and self._alone(i)}
         chosen = [i for i in chosen if i not in local]
         send: list[list[tuple[Place, Tensor | None]]] = [[] for _ in range(self._plan.world_size)]
         for i in chosen:
@@ -155,6 +165,7 @@ class WholeExchange:
             chosen,
             [[(_size(p), part) for p, part in parts] for parts in send],
             [[(_size(p), matrix[p[1] : p[2], p[3] : p[4]]) for p, matrix in parts] for parts in receive],
+            dtype,
         )
         return {**local, **whole}
 
@@ -163,11 +174,13 @@ class WholeExchange:
 
         Args:
             chosen: the matrices of one round.
-            whole: those that this rank owns, (channels, inner).
+            whole: those that this rank owns, (channels, inner), in any dtype.
 
         Returns:
-            Of each that this rank holds a part of its tiles, channels first.
+            Of each that this rank holds a part of its tiles, channels first, rounded as ``gather`` rounds.
         """
+        dtype = self._dtype(chosen)
+        whole = {i: matrix.to(dtype) for i, matrix in whole.items()}
         local = {i: [matrix] for i, matrix in whole.items() if self._alone(i)}
         chosen = [i for i in chosen if i not in local]
         send = [
@@ -184,11 +197,11 @@ class WholeExchange:
         for i in chosen:
             places = self._places(i, self._rank)
             if places:
-                found[i] = [self._empty((0, 0))] * (max(p[0] for p in places) + 1)
+                found[i] = [self._empty((0, 0), dtype)] * (max(p[0] for p in places) + 1)
             for p in places:
-                found[i][p[0]] = self._empty((p[2] - p[1], p[4] - p[3]))
+                found[i][p[0]] = self._empty((p[2] - p[1], p[4] - p[3]), dtype)
                 receive[self.owners[i]].append((_size(p), found[i][p[0]]))
-        self._exchange_parts(chosen, send, receive)
+        self._exchange_parts(chosen, send, receive, dtype)
         return {**local, **found}
 
     def share(self, chosen: Sequence[int], made: Mapping[int, Tensor], out: Mapping[int, Tensor]) -> None:
@@ -208,13 +221,14 @@ class WholeExchange:
                     send[peer].append((made[i].numel(), made[i]))
             if self._rank in participants:
                 receive[self.owners[i]].append((out[i].numel(), out[i]))
-        self._exchange_parts(chosen, send, receive)
+        self._exchange_parts(chosen, send, receive, self._exchange.dtype)
 
     def _exchange_parts(
         self,
         chosen: Sequence[int],
         send: Sequence[Sequence[tuple[int, Tensor | None]]],
         receive: Sequence[Sequence[tuple[int, Tensor]]],
+        dtype: torch.dtype,
     ) -> None:
         """Send parts to each rank (None: zeros), and write what comes from each; a collective if anything can travel.
 
@@ -227,7 +241,7 @@ class WholeExchange:
         others = [peer for peer in range(self._plan.world_size) if peer != self._rank]
         counts = [sum(size for size, _ in parts) if k in others else 0 for k, parts in enumerate(send)]
         expected = [sum(size for size, _ in parts) if k in others else 0 for k, parts in enumerate(receive)]
-        buffer = self._empty((sum(counts),))
+        buffer = self._empty((sum(counts),), dtype)
         at = 0
         for peer in others:
             for size, part in send[peer]:
@@ -254,12 +268,17 @@ class WholeExchange:
             self._known[i, rank] = list(zip(*(values[mine].tolist() for values in edges), strict=True))
         return self._known[i, rank]
 
+    def _dtype(self, chosen: Sequence[int]) -> torch.dtype:
+        """What the matrices of one round travel in."""
+        half = any(self._plan.matrices[i].spec.whole_in_bfloat16 for i in chosen)
+        return torch.bfloat16 if half else self._exchange.dtype
+
     def _new(self, i: int) -> Tensor:
         spec = self._plan.matrices[i].spec
-        return self._empty((spec.m, spec.n) if spec.by_rows else (spec.n, spec.m))
+        return self._empty((spec.m, spec.n) if spec.by_rows else (spec.n, spec.m), self._dtype([i]))
 
-    def _empty(self, shape: tuple[int, ...]) -> Tensor:
-        return torch.empty(shape, dtype=self._exchange.dtype, device=self._exchange.device)
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._exchange.device)
 
 
 def _size(place: Place) -> int:

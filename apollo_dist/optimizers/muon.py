@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch.distributed as dist
@@ -30,6 +31,12 @@ class Muon(ShardedOptimizer):
         ns_eps: the least norm to divide by (``eps`` of ``torch.optim.Muon``).
         ns_dtype: what the iterations are computed in: "bfloat16", as in ``torch.optim.Muon``; or "state", float32, and
             float64 for float64 weights. Runs on other numbers of ranks agree to rounding of that dtype.
+        exchange_dtype: what whole matrices travel in: "auto", as ``ns_dtype``, which rounds nothing that the iterations
+            would not round; "bfloat16", by which their input and their result are rounded to bfloat16 on every number
+            of ranks, one included; or "state".
+        split: which rows are orthogonalized as if they were a matrix of their own: None, all of a matrix; "head", the
+            rows of each head of query, key and value projections, fused or not, which the model must say; or in a group
+            of fused matrices how many rows each block has, such as (queries, keys, values).
         adjust_lr_fn: "original" or None, by which the update is multiplied by sqrt(max(1, m/n)); or "match_rms_adamw",
             0.2 sqrt(max(m, n)), for learning rates of AdamW.
         betas, eps: of AdamW.
@@ -57,6 +64,8 @@ class Muon(ShardedOptimizer):
         ns_eps: float = 1e-7,
         ns_dtype: str = "bfloat16",
         adjust_lr_fn: str | None = "original",
+        exchange_dtype: str = "auto",
+        split: str | Sequence[int] | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         adam_lr: float | None = None,
@@ -74,7 +83,8 @@ class Muon(ShardedOptimizer):
             unknown["adam_lr_ratio"] = ratio(adam_lr, lr)
         super().__init__(
             params, lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
-            ns_eps=ns_eps, ns_dtype=ns_dtype, adjust_lr_fn=adjust_lr_fn, betas=betas, eps=eps, maximize=maximize,
+            ns_eps=ns_eps, ns_dtype=ns_dtype, adjust_lr_fn=adjust_lr_fn,
+            exchange_dtype=exchange_dtype, split=split, betas=betas, eps=eps, maximize=maximize,
             seed=seed, cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
             max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

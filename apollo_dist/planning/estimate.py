@@ -206,7 +206,7 @@ def estimate_plans(
         for k in range(ranks):
             state[k] += NUMBER * numbers * partition.numel(k)
     for plan in plans:
-        whole = traffic(plan)
+        whole = traffic(plan, NUMBER)
         collectives += plan.needs_exchange1 + plan.needs_exchange2 + whole.collectives
         for k in range(ranks):
             first, second = plan.numbers_sent(k)
@@ -215,10 +215,10 @@ def estimate_plans(
             kept += sum(m.spec.element_state * int(m.partition.elements(ranks)[k]) for m in by_element)
             kept += sum(m.spec.shared_state for m in plan.matrices if m.spec.shared_state and k in m.participants)
             state[k] += NUMBER * kept
-            sent[k] += NUMBER * (first + second + int(whole.sent[k]))
-            refresh[k] += NUMBER * int(whole.refresh_sent[k])
+            sent[k] += NUMBER * (first + second) + int(whole.sent[k])
+            refresh[k] += int(whole.refresh_sent[k])
             # Of whole matrices an owner has what arrives, the matrices, and what it makes of them.
-            buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second, 3 * int(whole.largest[k])))
+            buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second), 3 * int(whole.largest[k]))
     return Estimate(tuple(state), tuple(sent), collectives, tuple(buffers), tuple(refresh))
 
 

@@ -45,6 +45,7 @@ class Reduce:
         block: how many neighbouring rows are one channel; it divides m. More than 1 only without a projection, and
             with the axis "rows".
         whole: whether one owner needs all of X, for ``whole_step``; then the axis is "rows", and all else is left out.
+        whole_in_bfloat16: whether X and what ``whole_step`` makes of it are rounded to bfloat16, and travel so.
         gram: whether the owner sees P P^T, by which ``Seen.squares_of_products`` knows norms of low-rank updates.
     """
 
@@ -57,6 +58,7 @@ class Reduce:
     block: int = 1
     gram: bool = False
     whole: bool = False
+    whole_in_bfloat16: bool = False
 
     def by_rows(self, m: int, n: int) -> bool:
         """Whether the channels of an m x n matrix are its rows."""
@@ -86,11 +88,7 @@ class Reply:
         return int(self.residual) + int(self.direct)
 
     def columns(self, low_rank: int) -> dict[str, slice]:
-        """What comes back of each channel, by the names of ``Update``: where it is among the channel's numbers.
-
-        Args:
-            low_rank: r.
-        """
+        """What comes back of each channel at rank ``low_rank``, by the names of ``Update``: where among its numbers."""
         found, at = {}, 0
         for name, width in (("scale", 1), ("residual", low_rank), ("direct", low_rank)):
             if getattr(self, name):
@@ -124,8 +122,7 @@ class Spec:
     """All that a matrix rule declares for one matrix.
 
     Attributes:
-        carrier: the name of the state by element that is X; None where X is the gradient; ``NO_CARRIER`` where there is
-            no X, and the update is N P.
+        carrier: the name of the state by element that is X; None for the gradient; ``NO_CARRIER`` for no X, but N P.
     """
 
     reduce: Reduce = Reduce()
@@ -231,8 +228,11 @@ class MatrixRule:
         return grad
 
     def whole_step(self, whole: Tensor, group: Group) -> Tensor:
-        """U of a whole matrix, from X as (m, n), for ``Reduce.whole``."""
+        """U of a whole matrix, or what ``finish`` makes U of, from X, (m, n), for ``Reduce.whole``; a new tensor."""
         return whole
+
+    def finish(self, part: Tensor, row: int, shape: tuple[int, int], group: Group) -> None:
+        """Make U in place, at a holder, of rows from ``row`` on of what ``whole_step`` returned for an m x n matrix."""
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Update the channels' state in place, each (channels, width), and return what the holders need."""

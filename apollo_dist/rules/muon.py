@@ -8,12 +8,19 @@ r"""Muon: momentum, orthogonalized (K. Jordan and others, 2024; equations and na
 
 X is transposed before the iterations where it has more rows than columns, and afterwards. :math:`\rho` is
 :math:`\sqrt{\max(1, m / n)}` ("original"), or :math:`0.2 \sqrt{\max(m, n)}` ("match_rms_adamw", arXiv 2502.16982).
+
+With ``split`` rows are divided into blocks, such as heads, each of which is taken for a matrix of its own.
+
+Iterations in bfloat16 begin and end with numbers rounded to it, so these travel so without another rounding, and
+:math:`\rho` comes later. ``exchange_dtype="bfloat16"`` rounds both for other iterations, too, on one rank as on many.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,9 +28,16 @@ from torch import Tensor
 from . import scale
 from .base import Group, MatrixRule, Reduce, Spec, State
 from .options import Option, decay_rate, flag, integer, one_of, positive
-from .roles import BIAS, EMBEDDING, HEAD, NORM, OTHER, ROLE
+from .roles import BIAS, EMBEDDING, FUSED, HEAD, KEY, NORM, OTHER, QUERY, ROLE, VALUE
 
 COEFFICIENTS = 3.4445, -4.775, 2.0315  # a, b, c
+
+
+def _blocks(value: Any) -> str:
+    """The check of ``split``."""
+    sizes = isinstance(value, (tuple, list)) and len(value) > 0
+    good = value is None or value == "head" or (sizes and all(type(rows) is int and rows > 0 for rows in value))
+    return "" if good else 'None, "head", or how many rows each block has, such as (4096, 1024, 1024)'
 
 
 class Muon(MatrixRule):
@@ -32,7 +46,7 @@ class Muon(MatrixRule):
     name = "Muon"
     decay_first = True
     reads_role = True
-    spec_options: tuple[str, ...] = ()
+    spec_options: tuple[str, ...] = ("ns_dtype", "exchange_dtype", "split")
     options: Mapping[str, Option] = {
         "momentum": Option(0.95, decay_rate),
         "nesterov": Option(True, flag),
@@ -42,6 +56,10 @@ class Muon(MatrixRule):
         "adjust_lr_fn": Option(
             "original", one_of(("original", "match_rms_adamw", None), '"original", "match_rms_adamw" or None')
         ),
+        "exchange_dtype": Option(
+            "auto", one_of(("auto", "bfloat16", "state"), '"auto" (as ns_dtype), "bfloat16" or "state"')
+        ),
+        "split": Option(None, _blocks),
     }
 
     def takes(self, shape: Sequence[int], group: Group) -> bool:
@@ -50,7 +68,10 @@ class Muon(MatrixRule):
 
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """One owner gets X; every rank keeps the momentum of its elements."""
-        return Spec(Reduce("rows", whole=True), state=State(element=("momentum_buffer",)))
+        rows_of_blocks(m, n, group)
+        travels = group["ns_dtype"] if group["exchange_dtype"] == "auto" else group["exchange_dtype"]
+        reduce = Reduce("rows", whole=True, whole_in_bfloat16=travels == "bfloat16")
+        return Spec(reduce, state=State(element=("momentum_buffer",)))
 
     def element_step(self, grad: Tensor, state: Mapping[str, Tensor], group: Group) -> None:
         """The momentum."""
@@ -62,22 +83,58 @@ class Muon(MatrixRule):
         return grad.lerp(momentum, group["momentum"]) if group["nesterov"] else momentum
 
     def whole_step(self, whole: Tensor, group: Group) -> Tensor:
-        """The orthogonalized X, times rho."""
-        dtype = torch.bfloat16 if group["ns_dtype"] == "bfloat16" else whole.dtype
-        made = newton_schulz(whole.to(dtype), group["ns_steps"], group["ns_eps"])
-        rho = adjustment(whole.shape[0], whole.shape[1], group["adjust_lr_fn"])
-        return made.to(whole.dtype).mul(rho)
+        """The orthogonalized X, without rho."""
+        whole = whole.to(torch.bfloat16) if group["ns_dtype"] == "bfloat16" else whole
+        how = group["ns_steps"], group["ns_eps"]
+        blocks = rows_of_blocks(whole.shape[0], whole.shape[1], group)
+        if len(blocks) == 1:
+            return newton_schulz(whole, *how)
+        if len(set(blocks)) == 1:  # in one launch
+            return newton_schulz(whole.reshape(len(blocks), blocks[0], -1), *how).reshape(whole.shape)
+        return torch.cat([newton_schulz(part, *how) for part in torch.split(whole, blocks)])
+
+    def finish(self, part: Tensor, row: int, shape: tuple[int, int], group: Group) -> None:
+        """Rho of each block."""
+        blocks = rows_of_blocks(shape[0], shape[1], group)
+        if len(set(blocks)) == 1:
+            part.mul_(adjustment(blocks[0], shape[1], group["adjust_lr_fn"]))
+            return
+        for rows, end in zip(blocks, accumulate(blocks), strict=True):
+            mine = part[max(end - rows - row, 0) : max(end - row, 0)]
+            mine.mul_(adjustment(rows, shape[1], group["adjust_lr_fn"]))
+
+
+def rows_of_blocks(m: int, n: int, group: Group) -> list[int]:
+    """The rows of each block of an m x n matrix that is orthogonalized alone; ValueError if ``split`` does not fit."""
+    split, role = group["split"], group[ROLE]
+    if split is None or (split == "head" and role.kind not in (QUERY, KEY, VALUE, FUSED)):
+        return [m]
+    if split == "head":
+        if not role.head_dim or m % role.head_dim:
+            raise ValueError(
+                f'split="head": it is not known how many rows a head of a matrix ({m}, {n}), {role.kind}, has. Pass '
+                "the model, whose config says it, or the rows of each block: split=(rows, rows, ...)"
+            )
+        return [role.head_dim] * (m // role.head_dim)
+    if sum(split) != m:
+        raise ValueError(
+            f"split={tuple(split)} has {sum(split)} rows, and a matrix of its group is ({m}, {n}): give matrices of "
+            "other shapes a group without split"
+        )
+    return list(split)
 
 
 def newton_schulz(matrix: Tensor, steps: int, eps: float) -> Tensor:
-    """A matrix with singular values pushed towards 1, in its dtype."""
+    """A matrix, or each of a stack (k, m, n), with singular values pushed towards 1, in its dtype."""
     a, b, c = COEFFICIENTS
-    x = matrix.t() if matrix.shape[0] > matrix.shape[1] else matrix
-    x = x / x.norm().clamp(min=eps)
+    tall = matrix.shape[-2] > matrix.shape[-1]
+    x = matrix.mT if tall else matrix
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
+    product = torch.addmm if matrix.dim() == 2 else torch.baddbmm
     for _ in range(steps):
-        gram = x @ x.t()
-        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.t() if matrix.shape[0] > matrix.shape[1] else x
+        gram = x @ x.mT
+        x = product(x, product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def adjustment(m: int, n: int, kind: str | None) -> float:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 ROLE = "role"
 
 LINEAR, EMBEDDING, HEAD = "linear map", "embedding", "output head"
-QUERY, KEY = "query projection", "key projection"
+QUERY, KEY, VALUE = "query projection", "key projection", "value projection"
+FUSED = "queries, keys and values together"
 NORM, BIAS = "norm", "bias"
 OTHER = "something else"
 UNKNOWN = "unknown"
@@ -19,7 +20,7 @@ class Role:
 
     Attributes:
         kind: one of the constants above. ``UNKNOWN`` for parameters without a name, and without a model.
-        head_dim: of queries and keys, how many rows a head has, where the model says it.
+        head_dim: of queries, keys, values and all together, how many rows a head has, where the model says it.
     """
 
     kind: str

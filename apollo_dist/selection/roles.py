@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import nn
 
-from ..rules.roles import BIAS, EMBEDDING, HEAD, KEY, LINEAR, NORM, OTHER, QUERY, UNKNOWN, Role
+from ..rules.roles import BIAS, EMBEDDING, FUSED, HEAD, KEY, LINEAR, NORM, OTHER, QUERY, UNKNOWN, VALUE, Role
 from ..sharding.names import abbreviate
 from . import by_module, by_name
 from .tree import OTHER as NO_MAP
@@ -21,8 +21,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("apollo_dist")
 
-_QUERIES = frozenset({"q_proj", "wq", "query", "q", "q_lin", "to_q", "q_proj_weight"})
-_KEYS = frozenset({"k_proj", "wk", "key", "k", "k_lin", "to_k", "k_proj_weight"})
+_ATTENTION = {
+    QUERY: frozenset({"q_proj", "wq", "query", "q", "q_lin", "to_q", "q_proj_weight"}),
+    KEY: frozenset({"k_proj", "wk", "key", "k", "k_lin", "to_k", "k_proj_weight"}),
+    VALUE: frozenset({"v_proj", "wv", "value", "v", "v_lin", "to_v", "v_proj_weight"}),
+    FUSED: frozenset({"qkv_proj", "qkv", "wqkv", "to_qkv", "c_attn", "query_key_value", "in_proj_weight"}),
+}
 # Attributes in which attention modules and configurations say how many rows a head has.
 _HEAD_DIM = ("head_dim", "attention_head_size", "kv_channels", "d_kv")
 
@@ -67,13 +71,16 @@ def _role(tree: Tree, use: Use, is_head: bool) -> Role:
 def _attention(name: str) -> str:
     """What a linear map is by the name of its module, or its own."""
     for part in name.split(".")[-2:]:
-        if part.lower() in _QUERIES | _KEYS:
-            return QUERY if part.lower() in _QUERIES else KEY
+        for kind, names in _ATTENTION.items():
+            if part.lower() in names:
+                return kind
     return LINEAR
 
 
 def _head_dim(tree: Tree, use: Use) -> int | None:
-    """How many rows a head of a query or key projection has, as the modules that it is in say, from the inside out."""
+    """How many rows a head of a projection in attention has, as the modules that it is in say, from the inside out."""
+    if use.shape[-2] not in use.gives or "Conv1D" in use.why:  # heads are columns there
+        return None
     above = [tree.modules[path] for path in paths_above(use.path) if path in tree.modules]
     for module in above:
         said = _said(module) or _said(getattr(module, "config", None))

@@ -40,6 +40,7 @@ def exchanged(name: str, m: int, n: int, declared: Spec, tiles: tuple[tuple[Tile
         tiles=tiles,
         low_rank_updates=declared.reply.low_rank_updates,
         whole=declared.reduce.whole,
+        whole_in_bfloat16=declared.reduce.whole_in_bfloat16,
         shared_state=math.prod(declared.projection_shape(m, n) or (0,)),
     )
 

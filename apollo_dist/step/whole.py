@@ -76,8 +76,20 @@ def step_whole(group_step: ShardGroupStep, active: Sequence[bool]) -> None:
         given = {k: matrices[k].sources() if active[k] else None for k in chosen if matrices[k].numel}
         gathered = exchange.gather(chosen, given)
         del given
-        updates = {k: matrices[k].rule.whole_step(matrix, matrices[k].group) for k, matrix in gathered.items()}
-        del gathered
+        updates = {k: _whole_step(matrices[k], gathered.pop(k)) for k in list(gathered)}
         for k, tiles in exchange.scatter(chosen, updates).items():
             if active[k]:
-                update(matrices[k], [matrices[k].taken(tile) for tile in tiles])
+                update(matrices[k], _finished(matrices[k], tiles))
+
+
+def _whole_step(m: Matrix, matrix: Tensor) -> Tensor:
+    """What a rule makes of X, in the dtype in which that travels."""
+    return m.rule.whole_step(matrix.to(m.shard.compute_dtype), m.group).to(matrix.dtype)
+
+
+def _finished(m: Matrix, tiles: Sequence[Tensor]) -> list[Tensor]:
+    """U of the local tiles, in the compute dtype."""
+    found = [tile.to(m.shard.compute_dtype) for tile in tiles]
+    for tile, part in zip(m.tiles, found, strict=True):
+        m.rule.finish(part, tile.channels(m.spec.by_rows)[0], (m.spec.m, m.spec.n), m.group)
+    return found

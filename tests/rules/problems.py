@@ -132,11 +132,14 @@ def low_rank_form(**options: Any) -> Callable[[str, torch.Size], tuple[str, dict
 
 
 def muon_form(**options: Any) -> Callable[[str, torch.Size], tuple[str, dict[str, Any]]]:
-    """Hidden matrices take Muon, and all else torch's AdamW."""
+    """Hidden matrices take Muon, and all else torch's AdamW; by ``heads`` queries, keys and values of so many rows."""
+    heads = options.pop("heads", None)
 
     def form(name: str, shape: torch.Size) -> tuple[str, dict[str, Any]]:
-        hidden = name.startswith("layers.") and len(shape) > 1
-        return ("muon", options) if hidden else ("adamw", {})
+        if not name.startswith("layers.") or len(shape) < 2:
+            return "adamw", {}
+        by_head = heads and any(part in name for part in ("q_proj", "k_proj", "v_proj"))
+        return "muon", {**options, **({"blocks": [heads] * (shape[0] // heads)} if by_head else {})}
 
     return form
 
@@ -151,6 +154,7 @@ class Case:
     rule: str = ""  # its name in parameter groups
     json: str | None = None  # and in DeepSpeed's JSON
     few: bool = False  # whether another case of the same rule is what runs under all layouts
+    rounds: bool = False  # whether it rounds to bfloat16, so that float32's rounding shows where it decides
 
     def optimizer(self, model: nn.Module, attach: Any = None) -> Any:
         """The optimizer of a wrapped model; ``attach`` is what makes one that updates inside backward."""
@@ -187,6 +191,22 @@ CASES = {
     ),
     "APOLLO SVD": Case(apollo_dist.APOLLO, low_rank_form(rule="APOLLO", svd=True), SVD, "apollo", "APOLLO", True),
     "Muon": Case(apollo_dist.Muon, muon_form(), {"ns_dtype": "state"}, "muon", "ApolloDistMuon"),
+    "Muon bf16": Case(
+        apollo_dist.Muon,
+        muon_form(rounded=True),
+        {"ns_dtype": "state", "exchange_dtype": "bfloat16"},
+        "muon",
+        few=True,
+        rounds=True,
+    ),
+    "Muon heads": Case(
+        apollo_dist.Muon,
+        muon_form(heads=HEAD_DIM),
+        {"ns_dtype": "state", "split": "head"},
+        "muon",
+        "ApolloDistMuon",
+        few=True,
+    ),
     "SGD": Case(
         apollo_dist.SGD, lambda name, shape: ("sgd", {"momentum": 0.9}), {"momentum": 0.9}, "sgd", "ApolloDistSGD"
     ),

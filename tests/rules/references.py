@@ -136,19 +136,26 @@ class Dense:
     def _projection(self, name, rank, size, refresh):
         return gaussian(0, name, refresh, rank, size, dtype=self.draw_dtype).double()
 
-    def _muon(self, W, G, state, t, momentum=0.95, nesterov=True, adjust="original"):
+    def _muon(self, W, G, state, t, momentum=0.95, nesterov=True, adjust="original", blocks=None, rounded=False):
+        """By ``blocks`` of so many rows; ``rounded`` to bfloat16 before and after the iterations."""
         B = state["B"] = momentum * state.get("B", torch.zeros_like(G)) + (1 - momentum) * G
         X = (1 - momentum) * G + momentum * B if nesterov else B
         W *= 1 - self.lr * self.decay
+        X = X.bfloat16().double() if rounded else X
         for w, x in zip(W, X, strict=True) if W.dim() == 3 else [(W, X)]:
-            m, n = x.shape
-            x = x.T if m > n else x
-            x = x / max(float(x.norm()), 1e-7)
-            for _ in range(5):
-                A = x @ x.T
-                x = 3.4445 * x + (-4.775 * A + 2.0315 * A @ A) @ x
-            rho = math.sqrt(max(1, m / n)) if adjust == "original" else 0.2 * math.sqrt(max(m, n))
-            w -= self.lr * rho * (x.T if m > n else x)
+            for each in zip(*(torch.split(full, blocks or [len(full)]) for full in (w, x)), strict=True):
+                self._orthogonalized(*each, adjust, rounded)
+
+    def _orthogonalized(self, w, x, adjust, rounded):
+        m, n = x.shape
+        x = x.T if m > n else x
+        x = x / max(float(x.norm()), 1e-7)
+        for _ in range(5):
+            A = x @ x.T
+            x = 3.4445 * x + (-4.775 * A + 2.0315 * A @ A) @ x
+        x = x.bfloat16().double() if rounded else x
+        rho = math.sqrt(max(1, m / n)) if adjust == "original" else 0.2 * math.sqrt(max(m, n))
+        w -= self.lr * rho * (x.T if m > n else x)
 
     def _hf_adamw(self, W, G, state, t):
         M, V = self._moments(G, state)

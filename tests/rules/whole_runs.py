@@ -24,7 +24,7 @@ from ..sharded import fsdp2, whole
 from .problems import CASES, Llama
 from .table_runs import Run
 
-TRAFFIC = ("GaLore", "Fira", "GaLore SVD", "Muon")
+TRAFFIC = ("GaLore", "Fira", "GaLore SVD", "Muon", "Muon bf16")
 
 
 def traffic(rank: int, world: int) -> dict[str, Any]:
@@ -177,6 +177,21 @@ def many_rounds(rank: int, world: int) -> dict[str, float]:
     finally:
         exchange.ROUND = before
     return errors
+
+
+def in_either_dtype(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
+    """Whole weights after steps of Muon with iterations in bfloat16, matrices travelling so and in float32."""
+    found = []
+    for travels in ("auto", "state"):
+        model = Llama()
+        shapes, wrapped = shapes_of(model), fsdp2(model, "", world)
+        optimizer = CASES["Muon"].make(wrapped, lr=0.02, exchange_dtype=travels)
+        for step in range(3):
+            wrapped(gradients(shapes, step, rank, torch.float32)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append(whole(wrapped))
+    return found
 
 
 def long_runs(rank: int, world: int, folder: str) -> dict[str, float]:
