@@ -152,7 +152,7 @@ class Job:
         """Whether the job is over. One that waits for another start is not."""
         return self.fact("JobState") in {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED"}
 
-    def wait_for(self, condition: Callable[[], bool], seconds: float, what: str) -> None:
+    def wait_for(self, condition: Callable[[], bool], seconds: float, what: str, pause: float = 0.2) -> None:
         """Wait until ``condition`` holds; an AssertionError with the job's log where it takes too long."""
         deadline = time.monotonic() + allowed(seconds)
         while not condition():
@@ -160,14 +160,17 @@ class Job:
                 raise AssertionError(
                     f"job {self.number}, {self.fact('JobState')}: no {what} in {seconds} s\n{self.log}"
                 )
-            time.sleep(0.2)
+            time.sleep(pause)
 
     def wait_for_step(self, output: Path, step: int, seconds: float) -> None:
         """Wait until the run in ``output`` has made a step; an AssertionError as soon as the job ends before it."""
-        polls = itertools.count(1)  # SLURM is asked every few seconds only
-        self.wait_for(
-            lambda: steps_done(output) >= step or (next(polls) % 15 == 0 and self.ended), seconds, f"step {step}"
-        )
+        polls = itertools.count(1)  # SLURM is asked every few seconds only, and rarely once steps are made: they are fast
+
+        def there() -> bool:
+            done = steps_done(output)
+            return done >= step or (next(polls) % (400 if done else 60) == 0 and self.ended)
+
+        self.wait_for(there, seconds, f"step {step}", pause=0.05)
         assert steps_done(output) >= step, f"job {self.number} ended before step {step}\n{self.log}"
 
     def wait(self, seconds: float, state: str = "COMPLETED") -> None:

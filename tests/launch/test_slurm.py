@@ -21,11 +21,11 @@ pytestmark = pytest.mark.slow
 SCRIPTS = {"fsdp": "launch/slurm_fsdp.sbatch", "deepspeed": "launch/slurm_deepspeed.sbatch"}
 # No GPU here: a rank for each node. Always the same nodes, for jobs to get into each other's way.
 SIZES = ["--nodes=2", "--nodelist=n1,n2", "--gpus-per-node=0"]
-STEPS = 110
-# Short sequences: starting up takes most of a job's time.
+STEPS, EVERY = 40, 8
+# Short sequences, and few: starting up takes most of a job's time.
 TRAINING = (
-    f"--recipe tiny --steps {STEPS} --warmup_steps 10 --batch_size 8 --sequence_length 64 --eval_every 0 "
-    "--final_eval_sequences 4 --checkpoint_every 25"
+    f"--recipe tiny --steps {STEPS} --warmup_steps 4 --batch_size 4 --sequence_length 32 --eval_every 0 "
+    f"--final_eval_sequences 4 --checkpoint_every {EVERY}"
 ).split()
 ENGINES = {"fsdp": ["--engine", "fsdp2"], "deepspeed": ["--deepspeed_config", "ds_configs/zero2.json"]}
 PATIENCE = 400  # seconds, on a machine that has more to do
@@ -82,7 +82,7 @@ def check_lost_start(job: Job, reached: int) -> None:
     the repeated order meets the next start, whose step has the same number.
     """
     stopped, resumed = stops(job)
-    assert 25 <= reached < STEPS, job.log
+    assert EVERY <= reached < STEPS, job.log
     assert resumed == [reached, *stopped], job.log
 
 
@@ -104,18 +104,25 @@ def in_training(job: Job, output: Path, step: int = 3) -> None:
 
 
 @contextlib.contextmanager
-def suspended(job: Job, output: Path) -> Iterator[None]:
-    """Suspend the ranks of a job until it has been asked to stop: no machine is fast enough to finish before."""
+def suspended(output: Path) -> Iterator[None]:
+    """Suspend the ranks of a run for a while: no machine is fast enough to finish meanwhile."""
     stopped = [*ranks(output).values()]
     for process in stopped:
         process.suspend()
     try:
         yield
-        job.wait_for(lambda: "asked to stop" in job.log, 100, "request to stop")
     finally:
         for process in stopped:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.resume()
+
+
+@contextlib.contextmanager
+def suspended_until_asked(job: Job, output: Path) -> Iterator[None]:
+    """Suspend the ranks of a job until it has been asked to stop."""
+    with suspended(output):
+        yield
+        job.wait_for(lambda: "asked to stop" in job.log, 100, "request to stop")
 
 
 def test_runs_to_completion(undisturbed: dict[int, float]) -> None:
@@ -128,7 +135,7 @@ def test_goes_on_after_the_time_limit(
     output = tmp_path / "run"
     job = submit(cluster, engine, output, "--signal=B:USR1@10", options=["--skip_preflight"])
     in_training(job, output)
-    with suspended(job, output):
+    with suspended_until_asked(job, output):
         # SLURM looks every 30 s whether the signal is due, and a limit is in whole minutes: so move this start's end.
         end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 38))
         cluster.run("scontrol", "update", f"JobId={job.number}", f"EndTime={end}")
@@ -144,7 +151,7 @@ def test_goes_on_after_preemption(cluster: Cluster, engine: str, undisturbed: di
     output = tmp_path / "run"
     job = submit(cluster, engine, output, options=["--skip_preflight"])
     in_training(job, output)
-    with suspended(job, output):
+    with suspended_until_asked(job, output):
         urgent = cluster.submit("--partition=urgent", *SIZES, "--exclusive", "--wrap=sleep 1")
     urgent.wait(120)
     reached = steps_done(output)
@@ -157,9 +164,10 @@ def test_goes_on_after_kill_9(cluster: Cluster, engine: str, undisturbed: dict[i
     output = tmp_path / "run"
     hold = tmp_path / "hold"
     job = submit(cluster, engine, output, options=["--skip_preflight"], environment=holding(hold))
-    in_training(job, output, 27)
-    hold.touch()
-    ranks(output)[1].kill()
+    in_training(job, output, EVERY + 2)
+    with suspended(output):
+        hold.touch()
+        ranks(output)[1].kill()
     job.wait_for(lambda: job.fact("Restarts") == "1", 60, "requeue")
     reached = newest_checkpoint(output)
     # And once more before the first step, as SLURM itself does it when a lost node comes back as the job starts again.
@@ -178,8 +186,9 @@ def test_goes_on_after_a_node_was_cut_off(
 ) -> None:
     output = tmp_path / "run"
     job = submit(cluster, engine, output, options=["--skip_preflight"])
-    in_training(job, output, 27)
-    cluster.run("ip", "link", "set", "v2", "down")
+    in_training(job, output, EVERY + 2)
+    with suspended(output):
+        cluster.run("ip", "link", "set", "v2", "down")
     try:
         job.wait_for(lambda: job.fact("Restarts") == "1", 120, "requeue")
         job.wait_for(lambda: job.fact("JobState") == "PENDING", 60, "place in the queue")  # n2 is lost

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 # What stands for "13B" on two CPU cores.
 TINY = (
-    "--recipe tiny --steps 60 --warmup_steps 4 --batch_size 4 --sequence_length 64 --eval_every 0 "
+    "--recipe tiny --steps 60 --warmup_steps 4 --batch_size 4 --sequence_length 32 --eval_every 0 "
     "--final_eval_sequences 4"
 )
 
