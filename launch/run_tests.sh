@@ -3,10 +3,11 @@
 #
 #   bash launch/run_tests.sh [--fast] [arguments for pytest]
 #
-#   --fast    leaves out the tests marked slow (more than about 20 seconds on two idle cores); without it all are run
+#   --fast    leaves out the tests marked slow (more than about 4 s of processor time); without it all are run
 #
-#   APOLLO_TEST_JOBS=2             how many processes of pytest share the files, side by side; 0: one, as --pdb and -s need
-#   APOLLO_TEST_TIMEOUT_SCALE=2    multiplies every deadline of the tests, for machines that have more to do; a test that
+#   APOLLO_TEST_JOBS=4             how many processes of pytest share the files, side by side; ranks wait for each other
+#                                  half of the time, so more than there are cores. 0: one, as --pdb and -s need it
+#   APOLLO_TEST_TIMEOUT_SCALE=3    multiplies every deadline of the tests, for machines that have more to do; a test that
 #                                  passes does not wait for its deadline
 #
 # Ends with pytest's closing line; the exit status is that of the first step that failed.
@@ -38,9 +39,9 @@ say "mypy"
 mypy
 say "shellcheck"
 shellcheck -x launch/*.sh launch/*.sbatch launch/site.env.example benchmarks/*.sh tests/launch/*.sh
-export APOLLO_TEST_TIMEOUT_SCALE="${APOLLO_TEST_TIMEOUT_SCALE:-2}"
+export APOLLO_TEST_TIMEOUT_SCALE="${APOLLO_TEST_TIMEOUT_SCALE:-3}"
 say "pytest"
 # The cases of a file run in one process; tests/conftest.py says which files share one, and which start first. A process
 # that dies, or is ended because a case waits for ever, is not replaced: its file would begin anew, and wait again.
-python -m pytest -n "${APOLLO_TEST_JOBS:-2}" --no-loadscope-reorder --max-worker-restart=0 \
+python -m pytest -n "${APOLLO_TEST_JOBS:-4}" --no-loadscope-reorder --max-worker-restart=0 \
     "${pytest_args[@]+"${pytest_args[@]}"}"

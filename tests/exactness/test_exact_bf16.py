@@ -73,6 +73,7 @@ def without_masters(rank, world):
     return found
 
 
+@pytest.mark.slow
 @needs_bf16_states
 def test_bf16_without_fp32_masters_equals_one_process():
     """Every rounding is the same, bit for bit, but where sums in another order fall on the other side of one."""

@@ -98,10 +98,12 @@ def deepspeeds_stages(rank: int, world: int) -> dict[str, dict[str, float]]:
     }
 
 
+@pytest.mark.slow
 def test_torchs_engines_equal_the_reference():
     judge(run_ranks(torchs_engines, 2, CASES), TOLERANCE, test_exact_torch.engine_of, "float32")
 
 
+@pytest.mark.slow
 def test_deepspeeds_stages_equal_the_reference():
     judge(run_ranks(deepspeeds_stages, 2), TOLERANCE, zero_runs.engine_of, "float32")
 

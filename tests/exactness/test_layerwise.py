@@ -112,7 +112,7 @@ def all_cases(rank: int, world: int, engines: tuple[str, ...], folder: str) -> d
     ("world", "engines"),
     [
         (1, backward_on_cpu("plain", "fsdp2")),
-        pytest.param(2, ("fsdp2",), marks=needs_fsdp2),
+        pytest.param(2, ("fsdp2",), marks=[pytest.mark.slow, needs_fsdp2]),
         pytest.param(3, ("fsdp2",), marks=[pytest.mark.slow, needs_fsdp2]),
         pytest.param(4, ("fsdp2", "hsdp"), marks=[pytest.mark.slow, needs_fsdp2]),
     ],

@@ -116,6 +116,7 @@ def test_names_that_cannot_be_known_are_errors(results: list[dict[str, Any]]) ->
         )
 
 
+@pytest.mark.slow
 def test_a_step_of_the_wrapper_knows_the_engine(results: list[dict[str, Any]]) -> None:
     """``deepspeed.initialize`` tells it; ``attach`` may tell it once more. Only the first rank logs."""
     for how in ("around", "attached"):

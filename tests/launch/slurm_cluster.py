@@ -164,7 +164,7 @@ class Job:
 
     def wait_for_step(self, output: Path, step: int, seconds: float) -> None:
         """Wait until the run in ``output`` has made a step; an AssertionError as soon as the job ends before it."""
-        polls = itertools.count(1)  # SLURM is asked every few seconds only, and rarely once steps are made: they are fast
+        polls = itertools.count(1)  # SLURM is asked every few seconds only, and rarely while steps are made
 
         def there() -> bool:
             done = steps_done(output)

@@ -91,6 +91,7 @@ def unequal(tmp_path_factory: pytest.TempPathFactory) -> Flown:
     )
 
 
+@pytest.mark.slow
 def test_different_versions_name_the_ranks(unequal: Flown) -> None:
     row = unequal.row("versions")
     assert row.startswith("FAIL")
@@ -132,6 +133,7 @@ def test_every_rank_has_the_verdict_and_one_prints(unequal: Flown) -> None:
         assert unequal.row(well).startswith("ok")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="mounting a file system takes root")
 @pytest.mark.parametrize(
     ("mount", "message", "remedy"),
@@ -159,6 +161,7 @@ def test_a_file_in_place_of_the_folder(tmp_path: Path, capfd: pytest.CaptureFixt
     assert re.search(r"FAIL +checkpoints +cannot write: .*Not a directory.* on rank 0", capfd.readouterr().out)
 
 
+@pytest.mark.slow
 def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     flown = fly(tmp_path, ["--output=out", "--timeout=24"], world=4, present=(0, 2))
     row = flown.row("ranks")
@@ -170,6 +173,7 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
     assert flown.seconds < allowed(60)
 
 
+@pytest.mark.slow
 def test_a_missing_first_rank_is_named_by_the_others(tmp_path: Path) -> None:
     flown = fly(tmp_path, ["--output=out", "--timeout=8"], present=(1,))
     assert flown.codes == {1: 1}

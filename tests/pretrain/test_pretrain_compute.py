@@ -90,6 +90,7 @@ def compare(folder: Path, engine: str, options: dict[str, list[str]]) -> None:
         assert validations(folder / engine / name) == pytest.approx(validations(folder / engine / "plain"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_the_plain_run(tmp_path: Path) -> None:
     prepare(tmp_path)
     few = {name: OPTIONS[name] for name in ("plain", "together")}

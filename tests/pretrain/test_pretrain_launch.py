@@ -57,6 +57,7 @@ ENGINES = {
     "fsdp2": ("torchrun", ["--engine=fsdp2", "--micro_batch_size=1"]),
     "zero2": ("deepspeed", ["--deepspeed_config=zero2.json", "--micro_batch_size=1"]),
 }
+BY_ENGINE = [pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow), "zero2"]
 
 
 def two_ranks(folder: Path, name: str) -> Path:
@@ -79,14 +80,14 @@ def test_plain_python_writes_metrics_picture_and_summary(folder: Path) -> None:
         assert part in summary
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", BY_ENGINE)
 def test_two_ranks_equal_one_process(folder: Path, name: str) -> None:
     output = two_ranks(folder, name)
     assert losses(output) == pytest.approx(losses(folder / "one"), rel=2e-5)
     assert validations(output) == pytest.approx(validations(folder / "one"), rel=2e-5)
 
 
-@pytest.mark.parametrize("name", ENGINES)
+@pytest.mark.parametrize("name", BY_ENGINE)
 def test_a_stopped_run_resumes_with_identical_losses(folder: Path, name: str) -> None:
     output = two_ranks(folder, name)
     launcher, options = ENGINES[name]
@@ -151,6 +152,7 @@ def test_what_is_wrong_on_one_rank_ends_both_with_one_message(folder: Path, on_r
     assert not (folder / "different" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_ends_both_ranks(folder: Path) -> None:
     launcher, options = ENGINES["fsdp2"]
     damaged = (

@@ -80,6 +80,7 @@ def all_engines(rank: int, world: int, folder: Path, names: list[str]) -> dict[s
     return {name: one_engine(name, rank, world, folder) for name in names}
 
 
+@pytest.mark.slow
 def test_the_step_is_left_out_on_every_rank(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     for name, config in JSON.items():

@@ -152,6 +152,7 @@ def test_options_of_the_jsons_optimizer_are_keys_of_their_own() -> None:
         changes(facts, smaller, frozenset({"optimizer.lr"}), 4, "x")
 
 
+@pytest.mark.slow
 def test_deepspeed_follows_the_new_schedule_too(finished: Path, tmp_path: Path) -> None:
     """Resumed under ZeRO-2 from the same checkpoint, to rounding of fp32 flat partitions."""
     pytest.importorskip("deepspeed")

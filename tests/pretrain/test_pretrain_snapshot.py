@@ -74,6 +74,7 @@ def revision_of(package: Path, folder: Path) -> object:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_the_revision_is_that_of_the_packages_own_repository(tmp_path: Path) -> None:
     repository = tmp_path / "repository"
     shutil.copytree(ROOT / "apollo_dist", repository / "apollo_dist", ignore=shutil.ignore_patterns("__pycache__"))

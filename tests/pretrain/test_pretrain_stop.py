@@ -134,6 +134,7 @@ def test_signals_under_the_deepspeed_launcher(folder: Path) -> None:
     assert json.loads((output / "stopped.json").read_text())["step"] == steps_done(output)
 
 
+@pytest.mark.slow
 def test_a_signal_during_the_set_up_ends_before_the_first_step(folder: Path) -> None:
     output, log = folder / "early", folder / "early.log"
     with started("python", 1, arguments("early"), folder) as job:

@@ -85,6 +85,7 @@ def test_ranks_that_hang_are_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [found["sum"] for found in run_ranks(surroundings, 2, "")] == [3, 3]
 
 
+@pytest.mark.slow
 def test_a_template_that_died_is_replaced() -> None:
     run_ranks(surroundings, 1, "")
     old = template(0)

@@ -230,6 +230,7 @@ def test_the_documented_rule_is_this_one():
     assert all(torch.equal(a, b) for a, b in zip(*(m.parameters() for m in models), strict=True))
 
 
+@pytest.mark.slow
 def test_a_rule_of_its_own_under_every_engine(tmp_path):
     """float64: rounding in another order, 1e-15 a step; ZeRO's flat partitions are fp32: 6e-8 a step."""
     for exact, flat in run_ranks(own_rule, 2, str(tmp_path)):
