@@ -53,6 +53,7 @@ PRELOADED = (
     "transformers.models.llama.modeling_llama",
     # DeepSpeed imports it when it first looks at an optimizer, and torch.compile, which it calls, takes 1 to 2 seconds.
     "deepspeed.runtime.zero.muon.original_muon",
+    "torchao.prototype.quantized_training",
 )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..sharding import fsdp1
+from ..sharding import fsdp1, int8
 from ..sharding.names import canonical_name
 from ..sharding.parameters import ParamInfo, logical_shape
 
@@ -23,13 +23,15 @@ def param_info(index: int, name: str | None, tensor: torch.Tensor, *, choose: bo
         choose: whether the library decides if it is low-rank.
 
     Raises:
-        ValueError: for complex or integer parameters, and for those of FSDP1 whose model was never seen.
+        ValueError: for complex or integer parameters, for those of FSDP1 whose model was never seen, and for weights of
+            torchao that cannot be written.
     """
     named = name is not None
     name = canonical_name(name) if name is not None else f"param_{index}"
     if not tensor.is_floating_point():
         raise ValueError(f"{name} is {tensor.dtype}; APOLLO optimizes real floating-point parameters only")
     fsdp1.check(name, tensor)
+    int8.check(name, tensor)
     return ParamInfo(name, logical_shape(tensor), tensor.dtype, named, choose=choose)
 
 

@@ -78,7 +78,9 @@ class Projection:
         columns = self.slab[:, : self.rank] * self.scale
         return columns.t() @ columns
 
-    def add_product(self, low_rank: Tensor, number: int, out: Tensor, size: float) -> None:
+    def add_product(
+        self, low_rank: Tensor, number: int, out: Tensor, size: float, inner: slice = slice(None)
+    ) -> None:
         """Add ``size`` times A P over the columns of a local tile to ``out``.
 
         Args:
@@ -86,8 +88,9 @@ class Projection:
             number: of the tile.
             out: (channels, the tile's inner extent), in any strides.
             size: a factor.
+            inner: which of the tile's inner extent ``out`` is.
         """
-        out.addmm_(low_rank, self.tiles[number][:, : self.rank].t(), alpha=size * self.scale)
+        out.addmm_(low_rank, self.tiles[number][inner, : self.rank].t(), alpha=size * self.scale)
 
 
 def scale_of(rank: int) -> float:

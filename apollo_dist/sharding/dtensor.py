@@ -22,6 +22,7 @@ from torch.torch_version import TorchVersion
 
 from ..distributed import gather_together, global_rank, world_of
 from .grid import GridPartition, Runs, chunk, positions, strided_chunk
+from .int8 import rows_of
 from .internals import first_of, version_of
 from .local_shard import WHOLE, LocalShard, Partition, ShardGroup
 from .regions import FlatPartition, row_ranges, whole_partition
@@ -60,7 +61,13 @@ def read(name: str, parameter: DTensor) -> LocalShard:
         partition=partition,
         weight=lambda: _local(parameter),
         grad=lambda: _local_grad(name, parameter),
+        rows=rows_of(name, parameter, _first_element(partition, group)),
     )
+
+
+def _first_element(partition: Partition, group: ShardGroup) -> int:
+    """The index of the first element that this rank holds of a parameter in one flat range; 0 for others."""
+    return partition.ranges[group.rank][0] if isinstance(partition, FlatPartition) else 0
 
 
 def _divide(name: str, parameter: DTensor) -> tuple[ShardGroup, Partition]:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from ..weights.int8 import Int8Rows
     from .regions import Box, Tile
 
 # Layouts in which ``param_groups`` holds the parameters themselves, whole or as DTensors.
@@ -68,6 +69,7 @@ class LocalShard:
         weight: returns the local weights; any shape, row-major order is that of ``partition``'s offsets.
         grad: returns the local gradient in the same order, or None where there is none, or where the parameter is
             frozen at present.
+        rows: for weights that are stored as INT8, what reads and writes them; ``weight`` is not read then.
     """
 
     name: str
@@ -79,6 +81,7 @@ class LocalShard:
     partition: Partition
     weight: Callable[[], Tensor]
     grad: Callable[[], Tensor | None]
+    rows: Int8Rows | None = None
 
     @property
     def numel(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .int8 import rows_of
 from .local_shard import WHOLE, LocalShard
 from .regions import whole_partition
 
@@ -21,4 +22,5 @@ def read(name: str, parameter: Tensor, of: Tensor | None = None) -> LocalShard:
         partition=whole_partition(parameter.numel()),
         weight=parameter.detach,
         grad=lambda: parameter.grad if model.requires_grad else None,
+        rows=rows_of(name, parameter),
     )

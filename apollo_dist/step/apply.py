@@ -12,6 +12,7 @@ from ..kernels.parts import ApplyPart
 from ..kernels.transfer import to_device
 from ..projections.slices import Phase
 from .matrix import Matrix, cast, take
+from .rows import update_rows
 
 if TYPE_CHECKING:
     from ..projections.cache import ProjectionCache
@@ -86,7 +87,33 @@ def _update(
     scales: Sequence[Tensor | None],
     product: tuple[Tensor | None, Projection | None] | None = None,
 ) -> None:
-    """Update the local weights of matrices of one batch.
+    """Update the local weights of matrices of one batch, those that are stored by rows one after the other.
+
+    Args:
+        matrices, coefficients, carriers, scales, product: as of ``_update_dense``.
+    """
+    dense = [k for k, m in enumerate(matrices) if m.shard.rows is None]
+    for k, m in enumerate(matrices):
+        if m.shard.rows is not None:
+            low_rank, projection = product or (None, None)
+            sized = (None, 0.0) if low_rank is None else _sized(m, low_rank)
+            update_rows(m, coefficients[k : k + 1], carriers[k], scales[k], *sized, projection)
+    if len(dense) == len(matrices):
+        _update_dense(matrices, coefficients, carriers, scales, product)
+    elif dense:
+        rows = to_device(dense, torch.int64, coefficients.device)
+        chosen = ([values[k] for k in dense] for values in (carriers, scales))
+        _update_dense([matrices[k] for k in dense], coefficients[rows], *chosen, product)
+
+
+def _update_dense(
+    matrices: Sequence[Matrix],
+    coefficients: Tensor,
+    carriers: Sequence[Sequence[Tensor]],
+    scales: Sequence[Tensor | None],
+    product: tuple[Tensor | None, Projection | None] | None = None,
+) -> None:
+    """Update the local weights of matrices of one batch that are stored as one number an element.
 
     Args:
         matrices: the matrices.
@@ -133,14 +160,23 @@ def _add_product(m: Matrix, work: Sequence[Tensor], low_rank: Tensor | None, pro
     """
     if low_rank is None or projection is None:  # this rank holds nothing of the matrix
         return
+    low_rank, size = _sized(m, low_rank)
+    for number, rows, position in m.held.parts:
+        projection.add_product(take(low_rank, position), number, take(work[number], rows), size)
+
+
+def _sized(m: Matrix, low_rank: Tensor) -> tuple[Tensor, float]:
+    """A low-rank update of the held channels and the factor of its product with P: the step size, where it is a number.
+
+    Args:
+        m: the matrix.
+        low_rank: f D + N, (channels, r).
+    """
     lr, dtype = m.group["lr"], m.shard.compute_dtype
     lr = lr.reshape(()).to(dtype) if isinstance(lr, Tensor) else lr
     # Low-rank updates are of the negated gradient where that is followed: owners made them of R.
     size = -m.rule.gain(m.group) * m.rule.step_size(lr, m.state["step"], m.group)
-    if isinstance(size, Tensor):
-        low_rank, size = low_rank * size, 1.0
-    for number, rows, position in m.held.parts:
-        projection.add_product(take(low_rank, position), number, take(work[number], rows), size)
+    return (low_rank * size, 1.0) if isinstance(size, Tensor) else (low_rank, size)
 
 
 def _coefficients(matrices: Sequence[Matrix], factor: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from ..kernels.table import Kernels, torch_kernels
 from ..kernels.transfer import to_device
 from ..state.slots import Slot, ready
 from .apply import decay
+from .rows import flat_windows
 
 if TYPE_CHECKING:
     from ..rules.base import ElementRule
@@ -75,22 +76,47 @@ def step_elementwise(tensors: list[ElementwiseTensor]) -> None:
             key = (id(t.rule), id(t.group), t.state["step"], t.shard.device, t.shard.compute_dtype, t.kernels)
             batches.setdefault(key, []).append(t)
     for batch in batches.values():
-        group, rule = batch[0].group, batch[0].rule
-        form = rule.adam(batch[0].state["step"], group)
-        if batch[0].kernels.adamw is not None and form is not None:
-            _step_adam(batch, *form)
-            continue
-        weights = [t.shard.weight() for t in batch]
-        work = [w.reshape(-1).to(t.shard.compute_dtype) for w, t in zip(weights, batch, strict=True)]
+        dense = [t for t in batch if t.shard.rows is None]
+        if dense:
+            _step_dense(dense)
+        for t in batch:
+            if t.shard.rows is not None:
+                _step_rows(t)
+
+
+def _step_dense(batch: list[ElementwiseTensor]) -> None:
+    """One step of tensors that are stored as one number an element."""
+    group, rule = batch[0].group, batch[0].rule
+    form = rule.adam(batch[0].state["step"], group)
+    if batch[0].kernels.adamw is not None and form is not None:
+        _step_adam(batch, *form)
+        return
+    weights = [t.shard.weight() for t in batch]
+    work = [w.reshape(-1).to(t.shard.compute_dtype) for w, t in zip(weights, batch, strict=True)]
+    if rule.decay_first:
+        decay(work, rule.learning_rate(group), rule.weight_decay(group))
+    state = {name: [t.state[name] for t in batch] for name in batch[0].names}
+    rule.update(work, [t.gradient() for t in batch], state, batch[0].state["step"], group)
+    if not rule.decay_first:
+        decay(work, rule.learning_rate(group), rule.weight_decay(group))
+    for stored, updated in zip(weights, work, strict=True):
+        if updated.data_ptr() != stored.data_ptr():
+            stored.copy_(updated.view(stored.shape))
+
+
+def _step_rows(t: ElementwiseTensor) -> None:
+    """One step of a tensor that is stored by rows, some of them at a time."""
+    group, rule, step = t.group, t.rule, t.state["step"]
+    grad = t.shard.grad()
+    assert grad is not None
+    grad = grad.detach().reshape(-1)
+    for here, work in flat_windows(t.shard, step):
         if rule.decay_first:
-            decay(work, rule.learning_rate(group), rule.weight_decay(group))
-        state = {name: [t.state[name] for t in batch] for name in batch[0].names}
-        rule.update(work, [t.gradient() for t in batch], state, batch[0].state["step"], group)
+            decay([work], rule.learning_rate(group), rule.weight_decay(group))
+        gradient = grad[here].to(work.dtype)
+        rule.update([work], [gradient], {name: [t.state[name][here]] for name in t.names}, step, group)
         if not rule.decay_first:
-            decay(work, rule.learning_rate(group), rule.weight_decay(group))
-        for stored, updated in zip(weights, work, strict=True):
-            if updated.data_ptr() != stored.data_ptr():
-                stored.copy_(updated.view(stored.shape))
+            decay([work], rule.learning_rate(group), rule.weight_decay(group))
 
 
 def _step_adam(batch: list[ElementwiseTensor], correction: float, eps: float) -> None:

@@ -20,6 +20,7 @@ from ..sharding.names import abbreviate, canonical_name, check_unique
 from ..sharding.parameters import ParamInfo
 from .elementwise import ElementwiseTensor
 from .fingerprint import fingerprint
+from .rows import checksums, seeded
 from .shard_group import Entry, ShardGroupStep
 from .specs import check_matrix, specs_of
 
@@ -180,11 +181,11 @@ def plan_step(
         draft.plan.tensors += working
         kept = set(map(id, working))
         draft.plan.idle += [(names[id(t)], t, group) for t in group["params"] if id(t) not in kept]
-        shards = detect.read(working, partial(_name_of, names), engine)
+        shards = [seeded(shard, seed) for shard in detect.read(working, partial(_name_of, names), engine)]
         seen.append([ParamInfo(shard.name, shard.shape, shard.dtype, True) for shard in shards])
         for shard in shards:
             draft.add(shard, group)
-    draft.plan.facts = fingerprint(seed, groups, seen, rules)
+    draft.plan.facts = fingerprint(seed, groups, seen, rules) | checksums(shard for shard, _ in draft.plan.shards)
     draft.make_shard_groups(cache_projection)
     return draft.plan
 

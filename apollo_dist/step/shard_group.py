@@ -16,6 +16,7 @@ from ..projections.gaussian import KINDS
 from ..state.slots import PROJECTION, Slot, ready
 from .batch import Batch, make_batches
 from .matrix import Matrix
+from .rows import check as check_rows
 
 if TYPE_CHECKING:
     from ..rules.base import MatrixRule, Spec
@@ -78,7 +79,10 @@ class ShardGroupStep:
             kwargs: dict[str, Any] = {"dtype": shard.compute_dtype, "device": shard.device}
             ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges])
             chosen = choose(kernels, shard.device, shard.compute_dtype, known=_known(declared, shard.dtype))
-            self.matrices.append(Matrix(place, spec, declared, rule, shard, channels, group, slot, chosen))
+            matrix = Matrix(place, spec, declared, rule, shard, channels, group, slot, chosen)
+            if shard.rows is not None:
+                check_rows(matrix)
+            self.matrices.append(matrix)
         slices = [m.projection_slice for m in self.matrices]
         self.projections = ProjectionCache(slices, self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)

@@ -1,0 +1,1 @@
+"""How weights are stored, where that is not one number an element."""

@@ -1,0 +1,139 @@
+"""Weights in INT8 with one scale a row: W[i, j] = codes[i, j] * scale[i], codes from -127 to 127.
+
+torchao's ``Int8QuantizedTrainingLinearWeight`` stores them so. A step reads some rows in floating point, updates them,
+and writes them back with a new scale. Codes are rounded stochastically then, for most updates are smaller than half a
+code. The scale is the smallest number of its dtype that keeps the largest element of the row within 127 codes, so that
+no element is cut off, which would shrink it in every step.
+
+The random bits of an element follow from (seed, name, step, index in the logical matrix), as in ``kernels/rounding.py``.
+So every replica and every sharding has the same codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..kernels.rounding import key_of, random_bits
+
+LARGEST = 127
+
+# How many elements are in floating point at a time: on CPUs they stay in the cache.
+_ELEMENTS = {"cpu": 1 << 18}
+_ELEMENTS_ACCELERATOR = 1 << 23
+
+
+def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Codes (rows, n) in INT8 times their rows' scales (rows,), in ``dtype``."""
+    return codes.to(dtype).mul_(scale.to(dtype)[:, None])
+
+
+def quantize(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes (rows, n) in INT8 and scales (rows,) of a matrix.
+
+    A row with an element that is not finite has such a scale, and so is not finite as a whole.
+
+    Args:
+        values: (rows, n) in float32 or float64.
+        dtype: of the scales.
+        bits: (rows, n), integers in [0, 65536) by which codes are rounded stochastically: the mean of a code is its
+            quotient to 2**-17. None rounds to nearest.
+    """
+    largest = values.abs().amax(1)
+    scale = _at_least(largest / LARGEST, dtype)
+    # Rows of zeros have scale 0.
+    scale = torch.where(largest > 0, scale.clamp(min=torch.finfo(dtype).tiny), scale)
+    quotient = (values / scale.to(values.dtype)[:, None]).nan_to_num_(0.0, 0.0, 0.0)
+    if bits is None:
+        codes = quotient.round_()
+    else:
+        codes = quotient.floor()
+        codes += quotient.sub_(codes).mul_(65536.0) > bits + 0.5
+    return codes.clamp_(-LARGEST, LARGEST).to(torch.int8), scale
+
+
+def quantize_again(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a matrix, rounded to nearest; those that it was made of, where rows are codes times scales.
+
+    So weights that go from INT8 to floating point and back stay as they were, if no bit was lost on the way.
+
+    Args:
+        values: (rows, n) in float32 or float64.
+        dtype: of the scales.
+    """
+    codes, scale = quantize(values, dtype)
+    largest = values.abs().amax(1)
+    done = torch.zeros_like(largest, dtype=torch.bool)
+    for code in (LARGEST, LARGEST - 1):  # the largest element of a row has one of these
+        near = (largest / code).to(dtype)
+        infinity = torch.full_like(near, torch.inf)
+        for tried in (near, torch.nextafter(near, infinity), torch.nextafter(near, -infinity)):
+            there = (values / tried.to(values.dtype)[:, None]).round_().nan_to_num_(0.0, 0.0, 0.0)
+            there = there.clamp_(-LARGEST, LARGEST).to(torch.int8)
+            exact = (dequantize(there, tried, values.dtype) == values).all(1) & ~done
+            codes[exact], scale[exact] = there[exact], tried[exact]
+            done |= exact
+    return codes, scale
+
+
+def _at_least(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """The smallest numbers of ``dtype`` that are not less than ``values``."""
+    near = values.to(dtype)
+    return torch.where(near.to(values.dtype) < values, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
+
+
+@dataclass(frozen=True)
+class Int8Rows:
+    """The rows of an INT8 matrix that this rank holds, for reading and writing.
+
+    Attributes:
+        stored: returns the codes, (rows, n) in INT8, and the scales, (rows,).
+        name: canonical name of the matrix.
+        shape: (rows, n) of what is held here.
+        first: the index of the first element here in the whole matrix, row by row.
+        seed: of the optimizer.
+    """
+
+    stored: Callable[[], tuple[Tensor, Tensor]]
+    name: str
+    shape: tuple[int, int]
+    first: int
+    seed: int = 0
+
+    def windows(self, step: int, dtype: torch.dtype, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
+        """Some rows at a time in floating point. What the loop's body leaves in them is stored when it goes on.
+
+        Args:
+            step: the number of the step, from 1, for the random bits.
+            dtype: float32 or float64.
+            multiple: of which the number of rows of each window is one.
+
+        Yields:
+            Which of the rows here, and their weights, (rows of the window, n), to be changed in place.
+        """
+        codes, scale = self.stored()
+        rows, columns = self.shape
+        elements = _ELEMENTS.get(codes.device.type, _ELEMENTS_ACCELERATOR)
+        height = multiple * max(1, elements // max(1, columns * multiple))
+        key = key_of(self.seed, self.name)
+        for start in range(0, rows, height):
+            here = slice(start, min(start + height, rows))
+            values = dequantize(codes[here], scale[here], dtype)
+            yield here, values
+            index = self.first + start * columns
+            bits = random_bits(key, step, index, values.shape[0], columns, columns, values.device)
+            new_codes, new_scale = quantize(values, scale.dtype, bits)
+            codes[here].copy_(new_codes)
+            scale[here].copy_(new_scale)
+
+    def checksum(self) -> tuple[int, float]:
+        """Two numbers that replicas have in common; the host waits for them."""
+        codes, scale = self.stored()
+        if not codes.numel():
+            return 0, 0.0
+        sums = codes.sum(1, dtype=torch.int64)
+        place = torch.arange(1, len(sums) + 1, device=sums.device)
+        return int((sums * place).sum()), float((scale.double() * place).sum())
