@@ -29,6 +29,9 @@ LIGHTNING = ["lightning>=2.4"]
 
 PLOT = ["matplotlib>=3.7"]
 
+# INT8 weights: torchao's own, of a prototype that may change.
+QUANTIZED = ["torchao>=0.18"]
+
 PRETRAIN = [
     "transformers>=4.48",
     "tokenizers",
@@ -44,6 +47,7 @@ TRITON = ["triton>=3.4; platform_system == 'Linux'"]
 DEV = [
     "accelerate>=1.6",
     *LIGHTNING,
+    *QUANTIZED,
     *TRITON,
     "pytest>=8.0",
     "pytest-xdist>=3.6",
@@ -75,6 +79,7 @@ setup(
         "lightning": LIGHTNING,
         "pretrain": PRETRAIN,
         "plot": PLOT,
+        "quantized": QUANTIZED,
         "dev": DEV,
     },
     zip_safe=False,

@@ -27,6 +27,7 @@ import torch
 from ..distributed import rank_of
 from ..sharding.deepspeed.faults import installed, older_than
 from ..sharding.deepspeed.zero_engine import NOT_IN_BACKWARD, check_supported
+from ..sharding.int8 import holds_int8
 from .import_hooks import after_import, wrap_function
 
 logger = logging.getLogger("apollo_dist")
@@ -50,10 +51,7 @@ def register(classes: Classes) -> None:
             raise ValueError(f"torch.optim.{name} exists already")
         setattr(torch.optim, name, cls)
     after_import("deepspeed.runtime.zero.utils", lambda m: _support(m, classes))
-    after_import(
-        "deepspeed.runtime.engine",
-        lambda m: _guard(m.DeepSpeedEngine, "_do_optimizer_sanity_check", _no_inexact(classes)),
-    )
+    after_import("deepspeed.runtime.engine", lambda m: _guard_engine(m.DeepSpeedEngine, classes))
     after_import("deepspeed.runtime.zero.partition_parameters", _wait_for_every_gather)
     after_import("accelerate.accelerator", lambda m: _guard(m, "map_pytorch_optim_to_deepspeed", _no_swap(classes)))
     after_import("transformers.trainer", lambda m: _guard(m, "deepspeed_init", _no_drop(classes)))
@@ -107,6 +105,32 @@ def _guard(owner: ModuleType | type, name: str, check: Callable[..., None]) -> N
         return function(*args, **kwargs)
 
     wrap_function(owner, name, call)
+
+
+def _guard_engine(engine: type, classes: Classes) -> None:
+    _guard(engine, "_configure_distributed_model", _no_int8(classes))
+    _guard(engine, "_do_optimizer_sanity_check", _no_inexact(classes))
+
+
+def _no_int8(classes: Classes) -> Callable[..., None]:
+    """The check of DeepSpeed's ``engine._configure_distributed_model(model)``, which moves the model and broadcasts it.
+
+    It would fail there with INT8 weights, and the error would not say why.
+    """
+
+    def check(engine: Any, model: Any = None, *_: Any, **__: Any) -> None:
+        client = getattr(engine, "client_optimizer", None)
+        named = getattr(getattr(engine, "_config", None), "optimizer_name", None) in classes
+        if not named and not isinstance(client, tuple(classes.values())):
+            return
+        found = [name for name, parameter in model.named_parameters() if holds_int8(parameter)]
+        if found:
+            raise ValueError(
+                f"{found[0]} and {len(found) - 1} others are INT8, and DeepSpeed keeps fp32 masters of what it trains, "
+                "so INT8 would save nothing: use one process, DDP(init_sync=False) or FSDP2, or leave the model in bf16"
+            )
+
+    return check
 
 
 def _no_inexact(classes: Classes) -> Callable[..., None]:

@@ -13,6 +13,7 @@ EXTRAS = {
     "matplotlib": "plot",
     "safetensors": "pretrain",
     "tokenizers": "pretrain",
+    "torchao": "quantized",
     "tqdm": "pretrain",
     "transformers": "pretrain",
 }

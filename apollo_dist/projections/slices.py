@@ -78,9 +78,7 @@ class Projection:
         columns = self.slab[:, : self.rank] * self.scale
         return columns.t() @ columns
 
-    def add_product(
-        self, low_rank: Tensor, number: int, out: Tensor, size: float, inner: slice = slice(None)
-    ) -> None:
+    def add_product(self, low_rank: Tensor, number: int, out: Tensor, size: float, inner: slice = slice(None)) -> None:
         """Add ``size`` times A P over the columns of a local tile to ``out``.
 
         Args:

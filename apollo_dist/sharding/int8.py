@@ -52,8 +52,6 @@ def check(name: str, parameter: Tensor) -> None:
             )
         return
     require(local, "int_data", "scale")
-    if getattr(parameter, "_fsdp_flattened", False):
-        raise ValueError(f"{name} is INT8, and FSDP1 flattens parameters into one tensor: use FSDP2 (fully_shard)")
     if not isinstance(parameter, DTensor):
         return
     mesh, placements = parameter.device_mesh, parameter.placements

@@ -96,14 +96,14 @@ def _update(
     for k, m in enumerate(matrices):
         if m.shard.rows is not None:
             low_rank, projection = product or (None, None)
-            sized = (None, 0.0) if low_rank is None else _sized(m, low_rank)
-            update_rows(m, coefficients[k : k + 1], carriers[k], scales[k], *sized, projection)
+            low_rank, size = (None, 0.0) if low_rank is None else _sized(m, low_rank)
+            update_rows(m, coefficients[k : k + 1], carriers[k], scales[k], low_rank, size, projection)
     if len(dense) == len(matrices):
         _update_dense(matrices, coefficients, carriers, scales, product)
     elif dense:
         rows = to_device(dense, torch.int64, coefficients.device)
-        chosen = ([values[k] for k in dense] for values in (carriers, scales))
-        _update_dense([matrices[k] for k in dense], coefficients[rows], *chosen, product)
+        given, by = [carriers[k] for k in dense], [scales[k] for k in dense]
+        _update_dense([matrices[k] for k in dense], coefficients[rows], given, by, product)
 
 
 def _update_dense(

@@ -5,8 +5,8 @@ and writes them back with a new scale. Codes are rounded stochastically then, fo
 code. The scale is the smallest number of its dtype that keeps the largest element of the row within 127 codes, so that
 no element is cut off, which would shrink it in every step.
 
-The random bits of an element follow from (seed, name, step, index in the logical matrix), as in ``kernels/rounding.py``.
-So every replica and every sharding has the same codes.
+The random bits of an element follow from (seed, name, step, index in the logical matrix), as ``kernels/rounding.py``
+has them. So every replica and every sharding has the same codes.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from apollo_dist import APOLLO, layerwise
+from apollo_dist import APOLLO, SCALE, SGD, AdamMini, AdamW, Fira, GaLore, Muon, layerwise
 from apollo_dist.weights import int8
 
 from ..int8 import Lines, codes_and_scales, quantized, store
@@ -57,8 +57,10 @@ def train(engine, world, case, dtype=torch.float64):
     reference = Reference(plain, ranks, **common)
     wrapped = wrap(model, engine, world)
     make = layerwise.attach if engine.endswith("in backward") else APOLLO
-    optimizer = make(wrapped, groups_of(wrapped, ranks), **common) if make is layerwise.attach else make(
-        groups_of(wrapped, ranks), model=wrapped, **common
+    optimizer = (
+        make(wrapped, groups_of(wrapped, ranks), **common)
+        if make is layerwise.attach
+        else make(groups_of(wrapped, ranks), model=wrapped, **common)
     )
     for step in range(STEPS):
         given = small_integers(shapes, step) if case == "signs" else gradients(shapes, step, 0)
@@ -118,3 +120,39 @@ def test_codes_with_scales_in_bf16_do_not_depend_on_the_ranks():
     for world, case, found in seen[1:]:
         for name, pair in found.items():
             assert all(torch.equal(a, b) for a, b in zip(pair, first[name], strict=True)), (world, case, name)
+
+
+RULES = {
+    "SCALE": lambda model: SCALE(model, lr=1e-2),
+    "SGD": lambda model: SGD(model, lr=1e-3, momentum=0.9),
+    "AdamW": lambda model: AdamW(model, lr=1e-2, weight_decay=0.1),
+    "AdamMini": lambda model: AdamMini(model, lr=1e-2, weight_decay=0.1),
+    "GaLore": lambda model: GaLore(groups_of(model, low_rank(model, 3)), lr=1e-2, update_proj_gap=GAP, model=model),
+    "Fira": lambda model: Fira(groups_of(model, low_rank(model, 3)), lr=1e-2, update_proj_gap=GAP, model=model),
+    "Muon": lambda model: Muon(model, lr=1e-2, weight_decay=0.1),
+}
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_every_rule_takes_its_own_step(rule, monkeypatch):
+    """As the same optimizer of a model in float64, whose weights are rounded to INT8 after each step."""
+    monkeypatch.setitem(int8._ELEMENTS, "cpu", 100)
+    model, twin = quantized(Lines().double()), Lines().double()
+    names = list(codes_and_scales(model))
+    weights = {name: p for name, p in twin.named_parameters() if name in names}
+    for name, p in model.named_parameters():
+        if name in names:
+            weights[name].data.copy_(p.dequantize())
+    optimizers = [RULES[rule](each) for each in (model, twin)]
+    for step in range(STEPS):
+        given = gradients(shapes_of(twin), step, 0)
+        for each, optimizer in zip((model, twin), optimizers, strict=True):
+            each(given).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        rounded = {name: p.detach().clone() for name, p in weights.items()}
+        expected = store(rounded, names, optimizers[0].seed, step + 1)
+        for name, p in weights.items():
+            p.data.copy_(rounded[name])
+        for name, (codes, _) in codes_and_scales(model).items():
+            assert torch.equal(codes, expected[name]), f"{name} at step {step + 1}"
