@@ -11,7 +11,6 @@ from torch import Tensor
 from ..distributed import world_of
 from ..kernels.parts import ApplyPart
 from ..state.slots import STEP
-from .matrix import take
 
 if TYPE_CHECKING:
     from ..projections.slices import Projection
@@ -101,7 +100,7 @@ def update_rows(
                 ApplyPart(
                     piece.weight,
                     carriers[0][piece.channels, piece.inner],
-                    None if scale is None else take(scale[:, 0], piece.position),
+                    None if scale is None else scale[piece.position, 0],
                     0,
                 )
                 for piece in pieces

@@ -17,8 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..kernels.rounding import key_of, random_bits
-
 LARGEST = 127
 
 # How many elements are in floating point at a time: on CPUs they stay in the cache.
@@ -114,6 +112,8 @@ class Int8Rows:
         Yields:
             Which of the rows here, and their weights, (rows of the window, n), to be changed in place.
         """
+        from ..kernels.rounding import key_of, random_bits  # what only describes weights needs no kernels
+
         codes, scale = self.stored()
         rows, columns = self.shape
         elements = _ELEMENTS.get(codes.device.type, _ELEMENTS_ACCELERATOR)
