@@ -40,6 +40,7 @@ class MatrixSpec:
         whole: whether one owner needs all elements in each step.
         whole_in_bfloat16: whether they travel in bfloat16, both ways.
         shared_state: how many numbers every rank with a part of it keeps that one owner makes from all elements.
+        shared_in_bfloat16: whether those travel and are kept in bfloat16.
         terms: how many numbers of the whole matrix are summed over its ranks.
         state: for each kind of state that owners keep, how many numbers of it a channel has.
         matrix_state: how many numbers every rank keeps for the whole matrix.
@@ -63,6 +64,7 @@ class MatrixSpec:
     whole: bool = False
     whole_in_bfloat16: bool = False
     shared_state: int = 0
+    shared_in_bfloat16: bool = False
 
     @property
     def channels(self) -> int:
@@ -222,6 +224,7 @@ class Plan:
                         s.whole,
                         s.whole_in_bfloat16,
                         s.shared_state,
+                        s.shared_in_bfloat16,
                     )
                 ).encode()
             )

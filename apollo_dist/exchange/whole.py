@@ -79,7 +79,8 @@ def traffic(plan: Plan, itemsize: int) -> WholeTraffic:
             sent[owner] += from_others * size
         else:
             refresh += elements * size
-            refresh[owner] += (len(matrix.participants) - 1) * matrix.spec.shared_state * itemsize
+            made = matrix.spec.shared_state * (BFLOAT16 if matrix.spec.shared_in_bfloat16 else itemsize)
+            refresh[owner] += (len(matrix.participants) - 1) * made
     rounds = rounds_of(plan, owners, [i for i in owners if plan.matrices[i].spec.whole])
     largest = np.zeros(plan.world_size, dtype=np.int64)
     for chosen in rounds_of(plan, owners, owners):
@@ -97,9 +98,11 @@ def travels(plan: Plan, chosen: Iterable[int]) -> bool:
 
 def rounds_of(plan: Plan, owners: Mapping[int, int], chosen: Iterable[int]) -> list[list[int]]:
     """Divide matrices so that in each round each owner has one dtype, and at most ``ROUND`` elements, or one matrix."""
-    chosen = list(chosen)
-    by_dtype = [[i for i in chosen if plan.matrices[i].spec.whole_in_bfloat16 == half] for half in (False, True)]
-    return [part for alike in by_dtype for part in _rounds_of(plan, owners, alike)]
+    by_dtypes: dict[tuple[bool, bool], list[int]] = {}
+    for i in chosen:
+        spec = plan.matrices[i].spec
+        by_dtypes.setdefault((spec.whole_in_bfloat16, spec.shared_in_bfloat16), []).append(i)
+    return [part for alike in by_dtypes.values() for part in _rounds_of(plan, owners, alike)]
 
 
 def _rounds_of(plan: Plan, owners: Mapping[int, int], chosen: Iterable[int]) -> list[list[int]]:
@@ -221,7 +224,8 @@ class WholeExchange:
                     send[peer].append((made[i].numel(), made[i]))
             if self._rank in participants:
                 receive[self.owners[i]].append((out[i].numel(), out[i]))
-        self._exchange_parts(chosen, send, receive, self._exchange.dtype)
+        half = any(self._plan.matrices[i].spec.shared_in_bfloat16 for i in chosen)
+        self._exchange_parts(chosen, send, receive, torch.bfloat16 if half else self._exchange.dtype)
 
     def _exchange_parts(
         self,

@@ -50,7 +50,7 @@ WHOLE: dict[str, type] = {
     "skip_nonfinite": bool,
     "max_skipped_steps": int,
 }
-_TYPES: dict[str, type] = {**{key: type(value) for key, value in DEFAULTS.items()}, **WHOLE}
+_TYPES: dict[str, type] = {**{key: type(value) for key, value in DEFAULTS.items()}, **WHOLE, "projection_dtype": str}
 _WORDS = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
 
 _replaced = False

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -35,6 +36,8 @@ class APOLLO(ShardedOptimizer):
             of a refresh, by one rank in float64 from the whole matrix, and is state; or "subspace", nearly those.
         refresh: "together", all projections that are state are made anew in the same step, or "spread", each in one of
             the ``update_proj_gap`` steps that follows from its name.
+        projection_dtype: of projections that are state: None, that of states; or torch.bfloat16, to which they are
+            rounded once when they are made, for half of their memory and traffic.
         proj_type: of random projections "std" for normal entries of P, or "rademacher" for signs, which take one random
             bit each.
         scale_front: accepted; multiplying by ``scale`` before the limiter gives the same result, the limiter being
@@ -80,6 +83,7 @@ class APOLLO(ShardedOptimizer):
         seed: int = 0,
         proj: str = "random",
         refresh: str = "together",
+        projection_dtype: torch.dtype | str | None = None,
         proj_type: str = "std",
         scale_front: bool = False,
         disable_nl: bool = False,
@@ -96,9 +100,10 @@ class APOLLO(ShardedOptimizer):
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
             scale_type=scale_type, update_proj_gap=update_proj_gap, seed=seed, proj=proj, proj_type=proj_type,
-            refresh=refresh, scale_front=scale_front, disable_nl=disable_nl, maximize=maximize, exclude=exclude,
-            cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
-            max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
+            refresh=refresh, projection_dtype=projection_dtype, scale_front=scale_front, disable_nl=disable_nl,
+            maximize=maximize, exclude=exclude, cache_projection=cache_projection, kernels=kernels,
+            skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps, model=model,
+            process_group=process_group, **unknown,
         )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ class GaLore(ShardedOptimizer):
             8 oversampled), which is cheaper. Or "random", P follows from the seed.
         refresh: "together", all projections that are state are made anew in the same step, or "spread", each in one of
             the ``update_proj_gap`` steps that follows from its name.
+        projection_dtype: of projections that are state: None, that of states; or torch.bfloat16, to which they are
+            rounded once when they are made, for half of their memory and traffic.
         proj_type: of random projections, as of ``APOLLO``.
         maximize: follow the negated gradients.
         seed, exclude, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as
@@ -55,6 +58,7 @@ class GaLore(ShardedOptimizer):
         update_proj_gap: int = 200,
         proj: str = "svd",
         refresh: str = "together",
+        projection_dtype: torch.dtype | str | None = None,
         proj_type: str = "std",
         maximize: bool = False,
         seed: int = 0,
@@ -70,8 +74,8 @@ class GaLore(ShardedOptimizer):
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
             update_proj_gap=update_proj_gap, proj=proj, proj_type=proj_type, refresh=refresh, maximize=maximize,
-            seed=seed, exclude=exclude, cache_projection=cache_projection, kernels=kernels,
-            skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps, model=model,
+            projection_dtype=projection_dtype, seed=seed, exclude=exclude, cache_projection=cache_projection,
+            kernels=kernels, skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps, model=model,
             process_group=process_group, **unknown,
         )  # fmt: skip
 

@@ -132,7 +132,7 @@ class GroupedOptimizer(OptimizerAttributes):
             group = without_choice(group, self.defaults["rank"])
         check_seed_of_group(group, self.seed, where)
         drop_other_keywords(group, where)
-        others = check_group_keys(group, where, options_of(rules))
+        others = check_group_keys(group, where, options_of(rules), rules.options)
         make_plain(group, rules)
         pairs = self._model.named(split_params(group["params"], group.pop(NAMES, None)))
         named = next((m.named for m in self._members.values()), None)

@@ -14,6 +14,7 @@ from ..rules.registry import RULE
 
 if TYPE_CHECKING:
     from ..rules.base import Rules
+    from ..rules.options import Option
 
 # Keys of parameter groups that mean something to torch or its schedulers, and nothing here.
 _TORCH_KEYS = ("params", "param_names", "name", "initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum")
@@ -65,7 +66,7 @@ def plain(value: Any) -> Any:
 
 
 def make_plain(options: dict[str, Any], rules: Rules) -> None:
-    """Make the numbers among the options of a group ``plain``, in place, with ``betas`` as a tuple.
+    """Make the numbers among the options of a group ``plain``, in place, lists tuples, and dtypes their names.
 
     A tensor as ``lr`` stays one, since its owner may change it in place. Cheap where there is nothing to do: it is
     called at every step, because schedulers write what they like.
@@ -85,7 +86,9 @@ def make_plain(options: dict[str, Any], rules: Rules) -> None:
             continue
         if key not in known and not _is_number(value):
             continue
-        options[key] = tuple(map(plain, value)) if key == "betas" and kind is list else plain(value)
+        if key in known and kind is torch.dtype:
+            value = str(value).removeprefix("torch.")
+        options[key] = tuple(map(plain, value)) if key in known and kind is list else plain(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -110,26 +113,30 @@ def check_known(given: Iterable[str], known: Iterable[str], what: str) -> None:
             raise ValueError(f"unknown {what} {key!r}.{hint} Supported: {', '.join(known)}")
 
 
-def check_group_keys(group: Iterable[str], where: str, options: Iterable[str]) -> list[str]:
+def check_group_keys(
+    group: Iterable[str], where: str, options: Iterable[str], declared: Mapping[str, Option] | None = None
+) -> list[str]:
     """Tell the keys of a parameter group that belong to other tools from misspelled options.
 
     Args:
         group: the keys.
         where: for the message.
         options: those of the group's rules.
+        declared: as their rules declare them.
 
     Returns:
         The keys that mean nothing here (``lr_scale``, ``group_name``, ...); torch's own are not among them.
 
     Raises:
-        ValueError: for a key that is nearly an option's name.
+        ValueError: for a key that is nearly an option's name, or its name in another package.
     """
     others = []
+    elsewhere = {option.elsewhere: key for key, option in (declared or {}).items()}
     options = (*options, RULE)
     for key in group:
         if key in options or key in _TORCH_KEYS:
             continue
-        meant = misspelling_of(key, options)
+        meant = elsewhere.get(key) or misspelling_of(key, options)
         if meant is not None:
             raise ValueError(
                 f"{where}: unknown key {key!r}. Did you mean {meant!r}? Options are {', '.join(options)}; any other "

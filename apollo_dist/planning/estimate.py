@@ -9,7 +9,7 @@ from itertools import accumulate
 from typing import Any
 
 from ..exchange.plan import MatrixSpec, Plan, make_plan
-from ..exchange.whole import traffic
+from ..exchange.whole import BFLOAT16, traffic
 from ..optimizers.options import check_known
 from ..rules.base import ElementRule, MatrixRule, Rules, Spec
 from ..rules.registry import rules_named
@@ -213,13 +213,16 @@ def estimate_plans(
             kept = plan.owned_numbers(k) + sum(m.spec.matrix_state for m in plan.matrices)
             by_element = (m for m in plan.matrices if m.spec.element_state)
             kept += sum(m.spec.element_state * int(m.partition.elements(ranks)[k]) for m in by_element)
-            kept += sum(m.spec.shared_state for m in plan.matrices if m.spec.shared_state and k in m.participants)
-            state[k] += NUMBER * kept
+            state[k] += NUMBER * kept + sum(_shared_bytes(m.spec) for m in plan.matrices if k in m.participants)
             sent[k] += NUMBER * (first + second) + int(whole.sent[k])
             refresh[k] += int(whole.refresh_sent[k])
             # Of whole matrices an owner has what arrives, the matrices, and what it makes of them.
             buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second), 3 * int(whole.largest[k]))
     return Estimate(tuple(state), tuple(sent), collectives, tuple(buffers), tuple(refresh))
+
+
+def _shared_bytes(spec: MatrixSpec) -> int:
+    return spec.shared_state * (BFLOAT16 if spec.shared_in_bfloat16 else NUMBER)
 
 
 def divide(

@@ -6,7 +6,7 @@ not its arithmetic, would be the time: 30,000 of them for the matrices of a 7B m
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -20,7 +20,8 @@ from .slices import Phase, Projection, ProjectionSlice, scale_of
 if TYPE_CHECKING:
     from ..kernels.table import Kernels
 
-_NOTHING: Mapping[int, Projection] = MappingProxyType({})
+Stored = Mapping[int, Callable[[], Projection]]
+_NOTHING: Stored = MappingProxyType({})
 
 
 class ProjectionCache:
@@ -40,7 +41,7 @@ class ProjectionCache:
         self._identities: dict[tuple[int, ...], tuple[tuple[int, ...], Tensor]] = {}
         self._seed = 0
         self._refreshes: Sequence[int | None] = []
-        self._stored: Mapping[int, Projection] = _NOTHING
+        self._stored = _NOTHING
 
     def _divide(self, phase: int) -> dict[int, tuple[int, ...]]:
         """For each matrix that needs its projection in a phase, those drawn with it: of one shape, dtype and kind."""
@@ -56,13 +57,14 @@ class ProjectionCache:
                 found.update(dict.fromkeys(run, run))
         return found
 
-    def begin(self, seed: int, refreshes: Sequence[int | None], stored: Mapping[int, Projection] = _NOTHING) -> None:
+    def begin(self, seed: int, refreshes: Sequence[int | None], stored: Stored = _NOTHING) -> None:
         """Begin a step.
 
         Args:
             seed: of the projections.
             refreshes: of each matrix how often its projection was redrawn before; None if it is not to be updated.
-            stored: projections that do not follow from the seed, by number of the matrix.
+            stored: what gives projections that do not follow from the seed, by number of the matrix; called in each
+                phase, for one may be converted.
         """
         self._stored = stored
         if seed != self._seed:
@@ -73,7 +75,7 @@ class ProjectionCache:
     def of(self, k: int, phase: int) -> Projection | None:
         """What is needed of matrix ``k`` in a phase of the step; None if nothing is."""
         if k in self._stored:
-            return self._stored[k]
+            return self._stored[k]()
         refresh = self._refreshes[k]
         if refresh is None or not self._slabs[k].needed[phase]:
             return None

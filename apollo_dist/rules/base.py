@@ -39,11 +39,11 @@ class Reduce:
         axis: along which dimension the channels lie: "rows", "columns", or "larger" (rows of a matrix with m >= n).
         low_rank: r, the number of columns of G P^T; 0 without a projection.
         projection: P's making: "gaussian" or "rademacher" entries from the seed; from a gradient "svd", or "subspace".
+        projection_in_bfloat16: whether one that is made of a gradient is rounded to bfloat16.
         channel_norms: whether the owner sees each channel's norm.
         root_mean_square: whether that is the root of the mean square instead.
         of_carrier: whether all this is of the carrier X, and not of the gradient G.
-        block: how many neighbouring rows are one channel; it divides m. More than 1 only without a projection, and
-            with the axis "rows".
+        block: how many neighbouring rows, a divisor of m, are one channel; more than 1 only of "rows", unprojected.
         whole: whether one owner needs all of X, for ``whole_step``; then the axis is "rows", and all else is left out.
         whole_in_bfloat16: whether X and what ``whole_step`` makes of it are rounded to bfloat16, and travel so.
         gram: whether the owner sees P P^T, by which ``Seen.squares_of_products`` knows norms of low-rank updates.
@@ -52,6 +52,7 @@ class Reduce:
     axis: str = "larger"
     low_rank: int = 0
     projection: str = "gaussian"
+    projection_in_bfloat16: bool = False
     channel_norms: bool = False
     root_mean_square: bool = False
     of_carrier: bool = False
@@ -266,8 +267,7 @@ class ElementRule:
     """A rule for all other parameters, element by element.
 
     Attributes:
-        name: for logs and checkpoints.
-        options, decay_first, spec_options: as of ``MatrixRule``.
+        name, options, decay_first, spec_options: as of ``MatrixRule``.
         state: names of the tensors that it keeps, each like the parameter, zeros at first.
     """
 

@@ -33,7 +33,7 @@ class Fira(LowRank):
     """Fira's update of a matrix."""
 
     name = "Fira"
-    options: Mapping[str, Option] = {**ADAM, "rank": RANK, "scale": Option(1.0, positive), **projection("svd")}
+    options: Mapping[str, Option] = {**ADAM, "rank": RANK, "scale": Option(1.0, positive, "alpha"), **projection("svd")}
 
     def spec(self, m: int, n: int, group: Group) -> Spec:
         """The owner sees R, the channels' norms and P P^T, and answers with phi, -alpha phi R and alpha N."""

@@ -26,6 +26,7 @@ def projection(proj: str) -> dict[str, Option]:
         "refresh": Option(
             "together", one_of(("together", "spread"), '"together" or "spread" (over the steps of a gap)')
         ),
+        "projection_dtype": Option(None, one_of((None, "bfloat16"), "None or torch.bfloat16")),
         "proj_type": Option("std", one_of(("std", "rademacher"), '"std" (normal entries) or "rademacher" (signs)')),
     }
 
@@ -37,7 +38,7 @@ class LowRank(MatrixRule):
     """A rule for matrices that are chosen; ``rank=None`` leaves a group's parameters to the other rule."""
 
     chosen = True
-    spec_options: tuple[str, ...] = ("rank", "proj", "proj_type")
+    spec_options: tuple[str, ...] = ("rank", "proj", "projection_dtype", "proj_type")
 
     def takes(self, shape: Sequence[int], group: Group) -> bool:
         """All that is in a group with a rank; whether that is a matrix is checked when the step is planned."""
@@ -60,7 +61,8 @@ class LowRank(MatrixRule):
         """R by the group's projection, and what else an owner must see."""
         entries = "gaussian" if group["proj_type"] == "std" else "rademacher"
         projection = entries if group["proj"] == "random" else group["proj"]
-        return Reduce(low_rank=group["rank"], projection=projection, **more)
+        rounded = projection != entries and group["projection_dtype"] is not None
+        return Reduce(low_rank=group["rank"], projection=projection, projection_in_bfloat16=rounded, **more)
 
     def moments(self, group: Group, *of_matrix: str) -> State:
         """Both moments of R, and numbers of a matrix by name."""

@@ -14,10 +14,12 @@ class Option(NamedTuple):
     Attributes:
         default: the value in groups that do not say another.
         check: takes a plain value and returns what it must be, for an error; "" if the value is good.
+        elsewhere: its name in another package, which is an error here.
     """
 
     default: Any
     check: Check
+    elsewhere: str = ""
 
 
 def number(want: str, good: Callable[[float], bool]) -> Check:

@@ -11,18 +11,25 @@ Keys of a slot::
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 Slot = dict[str, Any]
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 STEP, HELD, PROJECTION = "step", "held", "projection"
 
 
 def ready(
-    slot: Slot, name: str, shapes: Mapping[str, tuple[int, ...]], factory_kwargs: dict[str, Any], held: list[Any]
+    slot: Slot,
+    name: str,
+    shapes: Mapping[str, tuple[int, ...]],
+    factory_kwargs: dict[str, Any],
+    held: list[Any],
+    dtypes: Mapping[str, torch.dtype] = _NOTHING,
 ) -> None:
     """Fill an empty slot with zeros; check one that was loaded, or that another layout left.
 
@@ -32,13 +39,18 @@ def ready(
         shapes: of its tensors, by key.
         factory_kwargs: dtype and device of its tensors.
         held: what this rank holds, as plain integers.
+        dtypes: of tensors that have another dtype, by key.
 
     Raises:
         ValueError: if the slot is for something else than this rank holds.
     """
+
+    def kwargs(key: str) -> dict[str, Any]:
+        return {**factory_kwargs, "dtype": dtypes.get(key, factory_kwargs["dtype"])}
+
     if not slot:
         slot[STEP] = 0
-        slot.update({key: torch.zeros(shape, **factory_kwargs) for key, shape in shapes.items()})
+        slot.update({key: torch.zeros(shape, **kwargs(key)) for key, shape in shapes.items()})
         slot[HELD] = held
         return
     if slot[HELD] != held or any(tuple(slot[key].shape) != shape for key, shape in shapes.items()):
@@ -46,7 +58,7 @@ def ready(
             f"the state of {name} is for {slot[HELD]}, but this rank now holds {held}: state_dict loads only "
             "under the world size and layout that wrote it"
         )
-    slot.update({key: slot[key].to(**factory_kwargs) for key in shapes})
+    slot.update({key: slot[key].to(**kwargs(key)) for key in shapes})
 
 
 def copied(value: Any) -> Any:

@@ -155,10 +155,9 @@ class Matrix:
         """The factor that P is kept without: 1/sqrt(r) of random projections, 1 of those that are state."""
         return 1.0 if self.spec.shared_state else scale_of(self.spec.rank)
 
-    @property
     def stored_projection(self) -> Projection:
-        """The projection that is kept as state, as ``ProjectionCache`` has others."""
-        slab: Tensor = self.state[PROJECTION]
+        """The projection that is kept as state, in the compute dtype, as ``ProjectionCache`` has others."""
+        slab = cast(self.state[PROJECTION], self.shard.compute_dtype)
         edges = (tile.inner(self.spec.by_rows) for tile in self.tiles)
         return Projection(slab, 0, [slab[a:b] for a, b in edges], self.spec.rank, self.projection_scale)
 

@@ -77,7 +77,8 @@ class ShardGroupStep:
             if projection is not None:  # none where nothing of the matrix is
                 shapes[PROJECTION] = projection if numel else (0, projection[1])
             kwargs: dict[str, Any] = {"dtype": shard.compute_dtype, "device": shard.device}
-            ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges])
+            dtypes = {PROJECTION: torch.bfloat16} if declared.reduce.projection_in_bfloat16 else {}
+            ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges], dtypes)
             chosen = choose(kernels, shard.device, shard.compute_dtype, known=_known(declared, shard.dtype))
             matrix = Matrix(place, spec, declared, rule, shard, channels, group, slot, chosen)
             if shard.rows is not None:

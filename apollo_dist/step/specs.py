@@ -42,6 +42,7 @@ def exchanged(name: str, m: int, n: int, declared: Spec, tiles: tuple[tuple[Tile
         whole=declared.reduce.whole,
         whole_in_bfloat16=declared.reduce.whole_in_bfloat16,
         shared_state=math.prod(declared.projection_shape(m, n) or (0,)),
+        shared_in_bfloat16=declared.reduce.projection_in_bfloat16,
     )
 
 

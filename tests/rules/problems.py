@@ -181,6 +181,14 @@ CASES = {
     ),
     "GaLore SVD": Case(apollo_dist.GaLore, low_rank_form(alpha=0.25, svd=True), SVD, "galore", "GaLore"),
     "Fira SVD": Case(apollo_dist.Fira, low_rank_form(alpha=1.0, rule="Fira", svd=True), SVD, "fira", "Fira"),
+    "Fira SVD bf16": Case(
+        apollo_dist.Fira,
+        low_rank_form(alpha=0.25, rule="Fira", svd=True, rounded=True),
+        {**SVD, "scale": 0.25, "projection_dtype": torch.bfloat16},
+        "fira",
+        few=True,
+        rounds=True,
+    ),
     "GaLore subspace": Case(
         apollo_dist.GaLore,
         low_rank_form(alpha=0.25, svd="subspace"),

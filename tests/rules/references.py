@@ -95,8 +95,8 @@ class Dense:
         scale = 1 / ((v / (1 - two**t)).sqrt() + self.eps)
         W -= self.lr / (1 - one**t) * (M.reshape(-1, elements) * scale[:, None]).reshape(W.shape)
 
-    def _low_rank(self, W, G, state, t, name, rank, gap, rule="GaLore", alpha=1.0, svd=False):
-        """By ``svd`` P is made anew in the first of each ``gap`` steps of all; "subspace" is what it says, spread."""
+    def _low_rank(self, W, G, state, t, name, rank, gap, rule="GaLore", alpha=1.0, svd=False, rounded=False):
+        """By ``svd`` P is made anew in the first of each ``gap`` steps, perhaps ``rounded``; "subspace" is spread."""
         each = [(name, W, G)]
         if W.dim() == 3:
             each = [(f"{name}[{e}]", w, g) for e, (w, g) in enumerate(zip(W, G, strict=True))]
@@ -106,6 +106,7 @@ class Dense:
             shift = words_of(f"apollo_dist refresh\0{key}")[0] % gap if svd == "subspace" else 0
             if svd and (self.steps == 1 or (self.steps - 1) % gap == shift):
                 own["P"] = singular_directions(g, rank) if svd is True else self._subspace(key, g, rank)
+                own["P"] = own["P"].bfloat16().double() if rounded else own["P"]
             elif not svd and (t - 1) % gap == 0:
                 own["P"] = self._projection(key, rank, min(m, n), (t - 1) // gap)
             P, X = own["P"], g if m >= n else g.T

@@ -1,10 +1,14 @@
-"""AdamW and SGD against torch's, Adam-mini against its authors' package, in one process; errors and mixed rules."""
+"""AdamW, SGD, Muon against torch's, Adam-mini, GaLore, Fira against their authors' packages, in one process; errors,
+and mixed rules."""
 
 from __future__ import annotations
 
 import copy
+import importlib
 import logging
 import math
+import sys
+from types import ModuleType
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from apollo_dist.integrations.deepspeed_config.lint import check
 from ..models import gradients, relative_error, shapes_of
 from ..reference import Reference
 from .problems import CASES, HEAD_DIM, HEADS, KV_HEADS, Llama
-from .references import Dense
+from .references import Dense, singular_directions
 
 # float64, since torch computes the step size in the tensor's dtype.
 RATE = torch.tensor(0.03, dtype=torch.float64)
@@ -87,6 +91,90 @@ def test_adam_mini_package():
         twin.named_parameters(), **options, dim=dim, n_heads=HEADS, n_kv_heads=KV_HEADS, verbose=False
     )
     assert step_both(AdamMini(model, **options), theirs, model, twin, least=1) < 1e-13
+
+
+SHAPES = {"layers.0.tall": (24, 10), "layers.0.wide": (10, 24), "layers.0.square": (12, 12), "norm.weight": (7,)}
+
+
+def made_of(shapes, dtype):
+    torch.manual_seed(0)
+    return {name: torch.nn.Parameter(torch.randn(shape, dtype=dtype)) for name, shape in shapes.items()}
+
+
+def trained(optimizer, parameters, steps):
+    """Steps with one schedule and gradients of a seed."""
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        for p in parameters.values():
+            p.grad = torch.randn(p.shape, dtype=torch.float64, generator=generator).to(p.dtype)
+        for group in optimizer.param_groups:
+            group["lr"] = 0.02 * math.cos(step / 9)
+        optimizer.step()
+    return [p.detach() for p in parameters.values()]
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "kind", "alpha"),
+    [
+        ("galore_torch", "adamw", "GaLore", 0.25),
+        ("fira", "fira_adamw", "Fira", 1.0),
+        ("fira", "fira_adamw", "Fira", 0.25),
+    ],
+)
+def test_low_rank_packages(package, module, kind, alpha, monkeypatch):
+    """The authors' optimizers with their own groups, and with our projections: theirs are of float32, with any signs.
+
+    float64: another order of operations, 1e-16 a step.
+    """
+    for name in (
+        "bitsandbytes",
+        "bitsandbytes.optim",
+        "bitsandbytes.optim.optimizer",
+    ):  # of an optimizer that is not run
+        if name not in sys.modules:
+            monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    sys.modules["bitsandbytes.optim.optimizer"].Optimizer2State = object
+    theirs = pytest.importorskip(f"{package}.{module}")
+    projector = importlib.import_module(
+        f"{package}." + {"fira": "gradient_projection"}.get(package, "galore_projector")
+    )
+    (made,) = [v for v in vars(projector).values() if hasattr(v, "get_orthogonal_matrix")]
+
+    def ours(self, weights, rank, type):
+        P = singular_directions(weights, rank)
+        return P if type == "right" else P.T
+
+    monkeypatch.setattr(made, "get_orthogonal_matrix", ours)
+    found = []
+    for which in (theirs.AdamW, getattr(apollo_dist, kind)):
+        parameters = made_of(SHAPES, torch.float64)
+        own = which is not theirs.AdamW
+        given = [(name, p) if own else p for name, p in parameters.items()]
+        scale = "scale" if own or package == "galore_torch" else "alpha"
+        low = {"params": given[:3], "rank": 3, "update_proj_gap": 7, scale: alpha, "proj_type": "std"}
+        options = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.1, "no_deprecation_warning": True}
+        found.append(trained(which([{"params": given[3:]}, low], **options), parameters, 25))
+    assert max(map(relative_error, *found)) < 1e-12
+
+
+def test_alpha_of_the_package_is_an_error():
+    with pytest.raises(ValueError, match=r"unknown key 'alpha'\. Did you mean 'scale'"):
+        apollo_dist.Fira([{"params": [torch.nn.Parameter(torch.ones(8, 8))], "rank": 2, "alpha": 0.25}])
+
+
+@pytest.mark.parametrize("adjust", [None, "match_rms_adamw"])
+def test_torchs_muon(adjust):
+    """With its iterations in bfloat16: weights of 1 that move by 0.02 a step, in float32."""
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon")
+    shapes = {name: shape for name, shape in SHAPES.items() if len(shape) == 2}
+    options = {"lr": 0.02, "weight_decay": 0.1, "momentum": 0.9, "adjust_lr_fn": adjust}
+    found = []
+    for which in (torch.optim.Muon, apollo_dist.Muon):
+        parameters = made_of(shapes, torch.float32)
+        given = parameters.values() if which is torch.optim.Muon else parameters.items()
+        found.append(trained(which(list(given), **options), parameters, 25))
+    assert max(map(relative_error, *found)) < 1e-6
 
 
 def test_heads_by_number_and_name():

@@ -24,7 +24,7 @@ from ..sharded import fsdp2, whole
 from .problems import CASES, Llama
 from .table_runs import Run
 
-TRAFFIC = ("GaLore", "Fira", "GaLore SVD", "Muon", "Muon bf16")
+TRAFFIC = ("GaLore", "Fira", "GaLore SVD", "Fira SVD bf16", "Muon", "Muon bf16")
 
 
 def traffic(rank: int, world: int) -> dict[str, Any]:
@@ -195,15 +195,20 @@ def in_either_dtype(rank: int, world: int) -> list[dict[str, torch.Tensor]]:
 
 
 def long_runs(rank: int, world: int, folder: str) -> dict[str, float]:
-    """25 steps with 8 refreshes, and a checkpoint in the middle of a gap that goes on in one process's layout."""
+    """25 steps with 8 refreshes, and a checkpoint in the middle of a gap that goes on in one process's layout.
+
+    Where refreshes are spread, 22 steps and 4 more, inside backward.
+    """
     errors = {}
-    for rule in ("GaLore SVD", "Fira SVD", "APOLLO SVD", "Muon"):
-        run = Run(rule, "fsdp2", world)
-        run.train(range(23), rank)
+    for rule in ("GaLore SVD", "Fira SVD", "APOLLO SVD", "Fira SVD bf16", "Muon", "GaLore subspace"):
+        spread = rule == "GaLore subspace"
+        run = Run(rule, "in backward" if spread else "fsdp2", world)
+        middle = 22 if spread else 23
+        run.train(range(middle), rank)
         checkpoint.save(f"{folder}/{rule}", run.wrapped, run.optimizer)
-        run = Run(rule, "ddp", world, copy.deepcopy(run.dense), seed=1)
+        run = Run(rule, "in backward" if spread else "ddp", world, copy.deepcopy(run.dense), seed=1)
         checkpoint.load(f"{folder}/{rule}", run.wrapped, run.optimizer)
-        run.train(range(23, 25), rank)
+        run.train(range(middle, middle + (4 if spread else 2)), rank)
         errors[rule] = max(run.errors().values())
     return errors
 
