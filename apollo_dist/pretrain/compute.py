@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from apollo_dist.pretrain.initial import named_parameters_and_modules
+from apollo_dist.pretrain.int8 import quantize_layers
 from apollo_dist.pretrain.model import decoder_layers
 from apollo_dist.pretrain.placing import materialize
 
@@ -63,6 +64,8 @@ def configure_compute(model: nn.Module, config: Config) -> None:
         for name, parameter, module in list(named_parameters_and_modules(model)):
             # Buffers stay in fp32: the frequencies of the rotary embedding.
             materialize(parameter, module, name, parameter.device, torch.bfloat16)
+    if config.weights == "int8":
+        quantize_layers(decoder_layers(model))
     head: Any = model.get_submodule("lm_head")
     head.chunk = config.loss_chunk if config.loss == "chunked" else None
     for layer in decoder_layers(model):

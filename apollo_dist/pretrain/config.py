@@ -16,6 +16,7 @@ from apollo_dist.pretrain.optimizer_config import OPTIMIZERS, AdamWConfig, JsonO
 ENGINES = ("deepspeed", "fsdp1", "fsdp2", "ddp")
 FSDP1_STRATEGIES = ("full", "grad_op", "hybrid", "none")
 PRECISIONS = ("fp32", "bf16", "bf16-pure")
+WEIGHTS = ("int8",)
 CHECKPOINTING = ("none", "full", "selective")
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
 LOSSES = ("plain", "chunked")
@@ -113,6 +114,9 @@ class Config:
         "fp32; bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp; bf16-pure: bf16 weights alone",
         "fp32",
     )
+    weights: str | None = option(
+        "int8: linear layers in INT8 with one scale a row (ddp, fsdp2; needs torchao); default: as precision says", None
+    )
     activation_checkpointing: str = option(
         "none; full: decoder layers are computed again in the backward pass; selective: but their matrix products",
         "none",
@@ -150,6 +154,8 @@ class Config:
         one_of(ENGINES, "engine", self.engine)
         one_of(FSDP1_STRATEGIES, "fsdp1_strategy", self.fsdp1_strategy)
         one_of(PRECISIONS, "precision", self.precision)
+        if self.weights is not None:
+            one_of(WEIGHTS, "weights", self.weights)
         one_of(CHECKPOINTING, "activation_checkpointing", self.activation_checkpointing)
         one_of(ATTENTIONS, "attention", self.attention)
         one_of(LOSSES, "loss", self.loss)

@@ -16,7 +16,7 @@ import torch
 # Keys by what they decide. An optimizer from DeepSpeed's JSON has its options under ``optimizer.params``.
 SCHEDULE = ("steps", "warmup_steps", "min_lr_ratio", "optimizer.lr")
 OPTIONS = ("optimizer.lr", "optimizer.eps", "optimizer.weight_decay", "optimizer.scale")
-ALLOWED = (*SCHEDULE[:3], *OPTIONS, "gradient_clipping", "recipe")
+ALLOWED = (*SCHEDULE[:3], *OPTIONS, "gradient_clipping", "recipe", "weights")
 # Why the others cannot change, by key or section.
 REASONS = {
     "batch_size": "the checkpoint counts tokens and data in steps of the old size",

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from apollo_dist.pretrain.initial import InitialWeights, named_parameters_and_modules
+from apollo_dist.pretrain.int8 import empty_like, fill, materialize_sharded
+from apollo_dist.sharding.int8 import holds_int8
 
 _FSDP1_PREFIX = "_fsdp_wrapped_module."
 
@@ -20,7 +22,7 @@ def place_whole(
     """``model`` with all weights on ``device``, made there, in ``dtype`` (None: its parameters'); returns it."""
     for name, parameter, module in list(named_parameters_and_modules(model)):
         made = materialize(parameter, module, name, device, dtype or parameter.dtype)
-        initial.fill(name, made.data)
+        fill(initial, name, made)
     move_buffers(model, device)
     return model
 
@@ -29,7 +31,7 @@ def materialize(
     parameter: nn.Parameter, module: nn.Module, name: str, device: torch.device, dtype: torch.dtype
 ) -> nn.Parameter:
     """Give ``module`` memory for one of its meta parameters, not filled; returns the new parameter."""
-    empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+    empty = empty_like(parameter, device, dtype)
     made = nn.Parameter(empty, requires_grad=parameter.requires_grad)
     setattr(module, name.rpartition(".")[2], made)
     return made
@@ -40,16 +42,19 @@ def place_fsdp2(model: nn.Module, initial: InitialWeights, device: torch.device)
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
     buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
-    model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
+    if any(map(holds_int8, model.parameters())):
+        materialize_sharded(model, device)
+        move_buffers(model, device)
+    else:
+        model.to_empty(device=device)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
-        local = parameter.to_local().detach()
         _, offsets = compute_local_shape_and_global_offset(parameter.shape, parameter.device_mesh, parameter.placements)
-        if local.numel():
+        if parameter.to_local().numel():
             # Rows are contiguous, so that a shard is one run of the flat parameter.
-            initial.fill(name, local, offsets[0] * math.prod(parameter.shape[1:]))
+            fill(initial, name, parameter, offsets[0] * math.prod(parameter.shape[1:]))
     return model
 
 

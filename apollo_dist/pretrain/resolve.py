@@ -8,6 +8,7 @@ from apollo_dist.integrations.extras import not_installed
 from apollo_dist.pretrain.batching import BatchPlan, plan_batch
 from apollo_dist.pretrain.compute import check_compute
 from apollo_dist.pretrain.engines.deepspeed_json import DeepSpeedJson, reconcile
+from apollo_dist.pretrain.int8 import check_int8
 from apollo_dist.pretrain.metrics import check_loggers
 from apollo_dist.sharding.deepspeed.faults import installed, known_faults
 
@@ -30,6 +31,7 @@ def resolve(settings: Settings, world: int) -> tuple[Config, DeepSpeedJson | Non
     check_loggers(config)
     stage = None if json is None else json.values.get("zero_optimization", {}).get("stage", 0)
     check_compute(config, stage)
+    check_int8(config, world)
     plan = plan_batch(config.batch_size, config.micro_batch_size, world)
     if json is not None:
         faults = list(known_faults(json.complete(config, plan), installed()))
