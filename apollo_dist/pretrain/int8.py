@@ -72,8 +72,8 @@ def _check_rows(config: Config, world: int) -> None:
     for key, rows in (("hidden_size", model.hidden_size), ("intermediate_size", model.intermediate_size), ("kv", kv)):
         if rows % world:
             raise ValueError(
-                f"--weights int8 with --engine fsdp2: {rows} rows ({key}) do not divide by {world} ranks, and torchao's "
-                "weights cannot be gathered then; take a number of ranks that divides them"
+                f"--weights int8 with --engine fsdp2: {rows} rows ({key}) do not divide by {world} ranks, and "
+                "torchao's weights cannot be gathered then; take a number of ranks that divides them"
             )
 
 
