@@ -3,7 +3,8 @@
 Keys of the tensors::
 
     model.NAME                    a weight in the dtype that the optimizer updates (the fp32 master, where there is
-                                  one), a frozen parameter, or a buffer; logical shape
+                                  one), a frozen parameter, or a buffer; logical shape. In INT8 it has
+                                  ``model.NAME.codes`` and ``model.NAME.scale`` in its place
     optimizer.MATRIX.STATE        of a matrix that a rule updates: by channel (channels, width), by element (m, n),
                                   or one number (1,), as the rule declares; MATRIX is NAME, or NAME[e] of a stack of
                                   experts
@@ -28,7 +29,7 @@ from ..sharding.local_shard import LocalShard, view_of
 from ..sharding.names import canonical_name
 from ..state.identity import PROJECTIONS
 from ..state.slots import PROJECTION
-from . import elementwise
+from . import elementwise, int8
 from .opened import BUFFER, FROZEN, LOW_RANK, Contents
 from .options import options_of
 from .shards import Piece, Shards
@@ -227,7 +228,10 @@ def _model(found: Contents, module: nn.Module, shards: Sequence[LocalShard], opt
 
 def _add_shard(found: Contents, shard: LocalShard, about: Mapping[str, Any]) -> None:
     found.description["parameters"][shard.name] = {**_described(shard.shape, shard.dtype), **about}
-    if torch.Size(shard.shape).numel():
+    if shard.rows is not None:
+        found.description["parameters"][shard.name][int8.STORED] = int8.INT8
+        int8.add(found, shard.shape, shard.rows)
+    elif torch.Size(shard.shape).numel():
         boxes, local = shard.partition.boxes(shard.group.rank, shard.shape), shard.weight()
         if local.numel() != shard.numel:
             raise ValueError(

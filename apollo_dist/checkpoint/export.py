@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import hub
+from . import hub, int8
 from .loading import Found, find
 from .shards import Shards, read
 
@@ -85,8 +85,14 @@ def weights(found: Found) -> dict[str, Tensor]:
     whole = {
         name: torch.empty(about["shape"], dtype=getattr(torch, about["dtype"])) for name, about in described.items()
     }
-    read(found.path, {f"model.{name}": Shards.whole(tensor) for name, tensor in whole.items() if tensor.numel()})
-    return whole
+    wanted = {f"model.{name}": tensor for name, tensor in whole.items() if tensor.numel()}
+    stored = {}
+    for name in [name for name, about in described.items() if about.get(int8.STORED) == int8.INT8]:
+        empty = wanted.pop(f"model.{name}")
+        stored[name] = torch.empty(empty.shape, dtype=torch.int8), torch.empty(len(empty), dtype=empty.dtype)
+        wanted |= dict(zip(int8.keys_of(name), stored[name], strict=True))
+    read(found.path, {key: Shards.whole(tensor) for key, tensor in wanted.items()})
+    return whole | {name: int8.values_of(*pair, whole[name].dtype) for name, pair in stored.items()}
 
 
 def _model(source: Path, state: dict[str, Tensor], dtype: torch.dtype | None) -> Any:

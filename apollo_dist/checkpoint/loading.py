@@ -9,14 +9,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..distributed import gather_together, rank_of, run_first, run_together, world_of
-from . import folder
+from . import folder, int8
 from .contents import contents
 from .shards import read
+
+if TYPE_CHECKING:
+    from .opened import Contents
 
 logger = logging.getLogger("apollo_dist")
 
@@ -104,11 +107,16 @@ def load(path: str | os.PathLike[str] | Found, model: Any, optimizer: Any = None
     """
     found = path if isinstance(path, Found) else find(path)
     opened = contents(model, optimizer, found.manifest)
-    run_together(lambda: opened.check(found.manifest))
+    run_together(lambda: _fit(opened, found.manifest))
     read(found.path, opened.tensors)
     run_together(lambda: opened.finish_load(found.manifest))
     opened.update_engine(found.manifest, found.step)
     return found
+
+
+def _fit(opened: Contents, saved: Mapping[str, Any]) -> None:
+    opened.check(saved)
+    int8.convert(opened, saved["parameters"])
 
 
 def _order(root: Path) -> tuple[list[Path], list[str]]:

@@ -16,6 +16,7 @@ from ..state.identity import PROJECTIONS, old_projections
 from .options import restore_options
 
 if TYPE_CHECKING:
+    from ..weights.int8 import Int8Rows
     from .shards import Shards
 
 logger = logging.getLogger("apollo_dist")
@@ -37,6 +38,7 @@ class Contents:
         after_load: what turns loaded tensors into state; local.
         groups: the live parameter groups, each with the names of its parameters.
         engine, wrapper: DeepSpeed's, or None.
+        rows: of the weights that are INT8 here, by name, what reads and writes them.
     """
 
     tensors: dict[str, Shards] = field(default_factory=dict)
@@ -47,6 +49,7 @@ class Contents:
     wrapper: Any = None
     weights_alone: bool = False
     accepted: frozenset[str] = frozenset()
+    rows: dict[str, Int8Rows] = field(default_factory=dict)
 
     def check(self, saved: Mapping[str, Any]) -> None:
         """Raise ValueError, naming the first differences, unless a checkpoint of that description fits.
@@ -137,6 +140,8 @@ def _rounded(saved: Mapping[str, Any], here: Mapping[str, Any]) -> Iterator[str]
     """What is stored in more precision than it has here, with both dtypes."""
     for name in saved.keys() & here.keys():
         was, now = saved[name]["dtype"], here[name]["dtype"]
+        if here[name].get("stored") and not saved[name].get("stored"):
+            yield f"{name}: {was} in the checkpoint, {here[name]['stored']} here"
         before, after = getattr(torch, was), getattr(torch, now)
         if before.is_floating_point and torch.promote_types(before, after) != after:
             yield f"{name}: {was} in the checkpoint, {now} here"

@@ -116,7 +116,7 @@ def materialize_sharded(model: nn.Module, device: torch.device) -> None:
         device: where the parameters will be.
     """
     for module in model.modules():
-        for name, parameter in list(module.named_parameters(recurse=False)):
+        for parameter in list(module.parameters(recurse=False)):
             assert isinstance(parameter, DTensor)
             local = empty_like(parameter, device, parameter.dtype)
             made = DTensor.from_local(
@@ -127,7 +127,8 @@ def materialize_sharded(model: nn.Module, device: torch.device) -> None:
                 shape=parameter.shape,
                 stride=parameter.stride(),
             )
-            setattr(module, name, nn.Parameter(made, requires_grad=parameter.requires_grad))
+            # FSDP2 keeps the parameters that it made, so they have to stay the same objects.
+            torch.utils.swap_tensors(parameter, nn.Parameter(made, requires_grad=parameter.requires_grad))
 
 
 @torch.no_grad()

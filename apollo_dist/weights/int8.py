@@ -129,6 +129,17 @@ class Int8Rows:
             codes[here].copy_(new_codes)
             scale[here].copy_(new_scale)
 
+    def load(self, values: Tensor) -> None:
+        """Store weights, (rows, n) in any dtype, on any device; codes times scales as they were, others to nearest."""
+        codes, scale = self.stored()
+        wide = torch.promote_types(torch.promote_types(values.dtype, scale.dtype), torch.float32)
+        height = max(1, _ELEMENTS["cpu"] // max(1, self.shape[1]))
+        for start in range(0, self.shape[0], height):
+            here = slice(start, start + height)
+            new_codes, new_scale = quantize_again(values[here].to(wide), scale.dtype)
+            codes[here].copy_(new_codes)
+            scale[here].copy_(new_scale)
+
     def checksum(self) -> tuple[int, float]:
         """Two numbers that replicas have in common; the host waits for them."""
         codes, scale = self.stored()

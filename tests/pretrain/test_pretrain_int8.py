@@ -1,0 +1,82 @@
+"""``--weights int8``: every engine that takes it has the losses of one process, resumes exactly, and others say why not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from apollo_dist.pretrain.distributed import Ranks
+from apollo_dist.pretrain.resolve import resolve
+from apollo_dist.pretrain.run import Run
+from apollo_dist.pretrain.settings import load_settings
+from apollo_dist.pretrain.step import train_step
+from apollo_dist.pretrain.train import set_up
+from apollo_dist.sharding.int8 import holds_int8
+
+from ..pretrain_runs import SMALL, SMALL_APOLLO, losses, write_text
+from ..ranks import run_ranks
+
+pytest.importorskip("torchao", reason="torchao is an extra: pip install 'apollo-dist[quantized]'")
+
+STEPS, HALF = 4, 2
+INT8 = ["--weights=int8", "--gradient_clipping=0"]
+CASES = {"ddp": [], "fsdp2": [], "fsdp2 layerwise": ["--layerwise"]}
+CPU = torch.device("cpu")
+
+
+def begun(rank: int, world: int, folder: Path, name: str, engine: str, *options: str) -> Run:
+    more = [f"--data={folder / 'text'}", f"--output={folder / name}", f"--engine={engine}"]
+    return set_up(load_settings([*SMALL, *SMALL_APOLLO, *INT8, *more, *options]), Ranks(rank, world, CPU))
+
+
+def trained(run: Run, steps: int) -> Run:
+    for _ in range(steps):
+        train_step(run)
+    return run
+
+
+def alone(rank: int, world: int, folder: Path) -> dict[str, bool]:
+    """Trains one process; which parameters are INT8."""
+    run = trained(begun(rank, world, folder, "one", "ddp"), STEPS)
+    trained(begun(rank, world, folder, "one layerwise", "ddp", "--layerwise"), STEPS)
+    return {name: holds_int8(p) for name, p in run.engine.trained.named_parameters()}
+
+
+def on_ranks(rank: int, world: int, folder: Path) -> None:
+    for name, options in CASES.items():
+        trained(begun(rank, world, folder, name, name.split()[0], *options), STEPS)
+    trained(begun(rank, world, folder, "stopped", "fsdp2"), HALF).save()
+    trained(begun(rank, world, folder, "stopped", "fsdp2", "--resume"), STEPS - HALF)
+
+
+def test_losses_are_those_of_one_process_under_every_engine(tmp_path: Path) -> None:
+    write_text(tmp_path / "text")
+    kinds = run_ranks(alone, 1, tmp_path)[0]
+    assert all(kind == (".layers." in name and "proj" in name) for name, kind in kinds.items())
+    expected = losses(tmp_path / "one")
+    assert len(expected) == STEPS and expected[STEPS] < expected[1]
+    run_ranks(on_ranks, 2, tmp_path)
+    # Sums in another order move a code in a hundred thousand.
+    for name in ("one layerwise", *CASES):
+        assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4), name
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "fsdp2")
+
+
+@pytest.mark.parametrize(
+    ("options", "world", "words"),
+    [
+        ("--engine=fsdp1", 2, "fsdp1: it makes one tensor"),
+        ("--engine=fsdp2", 1, "fsdp2 on one rank"),
+        ("--engine=fsdp2", 3, "do not divide by 3 ranks"),
+        ("--precision=bf16", 1, "no fp32 weights"),
+        ("--optimizer=adamw", 1, "replicas would drift apart"),
+        ("--weights=int4", 1, "weights is 'int4'"),
+    ],
+)
+def test_what_cannot_be_is_refused(options: str, world: int, words: str) -> None:
+    given = [option for option in SMALL if not option.startswith("--batch_size")]
+    weights = [] if "weights" in options else ["--weights=int8"]
+    with pytest.raises(ValueError, match=words):
+        resolve(load_settings([*given, "--batch_size=6", *weights, *options.split()]), world)
