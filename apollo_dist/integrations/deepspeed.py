@@ -27,7 +27,7 @@ import torch
 from ..distributed import rank_of
 from ..sharding.deepspeed.faults import installed, older_than
 from ..sharding.deepspeed.zero_engine import NOT_IN_BACKWARD, check_supported
-from ..sharding.int8 import holds_int8
+from ..weights.int8 import holds_int8
 from .import_hooks import after_import, wrap_function
 
 logger = logging.getLogger("apollo_dist")

@@ -15,8 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from apollo_dist.integrations.extras import not_installed
 from apollo_dist.pretrain.optimizer_config import AdamWConfig, JsonOptimizer
-from apollo_dist.sharding.int8 import holds_int8, local_of
-from apollo_dist.weights.int8 import quantize
+from apollo_dist.weights.int8 import holds_int8, local_of, quantize
 
 if TYPE_CHECKING:
     from apollo_dist.pretrain.config import Config
@@ -128,7 +127,8 @@ def materialize_sharded(model: nn.Module, device: torch.device) -> None:
                 stride=parameter.stride(),
             )
             # FSDP2 keeps the parameters that it made, so they have to stay the same objects.
-            torch.utils.swap_tensors(parameter, nn.Parameter(made, requires_grad=parameter.requires_grad))
+            new = nn.Parameter(made, requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, new)  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()

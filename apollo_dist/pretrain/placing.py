@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from apollo_dist.pretrain.initial import InitialWeights, named_parameters_and_modules
 from apollo_dist.pretrain.int8 import empty_like, fill, materialize_sharded
-from apollo_dist.sharding.int8 import holds_int8
+from apollo_dist.weights.int8 import holds_int8
 
 _FSDP1_PREFIX = "_fsdp_wrapped_module."
 

@@ -7,33 +7,14 @@ FSDP2 shards it by rows, and gathers codes and scales. torchao is looked at only
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from ..weights.int8 import Int8Rows
+from ..weights.int8 import CLASS, Int8Rows, is_int8, local_of
 from .internals import require
-
-_MODULE, _CLASS = "torchao.prototype.quantized_training.int8", "Int8QuantizedTrainingLinearWeight"
-
-
-def is_int8(tensor: object) -> bool:
-    """Whether a tensor (no DTensor) is an INT8 weight of torchao's."""
-    kind = getattr(sys.modules.get(_MODULE), _CLASS, None)
-    return kind is not None and isinstance(tensor, kind)
-
-
-def local_of(parameter: Tensor) -> Tensor:
-    """The local tensor of a DTensor; any other tensor itself."""
-    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
-
-
-def holds_int8(parameter: Tensor) -> bool:
-    """Whether a parameter, whole or a DTensor, is an INT8 weight of torchao's."""
-    return is_int8(local_of(parameter))
 
 
 def check(name: str, parameter: Tensor) -> None:
@@ -48,7 +29,7 @@ def check(name: str, parameter: Tensor) -> None:
         if kind.__module__.partition(".")[0] == "torchao":
             raise ValueError(
                 f"{name} is stored as torchao's {kind.__name__}, which no step here can write. Of torchao's weights "
-                f"{_CLASS} can be trained: quantize_(model, int8_weight_only_quantized_training())"
+                f"{CLASS} can be trained: quantize_(model, int8_weight_only_quantized_training())"
             )
         return
     require(local, "int_data", "scale")

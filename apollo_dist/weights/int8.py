@@ -11,17 +11,37 @@ has them. So every replica and every sharding has the same codes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+# Where torchao has them.
+MODULE, CLASS = "torchao.prototype.quantized_training.int8", "Int8QuantizedTrainingLinearWeight"
 LARGEST = 127
 
 # How many elements are in floating point at a time: on CPUs they stay in the cache.
 _ELEMENTS = {"cpu": 1 << 18}
 _ELEMENTS_ACCELERATOR = 1 << 23
+
+
+def is_int8(tensor: object) -> bool:
+    """Whether a tensor (no DTensor) is an INT8 weight of torchao's."""
+    kind = getattr(sys.modules.get(MODULE), CLASS, None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local_of(parameter: Tensor) -> Tensor:
+    """The local tensor of a DTensor; any other tensor itself."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
+def holds_int8(parameter: Tensor) -> bool:
+    """Whether a parameter, whole or a DTensor, is an INT8 weight of torchao's."""
+    return is_int8(local_of(parameter))
 
 
 def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,4 +1,4 @@
-"""``--weights int8``: every engine that takes it has the losses of one process, resumes exactly, and others say why not."""
+"""``--weights int8``: each engine that takes it has the losses of one process, and resumes; others say why not."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.step import train_step
 from apollo_dist.pretrain.train import set_up
-from apollo_dist.sharding.int8 import holds_int8
+from apollo_dist.weights.int8 import holds_int8
 
 from ..pretrain_runs import SMALL, SMALL_APOLLO, losses, write_text
 from ..ranks import run_ranks

@@ -54,7 +54,7 @@ ALLOWED = {
         "step.shard_group",
     ),
     "integrations.import_hooks": (),
-    "integrations.deepspeed": ("distributed", "integrations", "sharding"),
+    "integrations.deepspeed": ("distributed", "integrations", "sharding", "weights"),
     "sharding.deepspeed.faults": (),
     "sharding.deepspeed.unsupported": ("sharding.deepspeed.faults",),
     "integrations.extras": (),
@@ -72,6 +72,7 @@ PUBLIC = {
     "apollo_dist.optimizers.param_groups",
     "apollo_dist.projection",
     "apollo_dist.kernels.philox",
+    "apollo_dist.weights.int8",
 }
 NO_DISTRIBUTED = (
     "kernels",
