@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_dist.kernels.philox import philox_4x32_10, words_of
 from apollo_dist.pretrain import initial
@@ -62,6 +64,18 @@ def weights(engine: str, wrapped) -> dict[str, Tensor]:
     return {name.removeprefix("module."): p.detach().clone() for name, p in wrapped.named_parameters()}
 
 
+class LargestCopy(TorchDispatchMode):
+    """Keeps how many elements the largest result has that is a copy of several tensors."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.cat.default:
+            self.elements = max(self.elements, out.numel())
+        return out
+
+
 def rank_main(rank: int, world: int, folder: str) -> dict[str, dict[str, Tensor]]:
     prepare()
     ranks = Ranks(rank, world, torch.device("cpu"))
@@ -73,7 +87,10 @@ def rank_main(rank: int, world: int, folder: str) -> dict[str, dict[str, Tensor]
         config, json_ = reconcile(load_settings(arguments(engine, own, precision)), world)
         model = deferred_model(config.model, config.sequence_length)
         configure_compute(model, config)
-        built = build_engine(config, json_, BatchPlan(world, 1, 1, world), model, ranks)
+        with LargestCopy() as copy:
+            built = build_engine(config, json_, BatchPlan(world, 1, 1, world), model, ranks)
+        # FSDP1 flattens the parameters of a unit, and would need the memory of the whole unit for it.
+        assert not engine.startswith("fsdp1") or copy.elements < config.model.hidden_size, copy.elements
         found[f"{engine} {precision}"] = weights(engine, built.trained)
         frequencies = built.trained.get_buffer(_named(built.trained, "model.rotary_emb.inv_freq"))
         found[f"{engine} {precision}"]["inv_freq"] = frequencies.clone()
