@@ -10,7 +10,7 @@ Keys of a slot::
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +30,7 @@ def ready(
     factory_kwargs: dict[str, Any],
     held: list[Any],
     dtypes: Mapping[str, torch.dtype] = _NOTHING,
+    replaced: Collection[str] = (),
 ) -> None:
     """Fill an empty slot with zeros; check one that was loaded, or that another layout left.
 
@@ -40,6 +41,7 @@ def ready(
         factory_kwargs: dtype and device of its tensors.
         held: what this rank holds, as plain integers.
         dtypes: of tensors that have another dtype, by key.
+        replaced: keys of tensors in whose place the caller puts copies. Zeros of them take no memory.
 
     Raises:
         ValueError: if the slot is for something else than this rank holds.
@@ -50,7 +52,8 @@ def ready(
 
     if not slot:
         slot[STEP] = 0
-        slot.update({key: torch.zeros(shape, **kwargs(key)) for key, shape in shapes.items()})
+        for key, shape in shapes.items():
+            slot[key] = torch.zeros(() if key in replaced else shape, **kwargs(key)).expand(shape)
         slot[HELD] = held
         return
     if slot[HELD] != held or any(tuple(slot[key].shape) != shape for key, shape in shapes.items()):

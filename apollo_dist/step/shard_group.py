@@ -71,6 +71,7 @@ class ShardGroupStep:
                 name: (channels.owned.count, width) for name, width in declared.state.channel.items()
             }
             shapes |= dict.fromkeys(declared.state.matrix, ())
+            batched = tuple(shapes)  # the batches keep these
             numel = sum(tile.numel for tile in spec.tiles[shard.group.rank])
             shapes |= dict.fromkeys(declared.state.element, (numel,))
             projection = declared.projection_shape(place.m, place.n)
@@ -78,7 +79,7 @@ class ShardGroupStep:
                 shapes[PROJECTION] = projection if numel else (0, projection[1])
             kwargs: dict[str, Any] = {"dtype": shard.compute_dtype, "device": shard.device}
             dtypes = {PROJECTION: torch.bfloat16} if declared.reduce.projection_in_bfloat16 else {}
-            ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges], dtypes)
+            ready(slot, spec.name, shapes, kwargs, [list(r) for r in channels.owned.ranges], dtypes, batched)
             chosen = choose(kernels, shard.device, shard.compute_dtype, known=_known(declared, shard.dtype))
             matrix = Matrix(place, spec, declared, rule, shard, channels, group, slot, chosen)
             if shard.rows is not None:

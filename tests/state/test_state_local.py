@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -71,3 +72,12 @@ def test_a_checkpoint_of_version_0_1_loads_partially(tmp_path):
     take(optimizer, loss, 3)
     take(other, of_twins, 3)
     assert same(params, twins)
+
+
+def test_new_state_never_exists_twice():
+    """A batch's matrices have theirs in one tensor, and need none of their own before it."""
+    optimizer = APOLLO(nn.Sequential(*[nn.Linear(64, 512, bias=False) for _ in range(8)]), rank=32)
+    with MemTracker() as tracker:
+        optimizer.prepare()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert 0 < optimizer.state_bytes() <= peak < 1.01 * optimizer.state_bytes()
