@@ -34,6 +34,7 @@ from apollo_dist.rules.apollo import APOLLO
 from apollo_dist.rules.fira import Fira
 from apollo_dist.rules.galore import GaLore
 from apollo_dist.rules.muon import Muon
+from apollo_dist.rules.roles import LINEAR, ROLE, Role
 from apollo_dist.sharding.local_shard import ShardGroup
 from apollo_dist.sharding.regions import FlatPartition, Range, cut_ranges, even_ranges, flat_partition_tiles, row_ranges
 from apollo_dist.step.specs import exchanged
@@ -49,14 +50,19 @@ MODELS = {"13B": (5120, 13824, 40, 5120), "70B": (8192, 28672, 80, 1024)}
 VOCABULARY = 32000
 LAYOUTS = ("fsdp2", "fsdp1", "zero3", "zero1")
 RULE = APOLLO()
-_DEFAULTS = {key: option.default for key, option in RULE.options.items()}
+
+
+def _with_defaults(rule: MatrixRule) -> dict[str, Any]:
+    """The options of a group of linear maps."""
+    return {**{key: option.default for key, option in rule.options.items()}, ROLE: Role(LINEAR)}
+
+
+_DEFAULTS = _with_defaults(RULE)
 OPTIMIZERS = {"APOLLO": _DEFAULTS, "Mini": {**_DEFAULTS, "rank": 1, "scale_type": "tensor"}}
 # Of the table of rules: each with its options.
 RULES: dict[str, tuple[MatrixRule, dict[str, Any]]] = {
     **{name: (RULE, options) for name, options in OPTIMIZERS.items()},
-    "GaLore": (GaLore(), {"rank": 256, "proj": "svd"}),
-    "Fira": (Fira(), {"rank": 256, "proj": "svd"}),
-    "Muon": (Muon(), {}),
+    **{rule.name: (rule, _with_defaults(rule)) for rule in (GaLore(), Fira(), Muon())},
 }
 WORLDS = (8, 64, 256, 1024, 4096)
 NUMBER = 4  # bytes: exchanges and states are fp32

@@ -149,6 +149,10 @@ class ChannelPartition:
         tile = tile + (tiles.start or 0)
         return Overlaps(number, tile, first, last, (last - first) * (self.inner_stop[tile] - self.inner_start[tile]))
 
+    def held(self, found: Overlaps, world_size: int) -> tuple[Integers, Integers, Integers]:
+        """(range, holder, elements) for every holder of every range; ordered by range, then by rank."""
+        return sum_by_holder(found.range, self.rank[found.tile], found.elements, world_size)
+
     def _runs(self) -> list[tuple[int, int, list[int]]]:
         """Runs of channels with the same holders, in channel order."""
         gained, lost = defaultdict(list), defaultdict(list)

@@ -14,7 +14,9 @@ A rank's own contribution goes through the same buffers; it does not leave the d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,14 +24,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import device_for, meet
-from .messages import Partial, Received
-from .routes import Elements, Projected, ReduceRoutes, Replies, ReplyAllReduce, ReplyRoutes
+from ..sharding.regions import joined
+from .messages import Answer, Partial, Received
+from .replies import Answered, Replies, ReplyAllReduce, ReplyRoutes
+from .routes import Elements, Projected, ReduceRoutes
 from .waiting import wait
 
 if TYPE_CHECKING:
     from ..sharding.local_shard import ShardGroup
     from ..sharding.regions import Range
     from .plan import Plan
+    from .products import ProductPart
+    from .routes import Channels
 
 
 class Exchange:
@@ -65,6 +71,12 @@ class Exchange:
             self._places = [torch.tensor(self._second.terms, dtype=torch.int64, device=self.device)]
             return plan.ring_numbers
         self._second = ReplyRoutes(plan, rank)
+        self.channels = [
+            replace(channels, products=tuple(products), multiplied=_multiplied(channels, answers))
+            for channels, products, answers in zip(
+                self.channels, self._second.products, self._second.answers, strict=True
+            )
+        ]
         lists = {id(places): places for places in self._second.terms}
         tensors = {key: torch.tensor(places, dtype=torch.int64, device=self.device) for key, places in lists.items()}
         self._places = [tensors[id(places)] for places in self._second.terms]
@@ -145,36 +157,99 @@ class Exchange:
             found.append((slice(block.first, block.last), block.inner, whole if by_rows else whole.t()))
         return found
 
-    def reply_to_holders(self, replies: Sequence[Tensor | None], terms: Tensor) -> tuple[list[Tensor | None], Tensor]:
+    def reply_to_holders(
+        self, replies: Sequence[Tensor | None], terms: Tensor, products: Mapping[int, Sequence[Tensor]]
+    ) -> tuple[list[Tensor | Answer | None], Tensor]:
         """Exchange 2: send what owners answer to the holders, and sum norm terms.
 
         Args:
             replies: for each matrix with any the numbers of its ``owned_shared`` channels, (channels, numbers).
             terms: (matrices, ``Plan.term_columns``), this rank's terms.
+            products: by number of the matrix its ``Channels.products``, (updates, channels, columns) each; none where
+                a matrix has no gradient.
 
         Returns:
-            The numbers over ``shared`` for each such matrix, (channels, numbers), and the terms summed over ranks.
+            For each such matrix the numbers over ``shared``, (channels, numbers), or an ``Answer`` where some are
+            elements; and the terms summed over ranks.
         """
+        answers: Sequence[list[Answered]] = [[]] * len(replies)
         if isinstance(self._second, ReplyAllReduce):
             received, total = self._reduce(self._second, replies, terms)
         else:
-            received, total = self._scatter(self._second, replies, terms)
-        held: list[Tensor | None] = []
-        for reply, places in zip(replies, self._second.replies, strict=True):
+            received, total = self._scatter(self._second, replies, terms, products)
+            answers = self._second.answers
+        held: list[Tensor | Answer | None] = []
+        for i, (reply, places) in enumerate(zip(replies, self._second.replies, strict=True)):
             if reply is None:
                 held.append(None)
+            elif answers[i]:
+                held.append(self._answer(i, received, answers[i]))
             else:
                 parts = [received[offset : offset + numbers] for offset, numbers in places]
                 flat = parts[0] if len(parts) == 1 else torch.cat(parts) if parts else reply.new_empty(0)
                 held.append(flat.view(-1, reply.shape[1]))
         return held, total
 
-    def _scatter(self, plan: ReplyRoutes, replies: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
+    def _answer(self, i: int, received: Tensor, answers: Sequence[Answered]) -> Answer:
+        """Matrix i's numbers and elements in what arrived; elements of neighbouring channels in one tile as one."""
+        spec = self.plan.matrices[i].spec
+        numbers, scales = [received.new_empty((0, spec.reply_numbers))], [received.new_empty((0, 1))]
+        elements: list[tuple[int, int, list[Tensor]]] = []
+        position, ends = 0, -1
+        for offset, channels, parts in answers:
+            factors = channels * int(spec.channel_scales)
+            if parts is None:
+                numbers.append(received[offset : offset + channels * spec.reply_numbers].view(channels, -1))
+                scales.append(numbers[-1][:, :1])
+            else:
+                scales.append(received[offset : offset + factors].view(-1, 1))
+                offset += factors
+                for part in parts:
+                    shape = spec.low_rank_updates, part.last - part.first, part.inner[1] - part.inner[0]
+                    values = received[offset : offset + math.prod(shape)].view(shape)
+                    offset += values.numel()
+                    if elements and elements[-1][1] == part.tile and ends == position + part.first:
+                        elements[-1][2].append(values)
+                    else:
+                        elements.append((position + part.first, part.tile, [values]))
+                    ends = position + part.last
+            position += channels
+        merged = [(first, tile, torch.cat(each, dim=1) if len(each) > 1 else each[0]) for first, tile, each in elements]
+        return Answer(torch.cat(numbers), torch.cat(scales) if spec.channel_scales else None, merged)
+
+    def _parts(
+        self, reply: Replies, replies: Sequence[Tensor | None], products: Mapping[int, Sequence[Tensor]]
+    ) -> list[Tensor]:
+        """One share's answer to one rank, in flat parts."""
+        if reply.parts is None:
+            return [_part(replies, reply)]
+        spec, numbers = self.plan.matrices[reply.matrix].spec, replies[reply.matrix]
+        assert numbers is not None
+        rows = slice(reply.position, reply.position + reply.channels)
+        found = [numbers[rows, 0]] if spec.channel_scales else []
+        made = products.get(reply.matrix)
+        for part in reply.parts:
+            if made is None:
+                found.append(numbers.new_zeros(spec.low_rank_updates * _size(part)))
+            else:
+                begin = self.channels[reply.matrix].products[part.product].inner[0]
+                columns = slice(part.inner[0] - begin, part.inner[1] - begin)
+                found.append(made[part.product][:, part.first : part.last, columns].reshape(-1))
+        return found
+
+    def _scatter(
+        self,
+        plan: ReplyRoutes,
+        replies: Sequence[Tensor | None],
+        terms: Tensor,
+        products: Mapping[int, Sequence[Tensor]],
+    ) -> tuple[Tensor, Tensor]:
         chosen = {id(places): terms.view(-1).index_select(0, places) for places in self._places}
         pieces: list[Tensor] = []
         for places, parts in zip(self._places, plan.send, strict=True):
             pieces.append(chosen[id(places)])
-            pieces += [_part(replies, part) for part in parts]
+            for part in parts:
+                pieces += self._parts(part, replies, products)
         # A rank with nothing to say still takes part.
         buffer = torch.cat(pieces).to(self.dtype)
         received = self.all_to_all(buffer, plan.send_numbers, plan.receive_numbers)
@@ -213,6 +288,23 @@ class Exchange:
         work = dist.all_to_all_single(received, given, receive, send, group=self.group.process_group, async_op=True)
         wait(work, where)
         return received.to(self.device)
+
+
+def _multiplied(channels: Channels, answers: Sequence[Answered]) -> tuple[Range, ...] | None:
+    """Positions in ``held`` of the channels whose low-rank update this rank multiplies; None for all."""
+    if not answers:
+        return None
+    at = channels.local_only.count
+    found = [(0, at)] if at else []
+    for _, count, parts in answers:
+        if parts is None:
+            found.append((at, at + count))
+        at += count
+    return joined(found)
+
+
+def _size(part: ProductPart) -> int:
+    return (part.last - part.first) * (part.inner[1] - part.inner[0])
 
 
 def _part(replies: Sequence[Tensor | None], part: Replies) -> Tensor:

@@ -1,4 +1,4 @@
-"""What the two sides of exchange 1 hand over: a rank's part of a matrix, and what an owner gets of it."""
+"""What the two sides of the exchanges hand over: a rank's part of a matrix, what an owner gets of it, its answer."""
 
 from __future__ import annotations
 
@@ -39,3 +39,18 @@ class Received(NamedTuple):
     low_rank: Tensor
     norms: Tensor | None
     elements: list[tuple[slice, list[Range], Tensor]]
+
+
+class Answer(NamedTuple):
+    """What exchange 2 brings for one matrix whose low-rank updates are elements in part.
+
+    Attributes:
+        numbers: of the shared channels that this rank multiplies with P, (channels, numbers).
+        scales: of all shared channels, (channels, 1), or None.
+        elements: the others' low-rank updates: (first channel in ``shared``, tile number, elements, (updates, channels,
+            the tile's inner extent)).
+    """
+
+    numbers: Tensor
+    scales: Tensor | None
+    elements: list[tuple[int, int, Tensor]]

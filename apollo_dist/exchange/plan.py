@@ -7,14 +7,15 @@ tiles of all ranks; the plan's hash is compared before the first exchange.
 
 For each segment a holder sends its owner the smaller of two things: its part of the low-rank gradient (and of the
 squared channel norms), or its gradient elements themselves, which the owner projects. The second is smaller where a
-rank holds fewer than r elements of a channel: for a wide matrix in rows on more than m / r ranks.
+rank holds fewer than r elements of a channel: for a wide matrix in rows on more than m / r ranks. Low-rank updates come
+back likewise, as numbers to multiply with P or as elements (``products.py``).
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -90,6 +91,10 @@ class MatrixSpec:
         """Whether a holder with so many ``elements`` of so many ``channels`` sends them as they are, not projected."""
         return elements < channels * self.numbers_per_channel
 
+    def replies_elements(self, elements: Integers, channels: Integers) -> npt.NDArray[np.bool_]:
+        """Whether such a holder gets the elements of low-rank updates, and not what is to be multiplied with P."""
+        return (elements < channels * self.rank) & (self.low_rank_updates > 0)
+
 
 @dataclass(frozen=True)
 class Segment:
@@ -150,6 +155,7 @@ class Plan:
 
     world_size: int
     matrices: tuple[MatrixPlan, ...]
+    _last_held: dict[bytes, tuple[Integers, Integers, Integers]] = field(default_factory=dict, repr=False)
 
     @cached_property
     def needs_exchange1(self) -> bool:
@@ -196,7 +202,13 @@ class Plan:
         """How many numbers each rank sends to others if exchange 2 is an all-to-all."""
         sent = np.zeros(self.world_size, dtype=np.int64)
         for m in self.matrices:
-            if m.spec.reply_numbers and m.shared:
+            if m.spec.low_rank_updates and m.shared:
+                share, holders, elements = self._elements_held(m)
+                owners, counts = m.shares.owners[share], m.shares.counts[share]
+                updates = m.spec.low_rank_updates * np.minimum(elements, counts * m.spec.rank)
+                numbers = updates + counts * int(m.spec.channel_scales)
+                np.add.at(sent, owners, np.where(holders == owners, 0, numbers))
+            elif m.spec.reply_numbers and m.shared:
                 others = np.array([len(run.holders) - 1 for run in m.partition.shared], dtype=np.int64)
                 numbers = m.shares.counts * m.spec.reply_numbers
                 np.add.at(sent, m.shares.owners, numbers * others[m.shares.runs])
@@ -270,16 +282,20 @@ class Plan:
             np.add.at(sent, holders, np.where(holders == owners, 0, numbers))
         return sent
 
+    def _elements_held(self, m: MatrixPlan) -> tuple[Integers, Integers, Integers]:
+        """``elements_held``; kept for the next matrix, which is often alike."""
+        key = m.partition.digest + m.shares.starts.tobytes()
+        if key not in self._last_held:
+            self._last_held.clear()
+            self._last_held[key] = elements_held(m, self.world_size)
+        return self._last_held[key]
+
     def flows(self) -> Iterator[tuple[Integers, Integers, Integers]]:
         """What travels in exchange 1, matrix by matrix: (holder, owner, how many numbers) of every message part."""
-        known: dict[bytes, tuple[Integers, Integers, Integers]] = {}
         for m in self.matrices:
             if not m.shared:
                 continue
-            key = m.partition.digest + m.shares.starts.tobytes()
-            if key not in known:
-                known = {key: elements_held(m, self.world_size)}  # neighbours are often alike
-            share, holders, elements = known[key]
+            share, holders, elements = self._elements_held(m)
             projected = m.shares.counts[share] * m.spec.numbers_per_channel
             yield holders, m.shares.owners[share], np.minimum(elements, projected)
 

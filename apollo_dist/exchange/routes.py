@@ -1,4 +1,4 @@
-"""What one rank sends and receives, piece by piece, from a plan. Integers only, and only this rank's view.
+"""What one rank sends and receives in exchange 1, piece by piece, from a plan. Integers only, this rank's view.
 
 Both ends of a message list its parts alike: matrices in the plan's order, in each the segments in channel order, and of
 elements the holder's tiles in their order.
@@ -7,17 +7,17 @@ elements the holder's tiles in their order.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from .channels import ChannelPartition, ChannelSet, held_channels, sum_by_holder
+from .channels import ChannelSet, held_channels, sum_by_holder
 
 if TYPE_CHECKING:
     from ..sharding.regions import Range
     from .plan import MatrixPlan, Plan
+    from .products import Product
 
 
 class Projected(NamedTuple):
@@ -42,14 +42,6 @@ class Elements(NamedTuple):
     numbers: int
 
 
-class Replies(NamedTuple):
-    """What travels back of owned shared channels, from ``position`` on."""
-
-    matrix: int
-    position: int
-    channels: int
-
-
 @dataclass(frozen=True)
 class Channels:
     """Which channels of one matrix a rank deals with.
@@ -61,6 +53,8 @@ class Channels:
         projected: those of ``shared`` whose part of R this rank sends; of the others it sends elements.
         incoming_columns: hull of the columns of P for the elements that other ranks send, to be projected here; (0, 0)
             where there are none.
+        products: low-rank updates of owned channels that are multiplied here, for ranks that hold few elements.
+        multiplied: positions in ``held`` of the channels whose low-rank update this rank multiplies; None for all.
     """
 
     local_only: ChannelSet
@@ -68,6 +62,8 @@ class Channels:
     owned_shared: ChannelSet
     projected: ChannelSet
     incoming_columns: Range
+    products: tuple[Product, ...] = ()
+    multiplied: tuple[Range, ...] | None = None
 
     @property
     def owned(self) -> ChannelSet:
@@ -224,98 +220,3 @@ class ReduceRoutes:
 def _ascending(block: Block) -> Block:
     order = sorted(range(len(block.inner)), key=block.inner.__getitem__)
     return Block(block.first, block.last, [block.inner[k] for k in order], [block.places[k] for k in order])
-
-
-def held_shares(matrix: MatrixPlan, rank: int) -> list[int]:
-    """The shares of a matrix that a rank holds any element of, in channel order."""
-    partition: ChannelPartition = matrix.partition
-    found = partition.overlaps(matrix.shares.starts, matrix.shares.stops, partition.tiles_of(rank))
-    shares: list[int] = np.unique(found.range).tolist()
-    return shares
-
-
-class ReplyRoutes:
-    """Exchange 2 as one rank of a plan sees it, if it is an all-to-all.
-
-    A peer's message is its norm terms, then its channels' numbers.
-
-    Attributes:
-        send: for each rank the channels whose numbers go there.
-        terms: for each rank the places in the terms, (matrices, columns) row by row, of matrices that both hold; equal
-            lists are one object.
-        send_numbers, receive_numbers: for each rank.
-        replies: for each matrix (offset in what arrives, numbers) of each held share.
-    """
-
-    def __init__(self, plan: Plan, rank: int) -> None:
-        world = plan.world_size
-        self.send: list[list[Replies]] = [[] for _ in range(world)]
-        self.terms = _common_terms(plan, rank)
-        self.send_numbers = [len(places) for places in self.terms]
-        self.receive_numbers = list(self.send_numbers)
-        incoming: list[list[tuple[int, int, int]]] = [[] for _ in plan.matrices]
-        for i, matrix in _with_replies(plan):
-            width = matrix.spec.reply_numbers
-            for share in held_shares(matrix, rank):
-                owner, numbers = int(matrix.shares.owners[share]), int(matrix.shares.counts[share]) * width
-                incoming[i].append((owner, self.receive_numbers[owner], numbers))
-                self.receive_numbers[owner] += numbers
-            position = 0
-            for share in np.nonzero(matrix.shares.owners == rank)[0].tolist():
-                count = int(matrix.shares.counts[share])
-                for holder in matrix.run_of(share).holders.tolist():
-                    self.send[holder].append(Replies(i, position, count))
-                    self.send_numbers[holder] += count * width
-                position += count
-        base = np.concatenate(([0], np.cumsum(self.receive_numbers))).tolist()
-        self.replies = [[(base[owner] + offset, numbers) for owner, offset, numbers in parts] for parts in incoming]
-
-
-class ReplyAllReduce:
-    """Exchange 2 as one rank of a plan sees it, if it is an all-reduce: all channels' numbers, then all terms.
-
-    Attributes:
-        owned: (what this rank writes, offset in the block).
-        replies: for each matrix (offset in the block, numbers) of each held share.
-        terms: the places in the terms that are summed.
-    """
-
-    def __init__(self, plan: Plan, rank: int) -> None:
-        self.owned: list[tuple[Replies, int]] = []
-        self.replies: list[list[tuple[int, int]]] = [[] for _ in plan.matrices]
-        self.terms = [i * plan.term_columns + column for i, column in plan.term_places]
-        base = 0
-        for i, matrix in _with_replies(plan):
-            counts = matrix.shares.counts
-            numbers = counts * matrix.spec.reply_numbers
-            offsets = (base + np.cumsum(numbers) - numbers).tolist()
-            self.replies[i] = [(offsets[share], int(numbers[share])) for share in held_shares(matrix, rank)]
-            position = 0
-            for share in np.nonzero(matrix.shares.owners == rank)[0].tolist():
-                self.owned.append((Replies(i, position, int(counts[share])), offsets[share]))
-                position += int(counts[share])
-            base += int(numbers.sum())
-
-
-def _with_replies(plan: Plan) -> Iterator[tuple[int, MatrixPlan]]:
-    for i, matrix in enumerate(plan.matrices):
-        if matrix.shared and matrix.spec.reply_numbers:
-            yield i, matrix
-
-
-def _common_terms(plan: Plan, rank: int) -> list[list[int]]:
-    """For each rank the places in the terms of matrices that it and ``rank`` hold."""
-    common = np.zeros((len(plan.matrices), plan.world_size), dtype=bool)
-    for i, matrix in enumerate(plan.matrices):
-        if rank in matrix.participants:
-            common[i, matrix.participants] = True
-    known: dict[bytes, list[int]] = {}
-    found = []
-    for key, held in zip(map(bytes, np.packbits(common, axis=0).T), common.T, strict=True):
-        if key not in known:
-            chosen = np.nonzero(held)[0].tolist()
-            known[key] = [
-                i * plan.term_columns + column for i in chosen for column in range(plan.matrices[i].spec.terms)
-            ]
-        found.append(known[key])
-    return found

@@ -8,15 +8,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..exchange.messages import Answer
 from ..kernels.parts import ApplyPart
 from ..kernels.transfer import to_device
 from ..projections.slices import Phase
+from .low_rank import LowRankUpdate, low_rank_update
 from .matrix import Matrix, cast, take
 from .rows import update_rows
 
 if TYPE_CHECKING:
     from ..projections.cache import ProjectionCache
-    from ..projections.slices import Projection
     from .batch import Batch, Tiles
 
 
@@ -24,7 +25,7 @@ def apply(
     batch: Batch,
     carriers: Tiles,
     owned: Sequence[Tensor | None],
-    replies: Sequence[Tensor | None],
+    replies: Sequence[Tensor | Answer | None],
     projections: ProjectionCache,
     terms: Tensor,
 ) -> None:
@@ -52,16 +53,21 @@ def apply(
         factor = factor[to_device(active, torch.int64, factor.device)]
     matrices, given = [batch.matrices[k] for k in active], [tiles for tiles in carriers if tiles is not None]
     coefficients = _coefficients(matrices, factor)
-    of_channels = _of_channels(batch, active, owned, replies)
+    columns = batch.declared.reply.columns(batch.declared.reduce.low_rank)
+    scales = [_scales(batch.matrices[k], owned[batch.first + k], replies[batch.first + k], columns) for k in active]
     if not matrices[0].spec.low_rank_updates:
-        _update(matrices, coefficients, given, [found.get("scale") for found in of_channels])
+        _update(matrices, coefficients, given, scales)
         return
     # One matrix after the other: products with P go to weights in the compute dtype.
-    for row, (k, found) in enumerate(zip(active, of_channels, strict=True)):
-        product = low_rank_update(found, None if factor is None else factor[row])
+    for row, k in enumerate(active):
+        answered, received = owned[batch.first + k], replies[batch.first + k]
+        assert answered is not None
         projection = projections.of(batch.first + k, Phase.APPLY)
+        by = None if factor is None else factor[row]
+        product = low_rank_update(matrices[row], columns, answered, received, by, projection)
+        product = product.times(_size(matrices[row]))
         here = slice(row, row + 1)
-        _update(matrices[here], coefficients[here], given[here], [found.get("scale")], (product, projection))
+        _update(matrices[here], coefficients[here], given[here], scales[here], product)
 
 
 def update(m: Matrix, carriers: Sequence[Tensor]) -> None:
@@ -69,15 +75,28 @@ def update(m: Matrix, carriers: Sequence[Tensor]) -> None:
     _update([m], _coefficients([m], None), [carriers], [None])
 
 
-def _of_channels(
-    batch: Batch, members: Sequence[int], owned: Sequence[Tensor | None], replies: Sequence[Tensor | None]
-) -> list[Mapping[str, Tensor]]:
-    """For each member what the owners answered of its held channels, (channels, width), by the names of ``Reply``."""
-    columns = batch.declared.reply.columns(batch.declared.reduce.low_rank)
-    if not columns:
-        return [{} for _ in members]
-    held = [held_reply(batch.matrices[k], owned[batch.first + k], replies[batch.first + k]) for k in members]
-    return [{name: reply[:, where] for name, where in columns.items()} for reply in held]
+def _scales(
+    m: Matrix, owned: Tensor | None, received: Tensor | Answer | None, columns: Mapping[str, slice]
+) -> Tensor | None:
+    """The scaling factors of the held channels, (channels, 1): this rank's own, then those of exchange 2; or None.
+
+    Args:
+        m: the matrix.
+        owned: what ``own`` returned.
+        received: what exchange 2 brought, if there was one.
+        columns: by name where answers are among the numbers of a channel.
+    """
+    if "scale" not in columns:
+        return None
+    assert owned is not None  # its rule answers
+    if received is None:
+        return owned[:, columns["scale"]]
+    alone = owned[: m.channels.local_only.count, columns["scale"]]
+    theirs = received.scales if isinstance(received, Answer) else received[:, columns["scale"]]
+    assert theirs is not None
+    if not theirs.numel():
+        return alone
+    return torch.cat([alone, theirs.to(owned.dtype)]) if alone.numel() else theirs.to(owned.dtype)
 
 
 def _update(
@@ -85,7 +104,7 @@ def _update(
     coefficients: Tensor,
     carriers: Sequence[Sequence[Tensor]],
     scales: Sequence[Tensor | None],
-    product: tuple[Tensor | None, Projection | None] | None = None,
+    product: LowRankUpdate | None = None,
 ) -> None:
     """Update the local weights of matrices of one batch, those that are stored by rows one after the other.
 
@@ -95,9 +114,7 @@ def _update(
     dense = [k for k, m in enumerate(matrices) if m.shard.rows is None]
     for k, m in enumerate(matrices):
         if m.shard.rows is not None:
-            low_rank, projection = product or (None, None)
-            low_rank, size = (None, 0.0) if low_rank is None else _sized(m, low_rank)
-            update_rows(m, coefficients[k : k + 1], carriers[k], scales[k], low_rank, size, projection)
+            update_rows(m, coefficients[k : k + 1], carriers[k], scales[k], product)
     if len(dense) == len(matrices):
         _update_dense(matrices, coefficients, carriers, scales, product)
     elif dense:
@@ -111,7 +128,7 @@ def _update_dense(
     coefficients: Tensor,
     carriers: Sequence[Sequence[Tensor]],
     scales: Sequence[Tensor | None],
-    product: tuple[Tensor | None, Projection | None] | None = None,
+    product: LowRankUpdate | None = None,
 ) -> None:
     """Update the local weights of matrices of one batch that are stored as one number an element.
 
@@ -120,7 +137,7 @@ def _update_dense(
         coefficients: of them, (matrices, 2).
         carriers: of them; empty where there is no X.
         scales: of each the scaling factors of its held channels, (channels, 1), or None.
-        product: of the only one f D + N, (channels, r), and the projection that it is multiplied by.
+        product: of the only one the step size times its low-rank update.
     """
     rule, group = matrices[0].rule, matrices[0].group
     parts: list[ApplyPart] = []
@@ -137,46 +154,30 @@ def _update_dense(
             by = None if scale is None else take(scale[:, 0], position)
             parts.append(ApplyPart(take(work[number], rows), take(tiles[number], rows), by, row))
     if product is not None and not rule.decay_first:
-        _add_product(matrices[0], work, *product)
+        _add_product(matrices[0], work, product)
     if parts:
         decays = rule.weight_decay(group) != 0.0
         matrices[0].kernels.apply(parts, coefficients, decay_first=rule.decay_first, decays=decays)
     elif product is not None:  # there is no X
         decay(work, group["lr"], rule.weight_decay(group))
     if product is not None and rule.decay_first:
-        _add_product(matrices[0], work, *product)
+        _add_product(matrices[0], work, product)
     for weight, done in written:
         weight.copy_(done)
 
 
-def _add_product(m: Matrix, work: Sequence[Tensor], low_rank: Tensor | None, projection: Projection | None) -> None:
-    """Add the step size times (f D + N) P to weights in the compute dtype.
-
-    Args:
-        m: the matrix.
-        work: the weights of its tiles, channels first.
-        low_rank: f D + N of the held channels, (channels, r).
-        projection: P.
-    """
-    if low_rank is None or projection is None:  # this rank holds nothing of the matrix
-        return
-    low_rank, size = _sized(m, low_rank)
+def _add_product(m: Matrix, work: Sequence[Tensor], product: LowRankUpdate) -> None:
+    """Add a low-rank update to weights in the compute dtype, one for each tile, channels first."""
     for number, rows, position in m.held.parts:
-        projection.add_product(take(low_rank, position), number, take(work[number], rows), size)
+        product.add(number, position, take(work[number], rows))
 
 
-def _sized(m: Matrix, low_rank: Tensor) -> tuple[Tensor, float]:
-    """A low-rank update of the held channels and the factor of its product with P: the step size, where it is a number.
-
-    Args:
-        m: the matrix.
-        low_rank: f D + N, (channels, r).
-    """
+def _size(m: Matrix) -> float | Tensor:
+    """What low-rank updates are multiplied by. They are of the negated gradient where that is followed."""
     lr, dtype = m.group["lr"], m.shard.compute_dtype
     lr = lr.reshape(()).to(dtype) if isinstance(lr, Tensor) else lr
-    # Low-rank updates are of the negated gradient where that is followed: owners made them of R.
-    size = -m.rule.gain(m.group) * m.rule.step_size(lr, m.state["step"], m.group)
-    return (low_rank * size, 1.0) if isinstance(size, Tensor) else (low_rank, size)
+    size: float | Tensor = -m.rule.gain(m.group) * m.rule.step_size(lr, m.state["step"], m.group)
+    return size
 
 
 def _coefficients(matrices: Sequence[Matrix], factor: Tensor | None) -> Tensor:
@@ -210,33 +211,6 @@ def _coefficients(matrices: Sequence[Matrix], factor: Tensor | None) -> Tensor:
 def shared_reply(m: Matrix, owned: Tensor | None) -> Tensor | None:
     """What exchange 2 carries: the numbers over ``owned_shared``, (channels, numbers)."""
     return None if owned is None else owned[m.channels.local_only.count :]
-
-
-def held_reply(m: Matrix, owned: Tensor | None, received: Tensor | None) -> Tensor:
-    """The numbers of the held channels, (channels, numbers): this rank's own, then those of exchange 2, if any.
-
-    Args:
-        m: the matrix.
-        owned: what ``own`` returned; not None, for its rule answers.
-        received: (channels, numbers).
-    """
-    assert owned is not None
-    if received is None:
-        return owned
-    alone = owned[: m.channels.local_only.count]
-    if not received.numel():
-        return alone
-    return torch.cat([alone, received.to(owned.dtype)]) if alone.numel() else received.to(owned.dtype)
-
-
-def low_rank_update(of_channels: Mapping[str, Tensor], factor: Tensor | None) -> Tensor | None:
-    """f D + N over the held channels, (channels, r); None where a rule has neither."""
-    residual, direct = of_channels.get("residual"), of_channels.get("direct")
-    if residual is None:
-        return direct
-    if factor is not None:
-        residual = residual * factor
-    return residual if direct is None else residual + direct
 
 
 def decay(weights: list[Tensor], lr: float | Tensor, weight_decay: float) -> None:

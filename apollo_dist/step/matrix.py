@@ -111,7 +111,8 @@ class Matrix:
         gram = self.declared.reduce.gram and self.channels.owned.count > 0
         if gram:
             columns = (0, self.spec.n if self.spec.by_rows else self.spec.m)
-        updates = bool(self.spec.low_rank_updates and self.held.parts)
+        multiplies = self.channels.multiplied is None or bool(self.channels.multiplied)
+        updates = bool(self.spec.low_rank_updates and self.held.parts and multiplies)
         needed = bool(self.projected.parts), bool(self.local_only.parts) or elements or gram, updates
         if not self.spec.rank or self.spec.shared_state:
             needed = False, False, False

@@ -12,6 +12,7 @@ from ..kernels.reduce import line_norms
 from ..projections.slices import Phase
 from ..rules.base import Seen, Update
 from ..state.slots import STEP
+from .low_rank import products
 from .matrix import take
 from .reduce import parts_of, receive
 
@@ -29,6 +30,7 @@ def own(
     projections: ProjectionCache,
     received: Sequence[Received | None],
     terms: Tensor,
+    made: dict[int, list[Tensor]],
 ) -> Sequence[Tensor | None]:
     """Complete what the owner sees of its channels, run the rule over them, and write this rank's terms.
 
@@ -38,12 +40,14 @@ def own(
         projections: of the shard group, in the current step.
         received: for each matrix of the shard group what ``Exchange.reduce_to_owners`` returned, or None.
         terms: (matrices of the shard group, columns), written in place.
+        made: by number in the shard group the low-rank updates that other ranks get as elements, written.
 
     Returns:
         For each matrix of the batch what its owned channels answer, (channels, numbers), in the order of
         ``Reply.columns``; None if the rule answers nothing.
     """
     declared, kwargs = batch.declared, batch.factory_kwargs
+    columns = declared.reply.columns(declared.reduce.low_rank)
     terms = terms[batch.first : batch.first + len(batch.matrices)]
     # Zeros where there is no gradient.
     reply = torch.zeros((batch.channels, batch.matrices[0].spec.reply_numbers), **kwargs)
@@ -58,6 +62,7 @@ def own(
         used = {k: projections.of(batch.first + k, Phase.OWN) for k in chunk if grads[k] is not None}
         lines = _reduce(batch, chunk, grads, used, received, space[0, : stop - start], squares)
         grams = {k: p.gram for k, p in used.items() if p is not None} if declared.reduce.gram else {}
+        multiplied = {k: p for k, p in used.items() if batch.matrices[k].channels.products}
         del used
         _add_squares(lines, terms[:, declared.terms - 1 : declared.terms])
         if squares is not None:
@@ -73,9 +78,11 @@ def own(
             seen = Seen(space[0, local], norms_seen, space[-1, local], counts, step, grams_seen, batch.kernels)
             state = {name: values[rows] for name, values in batch.channel_state.items()}
             update = batch.rule.owner_step(seen, state, batch.group)
-            _write(update, declared.reply.columns(declared.reduce.low_rank), reply[rows])
+            _write(update, columns, reply[rows])
             if update.terms is not None:
                 _add_terms(update.terms, members, terms)
+        for k, projection in multiplied.items():
+            made[batch.first + k] = products(batch.matrices[k], columns, reply[batch.rows[k]], projection)
     return torch.split(reply, batch.counts) if reply.shape[1] else [None] * len(batch.matrices)
 
 

@@ -13,8 +13,8 @@ from ..kernels.parts import ApplyPart
 from ..state.slots import STEP
 
 if TYPE_CHECKING:
-    from ..projections.slices import Projection
     from ..sharding.local_shard import LocalShard
+    from .low_rank import LowRankUpdate
     from .matrix import Matrix
 
 
@@ -74,9 +74,7 @@ def update_rows(
     coefficients: Tensor,
     carriers: Sequence[Tensor],
     scale: Tensor | None,
-    low_rank: Tensor | None,
-    size: float,
-    projection: Projection | None,
+    product: LowRankUpdate | None,
 ) -> None:
     """Update the local weights of one matrix: as ``step.apply`` does, window by window.
 
@@ -85,16 +83,13 @@ def update_rows(
         coefficients: (1, 2), what X times scaling factors, and old weights are multiplied by.
         carriers: X of the tile, channels first; empty where there is none.
         scale: scaling factors of the held channels, (channels, 1), or None.
-        low_rank: f D + N of the held channels, (channels, r), or None.
-        size: a factor of its product with P.
-        projection: P.
+        product: the step size times its low-rank update, or None.
     """
     decays = m.rule.weight_decay(m.group) != 0.0
     first = m.rule.decay_first
     for pieces in windows(m):
-        product = low_rank is not None and projection is not None
-        if product and not first:
-            _add_product(pieces, low_rank, projection, size)
+        if product is not None and not first:
+            _add_product(pieces, product)
         if carriers:
             parts = [
                 ApplyPart(
@@ -109,14 +104,13 @@ def update_rows(
         elif decays:
             for piece in pieces:
                 piece.weight.mul_(coefficients[0, 1])
-        if product and first:
-            _add_product(pieces, low_rank, projection, size)
+        if product is not None and first:
+            _add_product(pieces, product)
 
 
-def _add_product(pieces: Sequence[Piece], low_rank: Tensor | None, projection: Projection | None, size: float) -> None:
-    assert low_rank is not None and projection is not None
+def _add_product(pieces: Sequence[Piece], product: LowRankUpdate) -> None:
     for piece in pieces:
-        projection.add_product(low_rank[piece.position], 0, piece.weight, size, piece.inner)
+        product.add(0, piece.position, piece.weight, piece.inner)
 
 
 def flat_windows(shard: LocalShard, step: int) -> Iterator[tuple[slice, Tensor]]:

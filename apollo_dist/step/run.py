@@ -15,7 +15,7 @@ from .reduce import partials
 from .whole import refresh_projections, step_whole
 
 if TYPE_CHECKING:
-    from ..exchange.messages import Received
+    from ..exchange.messages import Answer, Received
     from .shard_group import ShardGroupStep
 
 
@@ -30,7 +30,7 @@ class Pending:
 
     active: list[bool]
     owned: list[Tensor | None]
-    replies: list[Tensor | None]
+    replies: list[Tensor | Answer | None]
     terms: Tensor
 
 
@@ -74,13 +74,14 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     # Owners: state, what they answer of each channel, terms.
     terms = torch.zeros((len(matrices), plan.term_columns), dtype=group_step.dtype, device=group_step.device)
     owned: list[Tensor | None] = []
-    replies: list[Tensor | None] = [None] * len(matrices)
+    replies: list[Tensor | Answer | None] = [None] * len(matrices)
+    made: dict[int, list[Tensor]] = {}
     for batch in group_step.batches:
         if batch.declared.reduce.whole:
             owned += [None] * len(batch.matrices)
             continue
         reduced = batch.reduced(active)
-        owned += own(batch, reduced, projections, received, terms)
+        owned += own(batch, reduced, projections, received, terms, made)
         if early:
             apply(batch, batch.carriers(active, reduced), owned, replies, projections, terms)
             owned[batch.first :] = [None] * len(batch.matrices)  # low-rank updates are large
@@ -90,7 +91,7 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     # The answers travel back to the holders, and terms are summed.
     if plan.needs_exchange2:
         shared = [shared_reply(m, reply) for m, reply in zip(matrices, owned, strict=True)]
-        replies, terms = exchange.reply_to_holders(shared, terms)
+        replies, terms = exchange.reply_to_holders(shared, terms, made)
     return Pending(active, owned, replies, terms)
 
 

@@ -24,6 +24,17 @@ def sent(model: str, layout: str, optimizer: str, world: int) -> int:
     return scaling.NUMBER * max(sum(plan.numbers_sent(rank)) for rank in range(world))
 
 
+def test_the_table_of_rules():
+    """Under FSDP2 on 64 ranks low-rank updates travel as elements, as low-rank gradients do, and Muon in bfloat16."""
+    found = {}
+    for line in list(scaling.rule_table("13B", ["fsdp2"], [64]))[2:]:
+        name, _, share = (cell.strip() for cell in line.strip("|").split("|"))
+        found[name] = float(share.removesuffix("%"))
+    assert found["GaLore"] == pytest.approx(2 * found["APOLLO"], rel=0.05)
+    assert found["Fira"] == pytest.approx(3 * found["APOLLO"], rel=0.05)
+    assert found["Muon"] == pytest.approx(3.1, rel=0.05)
+
+
 @pytest.mark.parametrize("layout", scaling.LAYOUTS)
 @pytest.mark.parametrize("world", [48, 60, 64])
 def test_state_of_13b_is_balanced(layout, world):

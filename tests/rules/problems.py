@@ -170,14 +170,19 @@ class Case:
 
 COMMON = {"lr": 0.02, "weight_decay": 0.1}
 LOW_RANK = {"rank": 3, "gap": 3}
-RANDOM = {"rank": 3, "update_proj_gap": 3, "proj": "random"}
-SVD = {**RANDOM, "proj": "svd"}
+RANDOM = {"rank": 5, "update_proj_gap": 3, "proj": "random"}  # some ranks hold fewer elements of a channel
+SVD = {**RANDOM, "rank": 3, "proj": "svd"}
 CASES = {
     "SCALE": Case(apollo_dist.SCALE, scale_form, rule="scale", json="SCALE"),
     "AdamMini": Case(apollo_dist.AdamMini, adam_mini_form(HEAD_DIM), {"betas": (0.9, 0.95)}, "adam_mini", "AdamMini"),
-    "GaLore": Case(apollo_dist.GaLore, low_rank_form(alpha=0.25), RANDOM, "galore", "GaLore", True),
+    "GaLore": Case(apollo_dist.GaLore, low_rank_form(rank=5, alpha=0.25), RANDOM, "galore", "GaLore", True),
     "Fira": Case(
-        apollo_dist.Fira, low_rank_form(alpha=0.25, rule="Fira"), {**RANDOM, "scale": 0.25}, "fira", "Fira", True
+        apollo_dist.Fira,
+        low_rank_form(rank=5, alpha=0.25, rule="Fira"),
+        {**RANDOM, "scale": 0.25},
+        "fira",
+        "Fira",
+        True,
     ),
     "GaLore SVD": Case(apollo_dist.GaLore, low_rank_form(alpha=0.25, svd=True), SVD, "galore", "GaLore"),
     "Fira SVD": Case(apollo_dist.Fira, low_rank_form(alpha=1.0, rule="Fira", svd=True), SVD, "fira", "Fira"),

@@ -188,6 +188,8 @@ def test_llama_7b():
             shapes[f"model.layers.{i}.mlp.{name}_proj.weight"] = shape
     expected = {
         ("galore", "fsdp2", 8): 0.0535,
+        ("galore", "fsdp2", 64): 0.0134,  # both ways as elements
+        ("galore", "zero3", 64): 0.0134,
         ("galore", "zero", 8): 0.0,
         ("muon", "fsdp2", 8): 0.24,  # in bfloat16
         ("muon", "zero", 8): 0.0,

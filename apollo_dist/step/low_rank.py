@@ -1,0 +1,131 @@
+"""Low-rank updates: products with P that owners make for ranks with few elements, and what local weights get."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..exchange.messages import Answer
+
+if TYPE_CHECKING:
+    from ..projections.slices import Projection
+    from ..sharding.regions import Range
+    from .matrix import Matrix
+
+UPDATES = ("residual", "direct")  # as ``Update`` names them, in the order in which their elements travel
+
+
+class LowRankUpdate(NamedTuple):
+    """(f D + N) P over the held channels of a matrix.
+
+    Attributes:
+        low_rank: f D + N of the channels that this rank multiplies with P, (channels, r).
+        projection: P; None where there are none.
+        runs: which of the held channels those are; None for all.
+        elements: of the others, (first held channel, tile number, elements, (channels, the tile's inner extent)).
+        size: a factor of it.
+    """
+
+    low_rank: Tensor
+    projection: Projection | None
+    runs: tuple[Range, ...] | None = None
+    elements: Sequence[tuple[int, int, Tensor]] = ()
+    size: float = 1.0
+
+    def times(self, size: float | Tensor) -> LowRankUpdate:
+        """``size`` times it; a tensor is not waited for."""
+        if not isinstance(size, Tensor):
+            return self._replace(size=self.size * size)
+        elements = [(first, tile, values * size) for first, tile, values in self.elements]
+        return self._replace(low_rank=self.low_rank * size, elements=elements)
+
+    def add(self, tile: int, position: slice | None, out: Tensor, inner: slice = slice(None)) -> None:
+        """Add it over some held channels of a local tile to ``out``.
+
+        Args:
+            tile: its number.
+            position: of the channels among the held ones; None for all.
+            out: (channels, the tile's inner extent), in any strides.
+            inner: which of the tile's inner extent ``out`` is.
+        """
+        start = 0 if position is None or position.start is None else position.start
+        stop = start + out.shape[0]
+        if self.projection is not None:
+            at = 0
+            for a, b in ((start, stop),) if self.runs is None else self.runs:
+                low, high = max(a, start), min(b, stop)
+                if low < high:
+                    first = low if self.runs is None else at + low - a
+                    rows = self.low_rank[first : first + high - low]
+                    self.projection.add_product(rows, tile, out[low - start : high - start], self.size, inner)
+                at += b - a
+        for a, number, values in self.elements:
+            low, high = max(a, start), min(a + len(values), stop)
+            if number == tile and low < high:
+                out[low - start : high - start].add_(values[low - a : high - a, inner], alpha=self.size)
+
+
+def low_rank_update(
+    m: Matrix,
+    columns: Mapping[str, slice],
+    alone: Tensor,
+    received: Tensor | Answer | None,
+    factor: Tensor | None,
+    projection: Projection | None,
+) -> LowRankUpdate:
+    """What the owners of a matrix's held channels have answered, as an update.
+
+    Args:
+        m: the matrix.
+        columns: by name where low-rank updates are among the numbers of a channel.
+        alone: the numbers of the channels that this rank holds alone or, without an exchange, of all held ones.
+        received: what exchange 2 brought, if there was one.
+        factor: f, or None for 1.
+        projection: P, if this rank multiplies with it.
+    """
+    numbers = received.numbers if isinstance(received, Answer) else received
+    if numbers is not None:
+        numbers = numbers.to(alone.dtype)
+        alone = alone[: m.channels.local_only.count]
+        alone = (
+            torch.cat([alone, numbers]) if alone.numel() and numbers.numel() else numbers if numbers.numel() else alone
+        )
+    names = [name for name in UPDATES if name in columns]
+    low_rank = _sum([alone[:, columns[name]] for name in names], names, factor)
+    if not isinstance(received, Answer):
+        return LowRankUpdate(low_rank, projection)
+    base, elements = m.channels.local_only.count, []
+    for first, tile, values in received.elements:
+        elements.append((base + first, tile, _sum(list(values.to(alone.dtype).unbind()), names, factor)))
+    return LowRankUpdate(low_rank, projection, m.channels.multiplied, elements)
+
+
+def _sum(values: Sequence[Tensor], names: Sequence[str], factor: Tensor | None) -> Tensor:
+    """f D + N, or f D P + N P, of those that there are."""
+    parts = [
+        v * factor if name == "residual" and factor is not None else v for name, v in zip(names, values, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+
+
+def products(m: Matrix, columns: Mapping[str, slice], reply: Tensor, projection: Projection | None) -> list[Tensor]:
+    """The low-rank updates of owned channels that other ranks get as elements, (updates, channels, columns) each.
+
+    Args:
+        m: the matrix.
+        columns: as of ``low_rank_update``.
+        reply: what the rule answered of the owned channels, (channels, numbers).
+        projection: P.
+    """
+    found = []
+    for position, channels, (first, last) in m.channels.products:
+        assert projection is not None
+        start = m.channels.local_only.count + position
+        rows = reply[start : start + channels]
+        slab = projection.slab[first - projection.first : last - projection.first, : projection.rank].to(rows.dtype)
+        made = [rows[:, columns[name]] @ slab.t() for name in UPDATES if name in columns]
+        found.append(torch.stack(made).mul_(projection.scale))
+    return found
