@@ -32,6 +32,9 @@ PLOT = ["matplotlib>=3.7"]
 # INT8 weights: torchao's own, of a prototype that may change.
 QUANTIZED = ["torchao>=0.18"]
 
+# `--loss liger`. Before 0.8.2 the losses of single tokens have wrong gradients.
+LIGER = ["liger-kernel>=0.8.2"]
+
 PRETRAIN = [
     "transformers>=4.48",
     "tokenizers",
@@ -80,6 +83,7 @@ setup(
         "pretrain": PRETRAIN,
         "plot": PLOT,
         "quantized": QUANTIZED,
+        "liger": LIGER,
         "dev": DEV,
     },
     zip_safe=False,

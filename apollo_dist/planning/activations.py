@@ -18,6 +18,7 @@ products and attention. The chunked loss keeps no log-probabilities, and has a c
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -91,6 +92,11 @@ def activations(
             head += (4 - compute_bytes) * model.hidden_size  # the head's input as it came, not its bf16 copy
         loss = min(loss_chunk, tokens) * (probabilities + logits)
     return Activations(saved=tokens * (stack + head), recomputed=tokens * again, loss=loss)
+
+
+def liger_chunk(model: ModelConfig, tokens: int) -> int:
+    """Tokens whose logits Liger-Kernel has at a time: so many that they are about as large as the head's input."""
+    return 1 << (math.ceil(tokens / math.ceil(model.vocab_size / model.hidden_size)) - 1).bit_length()
 
 
 def _norm(width: int, compute: int, autocast: bool, products: int) -> int:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ..selection.choice import check_any, low_rank_names, of_model
 from ..selection.roles import of_model as of_parameters
-from .activations import Activations, activations
+from .activations import Activations, activations, liger_chunk
 from .estimate import Estimate, divide, estimate, estimate_plans, estimate_rule, shard_numel, units
 from .fake import meta_model, read_fsdp2
 from .options import CHECKPOINTING, Options
@@ -155,6 +155,9 @@ def forecast(name: str, model: ModelConfig, options: Options) -> Forecast:
 
 
 def _activations(model: ModelConfig, options: Options, checkpointing: str, micro_batch: int) -> Activations:
+    chunk = options.loss_chunk if options.loss == "chunked" else None
+    if options.loss == "liger":
+        chunk = liger_chunk(model, micro_batch * options.sequence_length)
     return activations(
         model,
         micro_batch=micro_batch,
@@ -163,7 +166,7 @@ def _activations(model: ModelConfig, options: Options, checkpointing: str, micro
         autocast=options.engine == "ddp" and options.precision == "bf16",
         attention=options.attention,
         checkpointing=checkpointing,
-        loss_chunk=options.loss_chunk if options.loss == "chunked" else None,
+        loss_chunk=chunk,
     )
 
 

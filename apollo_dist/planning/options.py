@@ -22,7 +22,7 @@ PRECISIONS = ("fp32", "bf16", "bf16-pure")
 OFFLOADS = ("none", "optimizer", "all")
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
 CHECKPOINTING = ("none", "full", "selective")
-LOSSES = ("plain", "chunked")
+LOSSES = ("plain", "chunked", "liger")
 _UNITS: dict[str, int] = {unit: 10 ** (3 * i) for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
 _UNITS |= {unit: 2 ** (10 * i) for i, unit in enumerate(("KiB", "MiB", "GiB", "TiB"), start=1)}
 
@@ -75,7 +75,7 @@ class Options:
         attention: "sdpa" (flash or memory-efficient kernels), "flash_attention_2" or "eager".
         checkpointing: what of decoder layers is recomputed in the backward pass: "none", "full" or "selective" (all but
             matrix products and attention).
-        loss: "plain", or "chunked" with ``loss_chunk`` tokens at a time.
+        loss: "plain", "chunked" with ``loss_chunk`` tokens at a time, or "liger", which chooses them itself.
         offload: "optimizer" (ZeRO: masters and states in host memory) or "all" (ZeRO-3, FSDP: the parameters too).
         layerwise: whether every matrix is updated inside the backward pass, so that one gradient at a time is kept.
         bucket_view: DDP's ``gradient_as_bucket_view``, which the trainer has; without it gradients exist twice.

@@ -83,6 +83,7 @@ def _title(forecast: Forecast) -> str:
         f"{options.attention} attention"
         + (f", {options.checkpointing} checkpointing" if options.checkpointing != "none" else "")
         + (f", loss in chunks of {options.loss_chunk} tokens" if options.loss == "chunked" else "")
+        + (", Liger's loss" if options.loss == "liger" else "")
         + (f", offload {options.offload}" if options.offload != "none" else "")
         + (", layer-wise updates" if options.layerwise else ""),
     ]

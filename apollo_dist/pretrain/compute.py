@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from apollo_dist.pretrain.initial import named_parameters_and_modules
 from apollo_dist.pretrain.int8 import quantize_layers
+from apollo_dist.pretrain.liger import check_liger, liger_losses
 from apollo_dist.pretrain.model import decoder_layers
 from apollo_dist.pretrain.placing import materialize
 
@@ -51,6 +52,8 @@ def check_compute(config: Config, zero_stage: int | None) -> None:
             )
         if config.precision == "fp32":
             raise ValueError("--attention flash_attention_2 has no fp32 kernel: pass --precision bf16")
+    if config.loss == "liger":
+        check_liger()
     if config.compile and zero_stage == 3:
         raise ValueError(
             "--compile with ZeRO-3: DeepSpeed gathers weights in hooks inside of the layers that would be compiled; "
@@ -68,6 +71,7 @@ def configure_compute(model: nn.Module, config: Config) -> None:
         quantize_layers(decoder_layers(model))
     head: Any = model.get_submodule("lm_head")
     head.chunk = config.loss_chunk if config.loss == "chunked" else None
+    head.fused = liger_losses if config.loss == "liger" else None
     for layer in decoder_layers(model):
         if config.activation_checkpointing != "none":
             layer.forward = recomputed(layer.forward, config.activation_checkpointing)

@@ -19,7 +19,7 @@ PRECISIONS = ("fp32", "bf16", "bf16-pure")
 WEIGHTS = ("int8",)
 CHECKPOINTING = ("none", "full", "selective")
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
-LOSSES = ("plain", "chunked")
+LOSSES = ("plain", "chunked", "liger")
 TOKEN_DTYPES = ("uint8", "uint16", "uint32")
 
 # Keys that may differ between a run and its resumption: they say where and how often to write, never what to compute.
@@ -123,7 +123,11 @@ class Config:
     )
     attention: str = option("sdpa (torch's kernels), flash_attention_2 (needs flash-attn) or eager", "sdpa")
     compile: bool = option("compile each decoder layer with torch.compile", False)
-    loss: str = option("plain; chunked: no logits of the whole micro-batch, but loss_chunk tokens at a time", "plain")
+    loss: str = option(
+        "plain; chunked: no logits of the whole micro-batch, but loss_chunk tokens at a time; liger: likewise, by the "
+        "kernel of liger-kernel, on CUDA",
+        "plain",
+    )
     loss_chunk: int = option("tokens whose logits the chunked loss has at a time", 1024)
     seed: int = option("of the initial weights, the order of the data and the projections", 0)
     sequence_length: int = option("tokens per sequence")

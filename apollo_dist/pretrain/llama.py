@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,14 +21,18 @@ class Head(nn.Linear):
     Attributes:
         chunk: tokens whose logits exist at a time; they are computed again in the backward pass. None: all of them,
             once, and kept.
+        fused: hidden states (n, h), the weight and targets (n,) to losses (n,), in the place of ``chunk``.
     """
 
     chunk: int | None = None
+    fused: Callable[[Tensor, Tensor, Tensor], Tensor] | None = None
 
     def forward(self, hidden: Tensor, targets: Tensor | None = None) -> Tensor:
         """See the class."""
         if targets is None:
             return super().forward(hidden)
+        if self.fused is not None:
+            return self.fused(hidden.flatten(0, 1), self.weight, targets.flatten()).view_as(targets)
         if self.chunk is None:
             return token_losses(super().forward(hidden), targets)
         rows, wanted = hidden.flatten(0, 1), targets.flatten()

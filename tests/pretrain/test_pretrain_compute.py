@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from apollo_dist.planning.activations import liger_chunk
+from apollo_dist.pretrain import liger
+from apollo_dist.pretrain.compute import check_compute
 from apollo_dist.pretrain.config import ModelConfig
 from apollo_dist.pretrain.distributed import Ranks
 from apollo_dist.pretrain.metrics import read_rows
@@ -167,7 +174,7 @@ def test_the_host_waits_once_and_after_the_last_backward_pass(tmp_path: Path) ->
     [
         ("--activation_checkpointing=half", "one of none, full, selective"),
         ("--attention=flash", "one of sdpa, flash_attention_2, eager"),
-        ("--loss=liger", "one of plain, chunked"),
+        ("--loss=fused", "one of plain, chunked, liger"),
         ("--loss_chunk=0", "loss_chunk is 0: it must be at least 1"),
         ("--peak_tflops=0", "peak_tflops is 0.0: it must be positive"),
     ],
@@ -186,6 +193,71 @@ def test_what_cannot_run_is_an_error_before_anything_is_built(tmp_path: Path) ->
     prepare(tmp_path)
     with pytest.raises(ValueError, match="--compile with ZeRO-3"):
         resolve(load_settings(["--compile", f"--deepspeed_config={tmp_path / 'zero3.json'}"]), 2)
+
+
+def test_ligers_loss_is_refused_where_it_cannot_run_or_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load_settings(["--loss=liger"]).config
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="--loss liger needs a CUDA device and the package liger-kernel: pip"):
+            check_compute(config, None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs a CUDA device and the package"):
+        check_compute(config, None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(liger, "version", lambda name: "0.8.1")
+    with pytest.raises(ValueError, match=r"liger-kernel 0\.8\.1: before 0\.8\.2 its gradients are wrong"):
+        check_compute(config, None)
+    monkeypatch.setattr(liger, "version", lambda name: "0.8.10.dev20261027")
+    check_compute(config, None)
+
+
+LIGER = """
+import torch
+from apollo_dist.pretrain.liger import liger_losses
+from apollo_dist.pretrain.llama import Head
+
+device = torch.device({device!r})
+torch.manual_seed(0)
+hidden = torch.randn(2, 7, 20, device=device, requires_grad=True)
+targets, weights = torch.randint(53, (2, 7), device=device), torch.rand(2, 7, device=device)
+head = Head(20, 53, bias=False, device=device)
+found = []
+for head.fused in (None, liger_losses):
+    losses = head(hidden, targets)
+    assert losses.dtype == torch.float32
+    (losses * weights).sum().backward()
+    found.append([losses.detach(), hidden.grad, head.weight.grad])
+    hidden.grad = head.weight.grad = None
+for plain, fused in zip(*found):
+    torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-6)
+with torch.no_grad():
+    torch.testing.assert_close(head(hidden, targets), found[0][0], rtol=1e-5, atol=1e-6)
+"""
+
+
+@pytest.mark.parametrize(
+    "device",
+    [
+        "cpu",  # in Triton's interpreter, which is chosen before kernels are imported
+        pytest.param(
+            "cuda",
+            marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
+        ),
+    ],
+)
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="needs liger-kernel")
+def test_ligers_losses_and_gradients_are_those_of_the_plain_head(device: str) -> None:
+    env = {**os.environ, **({"TRITON_INTERPRET": "1"} if device == "cpu" else {})}
+    done = subprocess.run(
+        [sys.executable, "-c", LIGER.format(device=device)], env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_planner_knows_ligers_chunks() -> None:
+    model = load_settings(["--recipe=7B"]).config.model  # 32000 over 4096: 8 times as wide
+    assert [liger_chunk(model, tokens) for tokens in (256, 4096, 4104)] == [32, 512, 1024]
 
 
 def test_options_of_compute_may_change_when_a_run_resumes() -> None:
