@@ -75,12 +75,14 @@ def test_a_run_equals_the_dense_reference(optim: str) -> None:
 def test_every_key_of_optim_args_arrives() -> None:
     text = (
         "rank=2, proj=random, scale=128.0, scale_type=tensor, update_proj_gap=50, proj_type=std, scale_front=true, "
-        "disable_nl=True, seed=7, cache_projection=auto, skip_nonfinite=1, max_skipped_steps=3"
+        "disable_nl=True, seed=7, cache_projection=auto, skip_nonfinite=1, max_skipped_steps=3, refresh=spread, "
+        "projection_dtype=bfloat16"
     )
     made = optimizer(optim_args=text)
     low = made.param_groups[-1]
     expected = {
         "rank": 2, "proj": "random", "scale": 128.0, "scale_type": "tensor", "update_proj_gap": 50, "proj_type": "std",
+        "refresh": "spread", "projection_dtype": "bfloat16",
         "scale_front": True, "disable_nl": True, "lr": RATE, "betas": (0.9, 0.99), "eps": 1e-6, "weight_decay": 0.0,
     }  # fmt: skip
     assert {key: low[key] for key in expected} == expected
