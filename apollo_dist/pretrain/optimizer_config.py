@@ -75,6 +75,7 @@ class ApolloConfig(ApolloMiniConfig):
     scale_type: str = option("channel: a scaling factor per channel; tensor: one per matrix", "channel")
     proj: str = option("random: from the seed; svd, subspace: singular directions of the gradient, or nearly", "random")
     refresh: str = option("together: all such directions in one step of a gap; spread: each in its own", "together")
+    projection_dtype: str | None = option("of such projections; bfloat16, or that of the other states", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,6 +83,7 @@ class ApolloConfig(ApolloMiniConfig):
         one_of(("channel", "tensor"), "scale_type", self.scale_type)
         one_of(("random", "svd", "subspace"), "proj", self.proj)
         one_of(("together", "spread"), "refresh", self.refresh)
+        one_of(("bfloat16",), "projection_dtype", self.projection_dtype or "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -95,6 +97,7 @@ class GaLoreConfig(AdamWConfig):
     update_proj_gap: int = option("steps between two refreshes of the projections", 200)
     proj: str = option("svd: leading singular directions of the gradient; subspace: nearly those; random", "svd")
     refresh: str = option("together: all projections in one step of a gap; spread: each in its own", "together")
+    projection_dtype: str | None = option("of such projections; bfloat16, or that of the other states", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -102,6 +105,7 @@ class GaLoreConfig(AdamWConfig):
         at_least(1, rank=self.rank, update_proj_gap=self.update_proj_gap)
         one_of(("svd", "subspace", "random"), "proj", self.proj)
         one_of(("together", "spread"), "refresh", self.refresh)
+        one_of(("bfloat16",), "projection_dtype", self.projection_dtype or "bfloat16")
 
 
 @dataclass(frozen=True)
@@ -121,11 +125,13 @@ class MuonConfig(AdamWConfig):
     momentum: float = option("decay of the momentum", 0.95)
     adjust_lr_fn: str = option("match_rms_adamw, for learning rates of AdamW; original", "match_rms_adamw")
     adam_lr: float | None = option("peak learning rate of what takes AdamW; default: lr", None)
+    split: str | None = option("head: each head of queries, keys and values is orthogonalized alone", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(0 <= self.momentum < 1, "momentum", self.momentum, "in [0, 1)")
         one_of(("match_rms_adamw", "original"), "adjust_lr_fn", self.adjust_lr_fn)
+        one_of(("head",), "split", self.split or "head")
         require(self.adam_lr is None or self.adam_lr > 0, "adam_lr", self.adam_lr, "positive")
 
 

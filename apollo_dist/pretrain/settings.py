@@ -123,10 +123,23 @@ def known_keys() -> Iterable[tuple[str, Any]]:
         if key in SECTIONS:
             if key == "optimizer":
                 yield "optimizer.name", str
+                yield from ((f"{key}.{inner}", hint) for inner, (_, hint) in _of_optimizers().items())
+                continue
             hints = typing.get_type_hints(SECTIONS[key])
             yield from ((f"{key}.{inner}", hints[inner]) for inner in _fields(SECTIONS[key]))
         else:
             yield key, kind
+
+
+def _of_optimizers() -> dict[str, tuple[dataclasses.Field[Any], Any]]:
+    """Each option of any optimizer: its field and its type, APOLLO's where it has that option."""
+    found: dict[str, tuple[dataclasses.Field[Any], Any]] = {}
+    kinds: list[type[OptimizerConfig]] = [ApolloConfig, *OPTIMIZERS.values()]
+    for kind in kinds:
+        hints = typing.get_type_hints(kind)
+        for name, spec in _fields(kind).items():
+            found.setdefault(name, (spec, hints[name]))
+    return found
 
 
 def help_text() -> str:
@@ -138,7 +151,7 @@ def help_text() -> str:
         if key == "optimizer.name":
             text, default = "one of " + ", ".join(OPTIMIZERS), dataclasses.MISSING
         else:
-            spec = _fields(SECTIONS[section] if section else Config)[inner]
+            spec = _fields(SECTIONS[section] if section else Config).get(inner) or _of_optimizers()[inner][0]
             text, default = spec.metadata["help"], spec.default
         names = f"--{short[key]}, --{key}" if key in short else f"--{key}"
         shown = "" if default in (dataclasses.MISSING, None, "") else f" (default {default})"

@@ -13,7 +13,11 @@ from ..pretrain_runs import SMALL, SMALL_APOLLO, losses, write_text
 
 LOW_RANK = {"apollo", "galore", "fira"}
 # Every name, and what else there is of projections.
-MORE = {"galore": "--optimizer.proj=subspace --optimizer.refresh=spread", "apollo": "--optimizer.proj=svd"}
+MORE = {
+    "galore": "--optimizer.proj=subspace --optimizer.refresh=spread",
+    "apollo": "--optimizer.proj=svd --optimizer.projection_dtype=bfloat16",
+    "muon": "--optimizer.split=head",
+}
 CASES = [(name, "") for name in OPTIMIZERS] + list(MORE.items())
 
 
