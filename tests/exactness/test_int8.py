@@ -122,6 +122,30 @@ def test_codes_with_scales_in_bf16_do_not_depend_on_the_ranks():
             assert all(torch.equal(a, b) for a, b in zip(pair, first[name], strict=True)), (world, case, name)
 
 
+def low_rank_updates(rank, world, engine):
+    """Codes and scales of this rank after steps of GaLore and Fira; on 3 ranks of FSDP2 some updates are elements."""
+    int8._ELEMENTS["cpu"] = 40
+    found = {}
+    for kind in (GaLore, Fira):
+        model = quantized(Lines().double())
+        shapes, wrapped = shapes_of(model), wrap(model, engine, world)
+        optimizer = kind(groups_of(wrapped, low_rank(model, 3)), lr=1e-2, update_proj_gap=GAP, model=wrapped)
+        for step in range(4):
+            wrapped(gradients(shapes, step, 0)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found[f"{engine}, {kind.__name__}"] = (codes_and_scales(model),)
+    return found
+
+
+def test_low_rank_updates_do_not_depend_on_the_ranks():
+    """float64: another order of rounding decides no code."""
+    plain, sharded = (run_ranks(low_rank_updates, *where) for where in ((1, "plain"), (3, "fsdp2")))
+    for kind in ("GaLore", "Fira"):
+        found, wanted = whole_codes(sharded, f"fsdp2, {kind}"), whole_codes(plain, f"plain, {kind}")
+        assert all(torch.equal(codes, wanted[name][0]) for name, (codes, _) in found.items()), kind
+
+
 RULES = {
     "SCALE": lambda model: SCALE(model, lr=1e-2),
     "SGD": lambda model: SGD(model, lr=1e-3, momentum=0.9),
