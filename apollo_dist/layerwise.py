@@ -1,4 +1,4 @@
-"""Updates inside backward: ``apollo_dist.layerwise.attach(model)``. ``optimizers.in_backward`` makes them."""
+"""Updates inside backward: ``apollo_dist.layerwise.attach(model)``. ``optimizers.in_backward`` drives them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from .optimizers.apollo import APOLLO, APOLLOMini
 from .optimizers.base import ShardedOptimizer
-from .optimizers.in_backward import UpdatesInBackward
+from .optimizers.layerwise import UpdatesInBackward
 
 __all__ = ["LayerwiseAPOLLO", "LayerwiseAPOLLOMini", "attach"]
 

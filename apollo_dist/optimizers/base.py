@@ -1,53 +1,45 @@
-"""A ``torch.optim.Optimizer`` for whole and sharded parameters: construction, steps, plans."""
+"""A ``torch.optim.Optimizer`` for whole and sharded parameters, made of the objects in ``parts.py``."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable
-from dataclasses import replace
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Set
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..distributed import check_same_on_all_ranks, run_together, together
-from ..kernels.table import check as check_kernels
-from ..rules.groups import options_of
-from ..rules.registry import RULE, rules_of
-from ..selection.choice import name_pattern
+from ..distributed import check_same_on_all_ranks, run_together
 from ..selection.kept import KeptChoice
 from ..selection.roles import KeptRoles
-from ..sharding import detect, fsdp2
 from ..sharding.deepspeed import zero, zero_engine
 from ..state.callers import called_to_make_state
 from ..step.failing import Steps
 from ..step.failures import Failures
-from ..step.fingerprint import fingerprint
+from ..step.fingerprint import explain
 from ..step.nonfinite import NonFiniteGuard
-from ..step.plan import StepPlan, plan_step
-from .following import FollowingOptimizer
-from .grouped import GroupedOptimizer, as_groups, is_chosen, without_choice
-from .model_ref import ModelRef, check_not_replaced
-from .options import check_known, drop_other_keywords, make_plain, plain, validate_options
+from ..step.plan import plan_step
+from .construction import add_group, after_groups, checked_groups
+from .following import Following
+from .grouped import Before
+from .members import Members
+from .option_changes import OptionChanges
+from .options import plain
 from .param_groups import chosen_groups
-from .parameters import named_parameters
-from .picklable import PicklableOptimizer
-from .stateful import StatefulOptimizer
+from .parts import Parts
+from .picklable import pickled, restored
+from .plans import Plans, Settings
+from .state_dicts import load_state_dict, state_dict
+from .state_store import StateStore, named
 
 if TYPE_CHECKING:
     from ..rules.base import Rules
-    from ..sharding.parameters import ParamInfo
-
-logger = logging.getLogger("apollo_dist")
-
-_ARGUMENTS = (
-    "seed", "exclude", "cache_projection", "kernels", "skip_nonfinite", "max_skipped_steps", "model",
-    "process_group",
-)  # fmt: skip
+    from ..step.plan import StepPlan
 
 
-class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer, StatefulOptimizer):
+class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer of whole and sharded parameters that takes the step of ``rules``, exactly under every layout.
 
     A subclass says ``rules``, and in its signature which options it has; the arithmetic is the rules'. The options of
@@ -90,79 +82,64 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
         process_group: dist.ProcessGroup | None = None,
         **options: Any,
     ) -> None:
-        declared = {key: options.pop(key, option.default) for key, option in self.rules.options.items()}
-        common = {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
-        self.seed, self.exclude, self.cache_projection, self.kernels = seed, exclude, cache_projection, kernels
-        self._choice, self._roles = KeptChoice(exclude), KeptRoles()
-        self._process_group = process_group
-        self._model = ModelRef(params if model is None and isinstance(params, nn.Module) else model)
-        self._guard = NonFiniteGuard(plain(skip_nonfinite), plain(max_skipped_steps), process_group)
-        self._members: dict[int, ParamInfo] = {}
-        # Keeps the given parameters alive, so that their ids stay theirs.
-        self._given: list[Tensor] = []
-        self._frozen_once = set()
-        self._accepted = frozenset()
-        self._init_state()
-        self._engine: zero.Engine | None = None
-        self._driver = None
+        own = {key: options.pop(key, option.default) for key, option in self.rules.options.items()}
+        own |= {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        self.seed, self.exclude, self.kernels = plain(seed), exclude, kernels
+        self.cache_projection = plain(cache_projection)
+        model = params if model is None and isinstance(params, nn.Module) else model
+        guard = NonFiniteGuard(plain(skip_nonfinite), plain(max_skipped_steps), process_group)
+        self._make_parts(exclude, model, guard, process_group)
         self._constructed = False
-        self._failures = Failures(process_group)
-        run_together(lambda: self._construct(params, common | declared, options), process_group)
-        check_same_on_all_ranks(self._facts, process_group, self._explain)
+        run_together(lambda: self._construct(params, own, options), process_group)
+        check_same_on_all_ranks(self._facts, process_group, explain(process_group))
         self._constructed = True
+
+    def _make_parts(
+        self, exclude: str | None, model: nn.Module | None, guard: NonFiniteGuard, group: dist.ProcessGroup | None
+    ) -> None:
+        """Make what this optimizer consists of, without parameters yet."""
+        rules, title = self.rules, type(self).__name__
+        members = Members(rules, title, KeptChoice(exclude), KeptRoles())
+        following, store = Following(model, members, group), StateStore(rules, members, group)
+        failures, changes = Failures(group), OptionChanges(rules)
+        steps = partial(Steps, failures=failures)
+        plans = Plans(rules, members, following, store, guard, group, plan_step, steps)
+        self._parts = Parts(rules, title, group, members, following, store, plans, changes, guard, failures)
 
     def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
         """The local part of construction; may fail on one rank only."""
-        drop_other_keywords(unknown, type(self).__name__)
-        check_known(unknown, [*options_of(self.rules), *_ARGUMENTS], "argument")
-        make_plain(options, self.rules)
-        validate_options(options, type(self).__name__, self.rules)
-        self._guard.check()
-        self.seed, self.cache_projection = plain(self.seed), plain(self.cache_projection)
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise ValueError(f"seed must be an integer, got {self.seed!r}")
-        if self.cache_projection not in ("auto", True, False):
-            raise ValueError(f'cache_projection must be "auto", True or False, got {self.cache_projection!r}')
-        check_kernels(self.kernels)
-        name_pattern(self.exclude)
-        given_model = isinstance(params, nn.Module)
-        self._model.check(params)
-        self._from_model = given_model
-        if not is_chosen(self.rules):
-            if self.exclude is not None:
-                kind = type(self).__name__
-                raise ValueError(f"exclude={self.exclude!r} is for low-rank matrices, of which {kind} has none")
-            self._choose = False
-            super().__init__(named_parameters(params) if given_model else as_groups(params), options)
+        given = params, options, unknown
+        super().__init__(checked_groups(self._parts, self._settings, self.exclude, *given, chosen_groups), options)
+        after_groups(self._parts, self.param_groups)
+
+    @property
+    def _settings(self) -> Settings:
+        return Settings(self.seed, self.cache_projection, self.kernels)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; with ``rank`` it is low-rank, without it is AdamW. Every rank must call it.
+
+        If the optimizer was built from a model, or from groups without any rank, the matrices of a group that does not
+        say ``rank`` are chosen here as well, by the same rule. What was chosen before stays as it is. Frozen parameters
+        that ``APOLLO(model)`` holds, and that have never trained, move to the group.
+
+        Raises:
+            ValueError: on all ranks alike, for unknown keys, bad values, parameters that are there already, or that
+                cannot be low-rank in a group with ``rank``, for some parameters with names and others without, or if
+                ranks differ. The optimizer is then as it was.
+        """
+        parts, later = self._parts, self._constructed
+        add = partial(add_group, self, parts, self.seed, param_group, super().add_param_group, later=later)
+        if not later:
+            add()
             return
-        # A group that says rank=None is AdamW's, unless no group says anything else.
-        if given_model:
-            low = {key: value for key, value in options.items() if key != "rank"}
-            found = chosen_groups(params, self.rules, options["rank"], self.exclude, low)
-            groups = [{"rank": None, **group} for group in found]
-        else:
-            groups = [
-                without_choice(group, options["rank"]) if group.get(RULE) is None else group
-                for group in as_groups(params)
-            ]
-        mine = [group for group in groups if group.get(RULE) is None]
-        self._choose = given_model or (bool(mine) and all(group.get("rank") is None for group in mine))
-        if self._choose and not given_model and all("rank" in group for group in mine):
-            for group in mine:
-                del group["rank"]
-        if self.exclude is not None and not self._choose:
-            raise ValueError(
-                f"exclude={self.exclude!r} has no effect on groups with a rank; put the parameters that it is to "
-                "exclude into a group without rank"
-            )
-        super().__init__(groups, options)
-        fsdp2.check_right(self._given)
-        if self._choose and not given_model:
-            if self._model.module is not None:
-                self._decide({key: m.name for key, m in self._members.items()}, zero.Engine())
-            else:
-                # The engine, or a model that is attached, may know more at the first step.
-                self._choice.check(self._to_choose({}), self.defaults["rank"])
+        before = Before.of(self.param_groups, parts.members)
+        try:
+            run_together(add, parts.group)
+            check_same_on_all_ranks(self._facts, parts.group, explain(parts.group))
+        except BaseException:
+            before.restore(self.param_groups, parts.members)
+            raise
 
     def prepare(self, engine: Any = None) -> list[StepPlan]:
         """Read the layouts and make the state now, not at the first step: a checkpoint is loaded into them.
@@ -179,9 +156,9 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
             ValueError: on all ranks alike, if a layout is not supported or ranks disagree.
         """
         if engine is not None:
-            run_together(lambda: self.attach(engine), self._process_group)
-        builds = []
-        for call in zero_engine.step_calls(self._engine.wrapper if self._engine else None, self.param_groups):
+            run_together(lambda: self.attach(engine), self._parts.group)
+        builds, attached = [], self._parts.following.engine
+        for call in zero_engine.step_calls(attached.wrapper if attached else None, self.param_groups):
             with zero_engine.as_in_step(self, call):
                 built = self._current()
             assert built is not None
@@ -210,126 +187,164 @@ class ShardedOptimizer(GroupedOptimizer, FollowingOptimizer, PicklableOptimizer,
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        making_state = not self._builds and called_to_make_state()
+        making_state = not self._parts.plans.built and called_to_make_state()
         # ZeRO calls ``step()`` once for each group or sub-group, so some may have been stepped when a later one fails.
-        partly = any(plan.steps is not None and plan.steps.taken for plan in self._builds.values())
+        partly = any(plan.steps.taken for plan in self._parts.plans.built.values())
         try:
             current = self._current()
             if current is not None and not making_state:
-                if self._unreduced:
-                    self._check_reduced(current)
-                self._steps_of(current).take(self.seed, lambda: self._must_skip(current))
-                self._stale = True
+                if self._parts.following.unreduced:
+                    self._parts.following.check_reduced(current)
+                current.steps.take(self.seed, lambda: self._parts.guard.skips(current.gradients, current.device))
+                self._parts.store.stale = True
         except BaseException as error:
-            if partly and self._find_engine().wrapper is not None:
-                self._failures.half_way(error)
+            if partly and self._parts.following.find_engine(self).wrapper is not None:
+                self._parts.failures.half_way(error)
             raise
         return loss
-
-    def _steps_of(self, current: StepPlan) -> Steps:
-        if current.steps is None:
-            current.steps = Steps(current.shard_groups, current.elementwise, self._failures)
-        return current.steps
-
-    def _must_skip(self, current: StepPlan) -> bool:
-        return self._guard.enabled and self._guard.must_skip(current.gradients(), current.device)
 
     @property
     def skipped_steps(self) -> int:
         """Steps left out by ``skip_nonfinite`` since this optimizer was built."""
-        return self._guard.skipped
+        return self._parts.guard.skipped
 
     def _current(self) -> StepPlan | None:
-        """What this step works on, built anew when the parameters or their structure changed.
-
-        None in the step with zero gradients that DeepSpeed makes while it builds FP16_UnfusedOptimizer.
-        """
-        self._option_changes.check(self.param_groups, self._has_state)
-        if self._builds:
-            self._look_at_model()
-        key = self._key()
-        if key in self._builds:
-            return self._builds[key]
-        engine = self._find_engine()
-        if engine.warming_up:
-            return None
-        # States that are made while this fails, on this rank or on another one, may be incomplete.
-        slots = dict(self._slots)
-        try:
-            built = self._agreed_build(engine)
-        except BaseException:
-            # Builds of before may no longer share the tensors of these slots.
-            self._slots, self._builds = slots, {}
-            raise
-        self._show()
-        if not dist.is_initialized() or dist.get_rank() == 0:
-            logger.info("%s: %s", type(self).__name__, built.summary())
-        return built
-
-    def _agreed_build(self, engine: zero.Engine) -> StepPlan:
-        """A new build that all ranks agree on, with the state that was loaded; a collective."""
-        run_together(lambda: self._follow_model(engine), self._process_group)
-        detect.make_groups((p for group in self.param_groups for p in group["params"]), self._process_group)
-        built = run_together(lambda: self._build(engine), self._process_group)
-        check_same_on_all_ranks(built.facts, self._process_group, self._explain)
-        # A build of the same parameters under other tensors is out of date.
-        names = built.names()
-        self._begin(shard.name for shard, _ in built.shards)
-        self._generation += 1
-        others = {k: b for k, b in self._builds.items() if names.isdisjoint(b.names())}
-        with together(self._process_group):
-            self._adopt(built, by_parameter=engine.wrapper is None and engine.driver is None)
-        self._builds = {**others, self._key(): built}
-        run_together(lambda: self._note_model(engine, built), self._process_group)
-        return built
+        """What this step works on; None in the step that DeepSpeed makes while it builds FP16_UnfusedOptimizer."""
+        self._parts.changes.check(self.param_groups, self._parts.store.has_state)
+        return self._parts.plans.current(self, self.param_groups, self._settings)
 
     def _facts(self) -> dict[str, object]:
-        """What ranks must have in common when the optimizer is built."""
-        facts: dict[str, object] = {
-            "skip_nonfinite": self._guard.enabled,
-            "max_skipped_steps": self._guard.limit,
-            "kernels": self.kernels,
-        }
-        return facts | fingerprint(self.seed, self.param_groups, self._members_of_groups(), self.rules)
+        """What ranks must have in common."""
+        return {"kernels": self.kernels, **self._parts.facts(self.param_groups, self.seed)}
 
-    def _key(self) -> tuple[Any, ...]:
-        # With the groups' own ids, since a build reads their hyperparameters. Under ZeRO-3 each sub-group has a build,
-        # and at each call one group holds its flat tensor and the others are empty.
-        # Options without a value are refused when the changes of options are looked at.
-        return tuple(
-            (
-                id(g),
-                tuple(map(id, g["params"])),
-                g.get(RULE),
-                *(g.get(key) for key in rules_of(g, self.rules).spec_options),
-            )
-            for g in self.param_groups
-        )
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop all gradients, or set them to zero; also those of parameters that took others' places in the model.
 
-    def _follow_model(self, engine: zero.Engine) -> None:
-        """Take the parameters that the model has now; local, may fail on one rank only."""
-        if engine.wrapper is None and self._model.module is not None:
-            self._follow()
-        elif engine.wrapper is None:
-            check_not_replaced(self._given)
+        A parameter that replaces another (``model.to`` may do that) keeps a copy of its gradient, to which the next
+        backward pass would add.
+        """
+        self._parts.plans.look(self.param_groups, self.seed)
+        super().zero_grad(set_to_none)
 
-    def _build(self, engine: zero.Engine) -> StepPlan:
-        """The local part of ``_current``; may fail on one rank only."""
-        if self._guard.enabled:
-            zero_engine.check_skips(engine.wrapper)
-        if engine.module is None:
-            engine = replace(engine, module=self._model.module)
-        return plan_step(
-            self.param_groups,
-            self._members,
-            engine,
-            self._slot_source(),
-            self.rules,
-            self._decide,
-            self._roles.of,
-            seed=self.seed,
-            cache_projection=self.cache_projection,
-            kernels=self.kernels,
-            trained=self._trained,
-            generation=self._generation,
-        )
+    def attach(self, engine: Any) -> None:
+        """Name the DeepSpeed engine that drives this optimizer, or the model whose parameters it updates.
+
+        An engine is found at the first step; attaching makes that explicit, and debuggable. A model names parameters
+        that came without names, so that the choice and the projections are those of ``APOLLO(model)``; and where
+        parameters were replaced in the model (by ``fully_shard``, by Accelerate) the optimizer follows, by name.
+        ``Accelerator.prepare`` and the Hugging Face ``Trainer`` attach their model themselves.
+
+        Args:
+            engine: what ``deepspeed.initialize`` returned first, or the model, wrapped or not.
+
+        Raises:
+            ValueError: if the engine drives another optimizer, or a parameter is not the model's; on all ranks alike.
+        """
+        if isinstance(engine, nn.Module) and not zero_engine.is_engine(engine):
+            self._attach_model(engine, strict=True)
+        else:
+            self._parts.following.engine = zero.from_engine(engine, self)
+
+    def _attach_model(self, model: nn.Module, strict: bool) -> None:
+        """``attach`` for a model; a collective."""
+        run_together(lambda: self._parts.plans.attach(model, self.param_groups, self.seed, strict), self._parts.group)
+
+    def _release_parameters(self) -> None:
+        """Hold no parameters, only their names: they are about to be replaced, and ``attach`` follows."""
+        self._parts.members.release()
+        self._parts.plans.forget()
+
+    def driven_by(self, engine: Any) -> None:
+        """Note the DeepSpeed engine that is being built around this optimizer; ``deepspeed.initialize`` calls it."""
+        taken = self._parts.following.driven_by(engine, self.param_groups)
+        if len(taken) < len(self.param_groups):
+            self.param_groups[:] = taken
+            self._parts.changes.remember(taken)
+
+    def named_state(self) -> dict[str, dict[str, Any]]:
+        """The state that this rank holds, by matrix or parameter name; live, in the layout of this rank."""
+        return named(self._parts.store.slots)
+
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state that this rank holds; 0 before the first step."""
+        return self._parts.store.bytes()
+
+    @property
+    def state(self) -> defaultdict[Any, Any]:
+        """What this rank has of each parameter's state, as ``state_dict`` gives it; live, to look at.
+
+        Empty before the first step and under layouts other than plain and DTensor parameters. Of experts the values
+        are lists by matrix. Keys that are no parameters are the caller's own, and travel in ``state_dict``.
+        """
+        return self._parts.store.shown
+
+    @state.setter
+    def state(self, value: defaultdict[Any, Any]) -> None:
+        self._parts.store.shown = value
+
+    def expect_state(self, names: Set[str]) -> None:
+        """Make state for these parameters at the next ``prepare`` or step, also while they are frozen.
+
+        A checkpoint that has state of theirs is about to be loaded. All ranks must name the same.
+        """
+        self._parts.plans.expect_state(names)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state by parameter, and the parameter groups; projections are no part of it, they follow from the seed.
+
+        Local, as of any torch optimizer: nothing is communicated, and one rank alone may call it. Tensors may be the
+        live ones. With DTensor parameters (FSDP2, HSDP) it holds DTensors: ``torch.distributed.checkpoint`` can save
+        it, and load it at another number of ranks (``get_optimizer_state_dict``, ``set_optimizer_state_dict``). Under
+        DeepSpeed it is this rank's own, by name, and loads only on the same rank of the same number of ranks.
+        Parameter groups carry the seed, the names of their parameters where those are known, and the version of the
+        state's form (``apollo_dist.state.identity``).
+
+        Raises:
+            ValueError: under FSDP1, where neither this nor ``FSDP.optim_state_dict`` could hold all of it.
+        """
+        return state_dict(self, self._parts, self.seed)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Continue from what ``state_dict`` gave, exactly. Every rank must call it, with the same state.
+
+        The state is judged here, before anything changes. It is copied, keeps its dtypes, and replaces whatever state
+        there was: parameters of which it has nothing start anew, as in torch, and the log says which. Options of the
+        parameter groups are those that were saved, as in torch; what differs from here, but for lr, is in the log.
+        Keys of the state that are no parameters are kept as they are.
+
+        Raises:
+            ValueError: on all ranks alike, with what to do: if seed, names, rank or the choice of low-rank matrices
+                are others, if the state is another optimizer's, if parameter groups differ in number or size or hold
+                bad options, or if ranks load different states. ``accept_at_load`` accepts another seed, other names and
+                the projections of older versions.
+        """
+        load_state_dict(self, self._parts, self.seed, state_dict)
+
+    def accept_at_load(self, *what: str) -> None:
+        """Let the next load take a state with another seed, with other names, or of an older version's projections.
+
+        Its moments then go on under the projections that this optimizer generates, which is no exact continuation: it
+        takes some steps until moments of the old projections are forgotten.
+
+        Args:
+            what: one or several of "seed", "names" and "projections". With other names the state goes to parameters by
+                their position. ``apollo_dist.checkpoint.load`` goes by name, and heeds "seed" and "projections".
+
+        Raises:
+            ValueError: for anything else.
+        """
+        self._parts.store.accept_at_load(what)
+
+    def take_accepted(self) -> frozenset[str]:
+        """What ``accept_at_load`` let the load take that begins now; the next one is compared in full again."""
+        return self._parts.store.take_accepted()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return pickled(self.__dict__, self._parts)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._constructed = True
+        self._make_parts(state["exclude"], None, state["_guard"], None)
+        super().__setstate__(restored(state, self._parts))
+        self.defaults.pop("differentiable", None)  # which torch adds
+        self._parts.show(self.param_groups)

@@ -7,7 +7,6 @@ what one ``fully_shard`` holds, whose gradients become ready together, in the sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +15,9 @@ from torch import Tensor, nn
 
 from ..distributed import run_together, world_of
 from ..sharding import dtensor, fsdp2
-from ..sharding.deepspeed import zero_engine
 from ..state.callers import called_to_make_state
 from ..step.failing import Steps
-from .base import ShardedOptimizer
-from .in_backward_checks import GradientHook, check_model, check_parameter, no_fp16
+from .in_backward_checks import GradientHook, check_parameter, no_fp16
 from .model_changes import any_trains
 from .model_ref import ModelRef
 
@@ -28,6 +25,7 @@ if TYPE_CHECKING:
     from ..step.elementwise import ElementwiseTensor
     from ..step.plan import StepPlan
     from ..step.shard_group import ShardGroupStep
+    from .base import ShardedOptimizer
 
 
 @dataclass(eq=False)
@@ -40,53 +38,58 @@ class _Part:
     steps: Steps | None = None
 
 
-class UpdatesInBackward(ShardedOptimizer):
-    """What ``attach`` returns, together with an optimizer: ``backward()`` updates, ``step()`` ends the step."""
+class InBackward:
+    """Drives an optimizer from inside backward: hooks on its parameters update them.
 
-    updates_in_backward = True
-    # Lets GradScaler call ``step()``, which then refuses it, where it would otherwise find no gradients to look at.
-    _step_supports_amp_scaling = True
+    Args:
+        optimizer: which is built, and has taken no step.
+        model: whose parameters it has, all of them or some.
 
-    def __init__(self, model: nn.Module, params: Any = None, **options: Any) -> None:
-        group = options.get("process_group")
-        self._module, self._hooked, self._unhooked = model, list[Tensor](), list[Tensor]()
+    Hooks are on the parameters of now: no others may take their place, least of all the unsharded copies that FSDP2
+    shows in the middle of a backward pass. So the optimizer does not follow the model any more.
+    """
+
+    def __init__(self, optimizer: ShardedOptimizer, model: nn.Module) -> None:
+        self._optimizer, self._members, self._model = optimizer, optimizer._parts.members, model
+        self._hooked, self._unhooked = list[Tensor](), list[Tensor]()
         self._handles: list[Any] = []
         self._fired: set[int] = set()
         self._waiting: _Part | None = None
         self._divided: StepPlan | None = None
         self._parts: dict[int, _Part] = {}
-        run_together(lambda: check_model(model, options), group)
-        super().__init__(model if params is None else params, model=model, **options)
-        # Hooks are on the parameters of now: no others may take their place, least of all the unsharded copies that
-        # FSDP2 shows in the middle of a backward pass.
-        self._model = ModelRef(None)
-        self._hook_up()
+        optimizer._parts.following.model = ModelRef(None)
 
-    def _hook_up(self) -> None:
+    @property
+    def hooked(self) -> bool:
+        """Whether there are hooks."""
+        return bool(self._handles)
+
+    def hook_up(self) -> None:
         """Add the hooks, on all ranks or on none; a collective."""
+        group = self._optimizer._parts.group
         try:
-            run_together(lambda: self._add_hooks(world_of(self._process_group)), self._process_group)
+            run_together(lambda: self._add_hooks(world_of(group)), group)
         except Exception:
             self.detach()
             raise
 
     def _add_hooks(self, world: int) -> None:
         """The local part of attaching; may fail on one rank only."""
-        held = [p for group in self.param_groups for p in group["params"]]
-        numbers = {id(p): i for i, together in enumerate(fsdp2.reduced_together(self._module)) for p in together}
-        present = {id(p) for p in self._module.parameters()}
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        numbers = {id(p): i for i, together in enumerate(fsdp2.reduced_together(self._model)) for p in together}
+        present = {id(p) for p in self._model.parameters()}
         for p in held:
             if id(p) not in present:
-                raise ValueError(
-                    f"{self._members[id(p)].name} is not a parameter of the model; attach to the whole model"
-                )
+                raise ValueError(f"{self._members.name(p)} is not a parameter of the model; attach to the whole model")
         # What FSDP2 does not reduce together with others is a part of its own.
         own = {id(p): i for i, p in enumerate(held, start=1 + max(numbers.values(), default=-1))}
-        self._members = {key: replace(m, part=numbers.get(key, own[key])) for key, m in self._members.items()}
+        self._members.infos = {
+            key: replace(m, part=numbers.get(key, own[key])) for key, m in self._members.infos.items()
+        }
         self._world, self._sharded = world, numbers.keys()
         self._unhooked = held
         self._hook()
-        self._handles.append(self._module.register_forward_pre_hook(self._before_forward))
+        self._handles.append(self._model.register_forward_pre_hook(self._before_forward))
 
     def _hook(self) -> None:
         """Hook the parameters that require a gradient; a frozen one can have a hook only once it does."""
@@ -96,7 +99,7 @@ class UpdatesInBackward(ShardedOptimizer):
             if not p.requires_grad:
                 frozen.append(p)
                 continue
-            check_parameter(self._members[id(p)].name, p, id(p) in self._sharded, self._world)
+            check_parameter(self._members.name(p), p, id(p) in self._sharded, self._world)
             self._handles.append(p.register_post_accumulate_grad_hook(hook))  # type: ignore[no-untyped-call]
             self._hooked.append(p)
         self._unhooked, self._divided = frozen, None
@@ -113,12 +116,12 @@ class UpdatesInBackward(ShardedOptimizer):
             return
         if any_trains(self._unhooked):
             self._hook()
-        if not fsdp2.reduces_gradients(self._module):
+        if not fsdp2.reduces_gradients(self._model):
             raise ValueError(
                 "set_requires_gradient_sync(False) keeps the gradients of the whole model, and updates inside backward "
                 "are there to keep one layer's. Accumulate with APOLLO(model), or take larger micro-batches"
             )
-        kind = next((p.device.type for group in self.param_groups for p in group["params"]), "cpu")
+        kind = next((p.device.type for group in self._optimizer.param_groups for p in group["params"]), "cpu")
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             raise ValueError(no_fp16("the forward pass runs under autocast to float16"))
 
@@ -127,7 +130,7 @@ class UpdatesInBackward(ShardedOptimizer):
         """A gradient is ready. Called in the same order on every rank."""
         if id(tensor) in self._fired:
             raise ValueError(
-                f"{self._members[id(tensor)].name} got a second gradient before step(): its first one has been used "
+                f"{self._members.name(tensor)} got a second gradient before step(): its first one has been used "
                 "already, so the two cannot be added up. Call step() after every backward(), without gradient "
                 "accumulation (that needs APOLLO(model)); a layer that is called twice in a forward pass cannot be "
                 "under FSDP2 or in reentrant activation checkpointing"
@@ -143,7 +146,7 @@ class UpdatesInBackward(ShardedOptimizer):
     def _part(self, tensor: Tensor) -> _Part:
         # The first gradient of a step looks whether layouts have changed; a new build is a collective.
         if len(self._fired) == 1 or self._divided is None:
-            built = self._current()
+            built = self._optimizer._current()
             assert built is not None
             if built is not self._divided:
                 self._divided, self._parts = built, self._divide(built)
@@ -151,7 +154,7 @@ class UpdatesInBackward(ShardedOptimizer):
 
     def _divide(self, built: StepPlan) -> dict[int, _Part]:
         """The parts of a build, by the ids of their parameters."""
-        numbers = {m.name: m.part for m in self._members.values()}
+        numbers = {m.name: m.part for m in self._members.infos.values()}
         parts: dict[int, _Part] = {number: _Part() for number in numbers.values()}
         for group_step in built.shard_groups:
             parts[numbers[group_step.matrices[0].shard.name]].shard_groups.append(group_step)
@@ -159,53 +162,42 @@ class UpdatesInBackward(ShardedOptimizer):
             parts[numbers[tensor.shard.name]].elementwise.append(tensor)
         found = {}
         for p in self._hooked:
-            part = parts[self._members[id(p)].part]
+            part = parts[self._members.infos[id(p)].part]
             part.tensors.append(p)
             found[id(p)] = part
         return found
 
     def _update(self, part: _Part) -> None:
         if part.steps is None:
-            part.steps = Steps(part.shard_groups, part.elementwise, self._failures)
-        part.steps.take(self.seed)
+            part.steps = Steps(part.shard_groups, part.elementwise, self._optimizer._parts.failures)
+        part.steps.take(self._optimizer.seed)
         for p in part.tensors:
             p.grad = None
         self._waiting = None
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """End the step that ``backward()`` made. Parameters that got no gradient in it are left alone, as ever.
-
-        Args:
-            closure: evaluates the model, calls ``backward()`` and returns the loss.
-
-        Returns:
-            The closure's result, or None.
+    def end_step(self) -> None:
+        """End the step that ``backward()`` made.
 
         Raises:
             ValueError: if ``backward()`` updated nothing, or left gradients: they came past the hooks.
         """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        optimizer = self._optimizer
         if not self._handles:
             raise ValueError("this optimizer was detached: attach a new one")
-        if not self._builds and called_to_make_state():
-            self.prepare()
-            return loss
-        if hasattr(self, "found_inf"):
+        if not optimizer._parts.plans.built and called_to_make_state():
+            optimizer.prepare()
+            return
+        if hasattr(optimizer, "found_inf"):
             raise ValueError(no_fp16("GradScaler scales the loss"))
         if self._waiting is not None:
             self._update(self._waiting)
         self._check_finished()
         self._fired.clear()
-        self._stale = True
-        return loss
+        optimizer._parts.store.stale = True
 
     def _check_finished(self) -> None:
-        held = [p for group in self.param_groups for p in group["params"]]
-        left = [self._members[id(p)].name for p in held if p.grad is not None]
+        held = [p for group in self._optimizer.param_groups for p in group["params"]]
+        left = [self._members.name(p) for p in held if p.grad is not None]
         replaced = self._replaced()
         if self._fired and not left and not replaced:
             return
@@ -226,49 +218,14 @@ class UpdatesInBackward(ShardedOptimizer):
     def _replaced(self) -> str | None:
         """The name of a parameter that is no longer in the model, for which nothing is updated any more."""
         for _ in range(2):
-            present = {id(p) for p in self._module.parameters()}
+            present = {id(p) for p in self._model.parameters()}
             gone = [p for p in self._hooked if id(p) not in present]
             if not gone:
                 return None
-            dtensor.reshard(self._module)  # unsharded copies may stand in their places
-        return self._members[id(gone[0])].name
+            dtensor.reshard(self._model)  # unsharded copies may stand in their places
+        return self._members.name(gone[0])
 
-    def attach(self, engine: Any) -> None:
-        """Only a question: whether a model still has the parameters that the hooks are on.
-
-        Raises:
-            ValueError: if it has not, or for a DeepSpeed engine.
-        """
-        if zero_engine.is_engine(engine):
-            raise ValueError(zero_engine.NOT_IN_BACKWARD)
-        self._attach_model(engine, strict=True)
-
-    def _attach_model(self, model: nn.Module, strict: bool) -> None:
+    def is_on(self, model: nn.Module) -> bool:
+        """Whether a model still has the parameters that the hooks are on."""
         present = {id(p) for p in model.parameters()}
-        if any(id(p) not in present for p in self._hooked):
-            self._release_parameters()
-
-    def _release_parameters(self) -> None:
-        raise ValueError(
-            "the model's parameters are replaced by others, and updates inside backward stay with those that they were "
-            "attached to: call layerwise.attach once the model is wrapped (with Accelerate on what prepare() returned)"
-        )
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Part of construction; afterwards an error, for the parameters would have no hooks.
-
-        Raises:
-            ValueError: after construction.
-        """
-        if self._handles:
-            raise ValueError(
-                "parameters cannot be added to an optimizer that updates inside backward: detach() it, and attach one "
-                "to all of them"
-            )
-        super().add_param_group(param_group)
-
-    def __getstate__(self) -> dict[str, Any]:
-        raise ValueError(
-            "an optimizer that updates inside backward cannot be copied or pickled, since hooks of the model's "
-            "parameters belong to it: use state_dict(), or apollo_dist.checkpoint"
-        )
+        return all(id(p) in present for p in self._hooked)

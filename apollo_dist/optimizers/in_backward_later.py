@@ -13,8 +13,7 @@ from torch import nn
 from ..sharding import fsdp2
 from .apollo import APOLLO
 from .base import ShardedOptimizer
-from .in_backward import UpdatesInBackward
-from .model_ref import ModelRef
+from .layerwise import UpdatesInBackward
 
 
 class TrainerLayerwiseAPOLLO(UpdatesInBackward, APOLLO):
@@ -34,9 +33,9 @@ class TrainerLayerwiseAPOLLO(UpdatesInBackward, APOLLO):
         self._waits = wait and not fsdp2.reduced_together(module)
         super().__init__(module, params, **options)
 
-    def _hook_up(self) -> None:
+    def _drive(self, model: nn.Module) -> None:
         if not self._waits:
-            super()._hook_up()
+            super()._drive(model)
 
     def _attach_model(self, model: nn.Module, strict: bool) -> None:
         if not self._waits:
@@ -44,9 +43,8 @@ class TrainerLayerwiseAPOLLO(UpdatesInBackward, APOLLO):
             return
         ShardedOptimizer._attach_model(self, model, strict)
         if fsdp2.reduced_together(model):
-            self._waits, self._module = False, model
-            self._model = ModelRef(None)
-            super()._hook_up()
+            self._waits = False
+            self._drive(model)
 
     def _release_parameters(self) -> None:
         if self._waits:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum, auto
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
     from ..sharding.local_shard import LocalShard
 
 logger = logging.getLogger("apollo_dist")
+
+
+class Change(Enum):
+    """What a model's changes mean for the plans of an optimizer's steps."""
+
+    NONE = auto()
+    PLAN_ANEW = auto()  # of the same parameters
+    FOLLOW = auto()  # other parameters have taken places of the optimizer's
 
 
 class Watch:

@@ -42,6 +42,10 @@ class OptionChanges:
         # By id: the group, which keeps its id its own; its number; its rule's name; its options.
         self._seen: dict[int, tuple[Group, int, str | None, tuple[Any, ...]]] = {}
 
+    def forget(self) -> None:
+        """Know no groups any more."""
+        self._seen = {}
+
     def remember(self, groups: Sequence[Group]) -> None:
         """Take the options of all of an optimizer's groups as they are; they were validated."""
         self._seen = {}

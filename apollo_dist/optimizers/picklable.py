@@ -3,55 +3,61 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
-from ..state import parameter_state
 from ..state.identity import check_projections
-from ..state.slots import copied
-from ..step.failures import Failures
-from .attributes import OptimizerAttributes
-from .model_ref import ModelRef
 
-# What a pickle or a deep copy keeps as it is; hooks and schedulers are left out, as torch does.
-_KEPT = (
-    "defaults", "param_groups", "seed", "exclude", "cache_projection", "kernels", "_guard", "_choose", "_choice",
-    "_roles", "_from_model", "_given", "_restored", "_trained", "_generation",
-)  # fmt: skip
+if TYPE_CHECKING:
+    from .parts import Parts
+
+# Attributes of the optimizer that a pickle or a deep copy keeps as they are; hooks and schedulers are left out, as in
+# torch. And those of its parts: the key, and the attribute of the part.
+_OWN = ("defaults", "param_groups", "seed", "exclude", "cache_projection", "kernels")
+_MEMBERS = {"_choose": "chosen", "_choice": "choice", "_roles": "roles", "_from_model": "of_model", "_given": "given"}
+_STATE = {"_restored": "restored", "_trained": "trained", "_generation": "generation"}
 
 
-class PicklableOptimizer(OptimizerAttributes):
-    """Copies and pickles, of the optimizer alone or together with its model."""
+def pickled(attributes: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """What a pickle or a deep copy of an optimizer holds, alone or together with its model.
 
-    def __getstate__(self) -> dict[str, Any]:
-        if self._process_group is not None:
-            raise ValueError("an optimizer with a process_group cannot be pickled or copied: use state_dict()")
-        kept = {key: self.__dict__[key] for key in _KEPT}
-        # By parameter where that is known, so that a copy's ``state_dict`` has torch's form from the start.
-        pending, slots = dict(self._pending), self._slots
-        if self._by_parameter:
-            for build in self._builds.values():
-                pending |= parameter_state.collect(build)
-            slots = {}
-        kept |= {"pending": copied(pending), "slots": copied(slots)}
-        kept["members"] = [self._members[id(p)] for p in self._given]
-        kept["foreign"] = {key: value for key, value in self.state.items() if not isinstance(key, Tensor)}
-        return kept
+    Args:
+        attributes: of the optimizer.
+        parts: what it consists of.
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        state = dict(state)
-        if state["slots"] or state["pending"]:
-            check_projections(state["param_groups"])
-        slots, members, pending, foreign = (state.pop(key) for key in ("slots", "members", "pending", "foreign"))
-        self._process_group, self._engine, self._driver, self._constructed = None, None, None, True
-        self._frozen_once = set()
-        self._failures = Failures(None)
-        self._model = ModelRef(None)
-        self._init_state()
-        self.state = defaultdict(dict, foreign)
-        super().__setstate__(state)
-        self.defaults.pop("differentiable", None)  # which torch adds
-        self._members = {id(p): m for p, m in zip(self._given, members, strict=True)}
-        self._slots, self._pending = slots, pending
-        self._show()
+    Raises:
+        ValueError: with a process group, which no pickle can hold.
+    """
+    if parts.group is not None:
+        raise ValueError("an optimizer with a process_group cannot be pickled or copied: use state_dict()")
+    members, store = parts.members, parts.store
+    kept = {key: attributes[key] for key in _OWN}
+    kept |= {key: getattr(members, name) for key, name in _MEMBERS.items()}
+    kept |= {key: getattr(store, name) for key, name in _STATE.items()}
+    kept["_guard"] = parts.guard
+    kept["pending"], kept["slots"] = store.copied(parts.plans.built.values())
+    kept["members"] = [members.infos[id(p)] for p in members.given]
+    kept["foreign"] = store.foreign()
+    return kept
+
+
+def restored(state: Mapping[str, Any], parts: Parts) -> dict[str, Any]:
+    """Fill new parts with what ``pickled`` returned; what is left are the optimizer's own attributes.
+
+    Raises:
+        ValueError: for moments of an older version's projections.
+    """
+    state = {key: value for key, value in state.items() if key != "_guard"}
+    if state["slots"] or state["pending"]:
+        check_projections(state["param_groups"])
+    members, store = parts.members, parts.store
+    for key, name in _MEMBERS.items():
+        setattr(members, name, state.pop(key))
+    for key, name in _STATE.items():
+        setattr(store, name, state.pop(key))
+    infos, foreign = state.pop("members"), state.pop("foreign")
+    members.infos = {id(p): m for p, m in zip(members.given, infos, strict=True)}
+    members.rank = state["defaults"].get("rank", 0)
+    store.slots, store.pending = state.pop("slots"), state.pop("pending")
+    store.shown = defaultdict(dict, foreign)
+    return state

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 from torch import nn
@@ -14,28 +15,13 @@ from ..sharding.names import abbreviate, pattern_of
 from . import by_module, by_name
 from .verdict import Verdict
 
+if TYPE_CHECKING:
+    from .parameter import Parameter
+
 logger = logging.getLogger("apollo_dist")
 
 # A matrix with a larger share of the parameters is named in the log if AdamW takes it.
 _LARGE = 0.01
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """What is asked about.
-
-    Attributes:
-        key: the ``id`` of the parameter.
-        name, shape: canonical name and logical shape.
-        named: whether the name is its own, not its place in a list.
-        frozen: whether it does not require gradients at present.
-    """
-
-    key: int
-    name: str
-    shape: tuple[int, ...]
-    named: bool = True
-    frozen: bool = False
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from torch import nn
 
-from .choice import Parameter, check_any, choose, tell
+from .choice import check_any, choose, tell
+
+if TYPE_CHECKING:
+    from .parameter import Parameter
 
 
 class KeptChoice:

@@ -17,7 +17,7 @@ from .tree import Tree, Use, paths_above
 from .verdict import says_head
 
 if TYPE_CHECKING:
-    from .choice import Parameter
+    from .parameter import Parameter
 
 logger = logging.getLogger("apollo_dist")
 

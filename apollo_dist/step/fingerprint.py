@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -11,6 +11,8 @@ from ..rules.groups import options_of
 from ..rules.registry import RULE, rules_of
 
 if TYPE_CHECKING:
+    import torch.distributed as dist
+
     from ..rules.base import Rules
     from ..sharding.parameters import ParamInfo
 
@@ -32,3 +34,15 @@ def fingerprint(
             facts[f"parameter {m.name}"] = (m.shape, str(m.dtype), f"group {i}")
         facts[f"number of parameters in group {i}"] = len(held)
     return facts
+
+
+def explain(process_group: dist.ProcessGroup | None) -> Callable[[str], str]:
+    """What to do about a fact in which ranks differ, where it is not evident; a function of the fact's name."""
+    if process_group is not None:
+        advice = ". process_group may hold only ranks that train the same parameters"
+    else:
+        advice = (
+            ". Ranks that train different parameters, such as the stages of a pipeline, each need "
+            "process_group=GROUP, the group of the ranks that train the same parameters as they do"
+        )
+    return lambda fact: advice if fact.startswith(("parameter ", "number of parameters")) else ""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,10 @@ class NonFiniteGuard:
         self.enabled, self.limit, self._process_group = enabled, limit, process_group
         self.skipped = self.in_a_row = 0
 
+    def facts(self) -> dict[str, object]:
+        """What ranks must have in common."""
+        return {"skip_nonfinite": self.enabled, "max_skipped_steps": self.limit}
+
     def check(self) -> None:
         """Raise ValueError for arguments that are none."""
         if not isinstance(self.enabled, bool):
@@ -40,17 +44,21 @@ class NonFiniteGuard:
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
             raise ValueError(f"max_skipped_steps must be an integer of at least 0, or None for no limit, got {limit!r}")
 
-    def must_skip(self, gradients: Iterable[Tensor], device: torch.device) -> bool:
-        """Whether this step is to be left out; the same on every rank. A collective, and it waits for the device.
+    def skips(self, gradients: Callable[[], Iterable[Tensor]], device: torch.device) -> bool:
+        """Whether this step is to be left out; the same on every rank.
+
+        Where it is ``enabled``, this is a collective, and it waits for the device.
 
         Args:
-            gradients: this rank's, of any shapes.
+            gradients: gives this rank's, of any shapes.
             device: where this rank's gradients are, also if it has none.
 
         Raises:
             RuntimeError: on every rank, when more than ``limit`` steps in a row were left out.
         """
-        rank = first_rank_where(not_finite(list(gradients), device), self._process_group)
+        if not self.enabled:
+            return False
+        rank = first_rank_where(not_finite(list(gradients()), device), self._process_group)
         if rank is None:
             self.in_a_row = 0
             return False

@@ -47,7 +47,7 @@ class StepPlan:
         groups: ``param_groups``, kept like the tensors.
         idle: parameters that are frozen and never trained: name, tensor, group. They have no state and no part in the
             exchange.
-        steps: what takes the steps; made at the first one.
+        steps: what takes the steps; set by whoever made the plan.
     """
 
     tensors: list[Tensor]
@@ -60,7 +60,7 @@ class StepPlan:
     chosen: str = ""
     groups: list[dict[str, Any]] = field(default_factory=list)
     idle: list[tuple[str, Tensor, dict[str, Any]]] = field(default_factory=list)
-    steps: Steps | None = None
+    steps: Steps = field(init=False)
 
     def names(self) -> set[str]:
         """Names of all matrices and tensors."""

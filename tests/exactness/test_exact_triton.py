@@ -53,7 +53,7 @@ ZERO = {
 
 def kinds_of(optimizer: APOLLO) -> set[str]:
     """The kinds of kernels that an optimizer's steps take, for matrices and other parameters."""
-    plans = optimizer._builds.values()
+    plans = optimizer._parts.plans.built.values()
     found = {m.kernels.name for plan in plans for group in plan.shard_groups for m in group.matrices}
     return found | {t.kernels.name for plan in plans for t in plan.elementwise}
 

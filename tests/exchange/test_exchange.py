@@ -68,7 +68,7 @@ def fsdp2_step(rank, world, options):
             optimizer.step()
         found.append((counter.calls, counter.bytes))
         optimizer.zero_grad()
-    (built,) = optimizer._builds.values()
+    (built,) = optimizer._parts.plans.built.values()
     sent = [group_step.plan.numbers_sent(rank) for group_step in built.shard_groups]
     assert [tuple(4 * numbers for numbers in pair) for pair in sent] == [
         u.exchange.bytes_sent for u in built.shard_groups
@@ -127,7 +127,7 @@ def zero_step(rank, world, config):
     engine = initialize(model, config, optimizer=optimizer)
     calls = counted_steps(engine, optimizer, lambda step: engine(gradients(shapes, step, rank)), rank, 2)
     predicted = []
-    for b in optimizer._builds.values():
+    for b in optimizer._parts.plans.built.values():
         collectives = []
         for u in b.shard_groups:
             collectives += ["all_to_all_single"] * u.plan.needs_exchange1

@@ -131,7 +131,7 @@ def choices(stage: int, name: str) -> tuple[list[str], list[str]]:
     )
     engine.backward(loss(engine))
     engine.step()
-    low_rank = engine.basic_optimizer._choice.low_rank
+    low_rank = engine.basic_optimizer._parts.members.choice.low_rank
     state = {key.partition("[")[0] for key, slot in engine.basic_optimizer.named_state().items() if "last_norm" in slot}
     assert state <= {key for key, is_low_rank in low_rank.items() if is_low_rank}
     return by_model, [key for key, is_low_rank in low_rank.items() if is_low_rank]

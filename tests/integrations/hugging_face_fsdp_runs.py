@@ -142,7 +142,7 @@ def choices() -> list[str]:
         )
         accelerator.backward(model(torch.arange(5)))
         optimizer.step()
-        return [name for name, slot in ours._slots.items() if "last_norm" in slot]
+        return [name for name, slot in ours._parts.store.slots.items() if "last_norm" in slot]
 
 
 def kept_alive() -> int:

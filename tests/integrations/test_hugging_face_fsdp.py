@@ -96,7 +96,7 @@ def stepped(optimizer: apollo_dist.APOLLO, model: nn.Module) -> set[str]:
     for p in model.parameters():
         p.grad = torch.ones_like(p)
     optimizer.step()
-    return {name for name, slot in optimizer._slots.items() if "last_norm" in slot}
+    return {name for name, slot in optimizer._parts.store.slots.items() if "last_norm" in slot}
 
 
 def test_attached_parameters_are_those_of_the_model() -> None:

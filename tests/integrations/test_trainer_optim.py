@@ -54,7 +54,7 @@ def optimizer(model: nn.Module | None = None, **settings: Any) -> apollo_dist.AP
 
 
 def targeted(made: apollo_dist.APOLLO) -> set[str]:
-    return {made._members[id(p)].name for g in made.param_groups if g["rank"] is not None for p in g["params"]}
+    return {made._parts.members.name(p) for g in made.param_groups if g["rank"] is not None for p in g["params"]}
 
 
 @pytest.mark.parametrize("optim", ["apollo_adamw", "apollo_adamw_layerwise"])
@@ -188,7 +188,7 @@ def test_frozen_and_tied_parameters() -> None:
         p.requires_grad_(False)
     made = optimizer(model, optim_target_modules="all-linear")
     assert targeted(made) == {n for n in low_rank_names(dict(llama().named_parameters())) if "layers.1" in n}
-    held = {made._members[id(p)].name for group in made.param_groups for p in group["params"]}
+    held = {made._parts.members.name(p) for group in made.param_groups for p in group["params"]}
     assert not any("layers.0" in name for name in held)
 
 

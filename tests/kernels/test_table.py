@@ -116,7 +116,7 @@ def test_adamw_in_either_form_takes_the_kernel_and_the_torch_codes_step():
             for p in model.parameters():
                 p.grad = torch.randn_like(p)
             optimizer.step()
-        used = {t.kernels.name for plan in optimizer._builds.values() for t in plan.elementwise}
+        used = {t.kernels.name for plan in optimizer._parts.plans.built.values() for t in plan.elementwise}
         return used, [p.detach() for p in model.parameters()]
 
     for cls, options in ((AdamW, {}), (SCALE, {"adam_lr": 3e-3}), (APOLLO, {"rank": 2})):

@@ -173,7 +173,7 @@ def bytes_of_frozen(rank: int, world: int, engine: str) -> tuple[int, int]:
         optimizer = APOLLO(groups_of(wrapped, ranks) if left_out else groups_with_frozen(wrapped, ranks), model=wrapped)
         wrapped(gradients(shapes_of(model), 0, rank)).backward()
         optimizer.step()
-        (plan,) = optimizer._builds.values()
+        (plan,) = optimizer._parts.plans.built.values()
         found.append((optimizer.state_bytes(), [g.exchange.bytes_sent for g in plan.shard_groups]))
     return found[0], found[1]
 

@@ -242,9 +242,9 @@ def test_an_option_that_was_deleted():
 
 def test_looking_at_the_options_costs_little():
     optimizer = APOLLO(Network(), rank=3)
-    check = optimizer._option_changes.check
-    check(optimizer.param_groups, optimizer._has_state)
+    check = optimizer._parts.changes.check
+    check(optimizer.param_groups, optimizer._parts.store.has_state)
     start = time.perf_counter()
     for _ in range(1000):
-        check(optimizer.param_groups, optimizer._has_state)
+        check(optimizer.param_groups, optimizer._parts.store.has_state)
     assert (time.perf_counter() - start) / 1000 < 100e-6

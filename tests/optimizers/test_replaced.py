@@ -185,11 +185,11 @@ def test_modules_that_are_no_parameters_do_not_matter():
     model = Network()
     optimizer = APOLLO(model, rank=4)
     step(model, optimizer)
-    plan = next(iter(optimizer._builds.values()))
+    plan = next(iter(optimizer._parts.plans.built.values()))
     model.probe = nn.ReLU()
     model.emb.register_forward_hook(lambda *_: None)
     step(model, optimizer)
-    assert next(iter(optimizer._builds.values())) is plan
+    assert next(iter(optimizer._parts.plans.built.values())) is plan
 
 
 def dropped_model(rank: int, world: int) -> bool:
@@ -197,7 +197,7 @@ def dropped_model(rank: int, world: int) -> bool:
     model = Network()
     optimizer = APOLLO(model, rank=4)
     step(model, optimizer)
-    watch = optimizer._watch
+    watch = optimizer._parts.following.watch
     del model
     gc.collect()
     gone = watch.model() is None

@@ -44,7 +44,7 @@ def state(optimizer: torch.optim.Optimizer) -> int:
 def sent(optimizer: torch.optim.Optimizer) -> int:
     if not isinstance(optimizer, APOLLO):
         return 0
-    return sum(sum(u.exchange.bytes_sent) for b in optimizer._builds.values() for u in b.shard_groups)
+    return sum(sum(u.exchange.bytes_sent) for b in optimizer._parts.plans.built.values() for u in b.shard_groups)
 
 
 def memory_of(tensors: Iterable[Tensor]) -> int:

@@ -73,7 +73,7 @@ def measure(rank: int, world: int) -> dict[str, tuple[int, int]]:
     for case, (layout, options, size) in CASES.items():
         stage = {"zero": 2, "zero3": 3}.get(layout)
         optimizer = fsdp2(world, options) if stage is None else zero(stage, options, **size)
-        sent = sum(sum(u.exchange.bytes_sent) for b in optimizer._builds.values() for u in b.shard_groups)
+        sent = sum(sum(u.exchange.bytes_sent) for b in optimizer._parts.plans.built.values() for u in b.shard_groups)
         found[case] = (optimizer.state_bytes(), sent)
     return found
 

@@ -18,7 +18,7 @@ from apollo_dist import APOLLO, RankError
 from apollo_dist.distributed import gather
 from apollo_dist.exchange import collectives
 from apollo_dist.kernels import tuned
-from apollo_dist.optimizers import base
+from apollo_dist.optimizers import following
 from apollo_dist.rules import adamw
 from apollo_dist.sharding import detect, dtensor
 from apollo_dist.state import slots
@@ -53,7 +53,7 @@ TORCH = _Torch()
 
 # Before the step: nothing is kept of it.
 BUILDING: dict[str, Place] = {
-    "following the model": (base.ShardedOptimizer, "_follow_model", 1),
+    "following the model": (following.Following, "before_plan", 1),
     "looking for groups of ranks": (dtensor, "_needed", 1),
     "reading layouts": (detect, "read", 1),
     "choosing": (plan, "rule_of", 2),

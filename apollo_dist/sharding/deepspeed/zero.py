@@ -75,7 +75,7 @@ def find(optimizer: object) -> Engine:
     """Find DeepSpeed's wrapper and engine in the calls that led to ``optimizer.step()``.
 
     For versions of DeepSpeed whose engine has no ``_do_optimizer_sanity_check``, where ``deepspeed.initialize`` tells
-    the optimizer its engine (``FollowingOptimizer.driven_by``), and for wrappers without an engine. There is no pointer
+    the optimizer its engine (``ShardedOptimizer.driven_by``), and for wrappers without an engine. There is no pointer
     back from a client optimizer to its wrapper, but the wrapper is always among the callers. Costs some 20 us; the
     caller keeps the answer.
     """
