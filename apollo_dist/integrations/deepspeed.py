@@ -41,20 +41,30 @@ def register(classes: Classes) -> None:
     Called once, when ``apollo_dist`` is imported: before DeepSpeed, Accelerate and transformers, or after them.
 
     Args:
-        classes: the optimizers, by the names that a DeepSpeed config may say.
-
-    Raises:
-        ValueError: if a name is that of another optimizer of torch.
+        classes: the optimizers, by the names that a DeepSpeed config may say. One that torch itself has by now keeps
+            torch's meaning, and the log says so.
     """
-    for name, cls in classes.items():
-        if getattr(torch.optim, name, cls) is not cls:
-            raise ValueError(f"torch.optim.{name} exists already")
-        setattr(torch.optim, name, cls)
+    name_in_torch(classes)
     after_import("deepspeed.runtime.zero.utils", lambda m: _support(m, classes))
     after_import("deepspeed.runtime.engine", lambda m: _guard_engine(m.DeepSpeedEngine, classes))
     after_import("deepspeed.runtime.zero.partition_parameters", _wait_for_every_gather)
     after_import("accelerate.accelerator", lambda m: _guard(m, "map_pytorch_optim_to_deepspeed", _no_swap(classes)))
     after_import("transformers.trainer", lambda m: _guard(m, "deepspeed_init", _no_drop(classes)))
+
+
+def name_in_torch(classes: Classes) -> None:
+    """Put classes into ``torch.optim``, where DeepSpeed looks for a name, and tell of names that torch has itself."""
+    for name, cls in classes.items():
+        known = getattr(torch.optim, name, cls)
+        if known.__module__ == cls.__module__:  # also where this package is imported once more
+            setattr(torch.optim, name, cls)
+        else:
+            logger.warning(
+                'torch has an optimizer %s of its own, which "type": "%s" in a DeepSpeed config means: to have ours, '
+                "build it and pass it to deepspeed.initialize",
+                name,
+                name,
+            )
 
 
 def _support(module: ModuleType, classes: Classes) -> None:

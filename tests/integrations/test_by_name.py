@@ -20,6 +20,7 @@ pytest.importorskip("accelerate")
 pytest.importorskip("transformers")
 
 import apollo_dist
+from apollo_dist.integrations.deepspeed import name_in_torch
 
 from ..judge import judge
 from ..llama import RANK, STAGES, assert_equal_to_one_process, llama, low_rank_names
@@ -125,6 +126,15 @@ def test_a_step_of_the_wrapper_knows_the_engine(results: list[dict[str, Any]]) -
 
 
 # Without processes.
+
+
+def test_torchs_own_optimizers_keep_their_names(caplog: pytest.LogCaptureFixture) -> None:
+    torchs = torch.optim.SGD
+    name_in_torch({"SGD": apollo_dist.SGD, "APOLLO": apollo_dist.APOLLO})
+    assert torch.optim.SGD is torchs
+    assert torch.optim.APOLLO is apollo_dist.APOLLO
+    (said,) = caplog.messages
+    assert 'torch has an optimizer SGD of its own, which "type": "SGD" in a DeepSpeed config means' in said
 
 
 def test_choice_without_names_waits_for_the_engine() -> None:
