@@ -11,7 +11,7 @@ from torch import nn
 
 from apollo_dist import checkpoint, layerwise
 from apollo_dist.checkpoint import contents, folder, loading, opened, saving, shards
-from apollo_dist.optimizers import base, construction, grouped, in_backward, members
+from apollo_dist.optimizers import construction, grouped, in_backward, members, parts
 from apollo_dist.optimizers import layerwise as updates_in_backward
 from apollo_dist.state import loaded, parameter_state
 
@@ -80,11 +80,11 @@ def _calls(
         ),
         "building": (
             lambda: Native("fsdp2", rank, world),
-            [(construction, "validate_options", 1), (members, "param_info", 2), (base, "fingerprint", 1)],
+            [(construction, "validate_options", 1), (members, "param_info", 2), (parts, "fingerprint", 1)],
         ),
         "add_param_group": (
             lambda: run.optimizer.add_param_group({"params": [("extra", extra)]}),
-            [(grouped, "validate_options", 1), (members, "check_no_duplicates", 1), (base, "fingerprint", 1)],
+            [(grouped, "validate_options", 1), (members, "check_no_duplicates", 1), (parts, "fingerprint", 1)],
         ),
         "save": (
             lambda: checkpoint.save(f"{root}/other", run.model, run.optimizer, step=1),
