@@ -1,5 +1,6 @@
-"""Two of the paper's claims, each by one command: 13B in plain DDP on 80 GB, and throughput by larger micro-batches.
+"""The paper's claims, each by one command: 7B on 12 GB, 13B in plain DDP on 80 GB, throughput by larger micro-batches.
 
+    python benchmarks/claims.py 7b-12gb      # memory of LLaMA-7B in INT8, one process, updates inside backward
     python benchmarks/claims.py 13b-ddp      # memory of LLaMA-13B, one rank of eight
     python benchmarks/claims.py throughput   # LLaMA-7B: largest micro-batches and modelled tokens/s on 8 x A100-80GB
 
@@ -32,7 +33,7 @@ from tracker import CATEGORIES, engine_of, step, tracked
 
 WORLD = 8
 TOLERANCE = 0.05
-LIMIT_13B = 72e9
+LIMIT_7B, LIMIT_13B = 11.5e9, 72e9
 # NVIDIA's data sheet of the A100-80GB SXM: dense bf16 FLOPs/s, bytes/s of memory, bytes/s of NVLink in one direction.
 PEAK, BANDWIDTH, LINK = 312e12, 2039e9, 300e9
 
@@ -115,12 +116,37 @@ def claim_13b(arguments: argparse.Namespace) -> int:
             failed |= not measured_line(config, micro, arguments, forecasted["Total"])
             continue
         print(f"{optimizer:12}" + "".join(f"{category:>12}" for category in CATEGORIES))
-        failed |= not tracked_lines(config, micro, forecasted)
+        failed |= not tracked_lines(config, micro, forecasted, LIMIT_13B, 80)
     return int(failed)
 
 
-def tracked_lines(config: Config, micro: int, forecasted: dict[str, int]) -> bool:
-    """Track a step and print it beside the planner's forecast; whether they agree, and whether Mini has the room."""
+def claim_7b(arguments: argparse.Namespace) -> int:
+    """LLaMA-7B in INT8 in one process with updates inside backward, at micro-batch 1 x 256: Mini."""
+    recipe = arguments.recipe or "7B-12GB"
+    more = () if recipe == "7B-12GB" else ("--weights", "int8", "--layerwise", "--batch_size", "1")
+    config = configuration(recipe, "apollo-mini", *more)
+    options = Options(
+        engine="ddp", world=1, gpus_per_node=1, gpu_memory=12 * 10**9, reserve=5 * 10**8, precision=config.precision,
+        weights=config.weights, layerwise=True, sequence_length=config.sequence_length, attention=config.attention,
+        checkpointing=config.activation_checkpointing, loss=config.loss, loss_chunk=config.loss_chunk, rank=1,
+    )  # fmt: skip
+    forecasted = planned_bytes(forecast(recipe, config.model, options), config)
+    print(f"# {recipe}, one process, micro-batch 1, GB (1e9 bytes)\n")
+    if arguments.device != "fake":
+        return int(not measured_line(config, 1, arguments, forecasted["Total"]))
+    print(f"{config.optimizer.name:12}" + "".join(f"{category:>12}" for category in CATEGORIES))
+    return int(not tracked_lines(config, 1, forecasted, LIMIT_7B, 12))
+
+
+def tracked_lines(config: Config, micro: int, forecasted: dict[str, int], limit: float, size: int) -> bool:
+    """Track a step and print it beside the planner's forecast; whether they agree, and whether Mini has the room.
+
+    Args:
+        config, micro: of the run.
+        forecasted: bytes by category.
+        limit: what Mini may take.
+        size: of the device, in GB.
+    """
     seen = tracked(config, micro)
     rows = {"tracker": seen, "planner": forecasted}
     if config.optimizer.name == "adamw":  # which is torch's
@@ -129,10 +155,10 @@ def tracked_lines(config: Config, micro: int, forecasted: dict[str, int]) -> boo
         print(f"  {title:10}" + "".join(f"{values[category] / 1e9:12.3f}" for category in CATEGORIES))
     off = forecasted["Total"] / seen["Total"] - 1
     wrong = abs(off) > TOLERANCE
-    over = config.optimizer.name == "apollo-mini" and seen["Total"] > LIMIT_13B
-    fits = "fits" if seen["Total"] <= 78e9 else "does not fit"
+    over = config.optimizer.name == "apollo-mini" and seen["Total"] > limit
+    fits = "fits" if seen["Total"] <= size * 1e9 - (2e9 if size > 12 else 5e8) else "does not fit"
     told = f", over the {TOLERANCE:.0%} that are allowed" if wrong else ""
-    print(f"  planner {off:+.1%}{told}; {fits} 80 GB less a reserve of 2\n", flush=True)
+    print(f"  planner {off:+.1%}{told}; {fits} {size} GB less a reserve\n", flush=True)
     return not wrong and not over
 
 
@@ -206,7 +232,7 @@ def claim_throughput(arguments: argparse.Namespace) -> int:
 def main() -> int:
     """The command; exit code 1 where a claim or the planner fails."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("claim", choices=("13b-ddp", "throughput"))
+    parser.add_argument("claim", choices=("7b-12gb", "13b-ddp", "throughput"))
     parser.add_argument("--recipe", help="another one than the claim's, such as tiny")
     parser.add_argument("--optimizers", nargs="+", choices=OPTIMIZERS, default=["apollo-mini", "apollo", "adamw"])
     parser.add_argument("--device", default="fake", help="fake (the default), cuda, or cpu for a small recipe")
@@ -214,7 +240,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--memory", type=float, default=80e9, help="bytes that may be used on a GPU (default 80e9)")
     arguments = parser.parse_args()
-    return {"13b-ddp": claim_13b, "throughput": claim_throughput}[arguments.claim](arguments)
+    return {"7b-12gb": claim_7b, "13b-ddp": claim_13b, "throughput": claim_throughput}[arguments.claim](arguments)
 
 
 if __name__ == "__main__":

@@ -32,11 +32,13 @@ from apollo_dist.pretrain.batching import BatchPlan
 from apollo_dist.pretrain.compute import configure_compute
 from apollo_dist.pretrain.config import Config
 from apollo_dist.pretrain.distributed import Ranks
+from apollo_dist.pretrain.engines.layerwise import Layerwise
 from apollo_dist.pretrain.engines.native import NativeEngine
 from apollo_dist.pretrain.initial import InitialWeights
 from apollo_dist.pretrain.model import deferred_model
 from apollo_dist.pretrain.placing import place_whole
 from apollo_dist.step import batch
+from apollo_dist.weights import int8
 
 CATEGORIES = ("Parameter", "Gradient", "Optstate", "Activation", "Temp", "Total")
 KERNELS = ("adamw", "apply", "draw", "moments", "project")
@@ -52,10 +54,24 @@ class PeakTracker(MemTracker):
                 self._peak_mem_snap[device] = dict(held)
 
 
-def engine_of(config: Config, device: torch.device) -> tuple[NativeEngine, torch.Tensor]:
-    """The trainer's model and optimizer in one process, and the buffer that stands in for DDP's buckets."""
+class Alone(Ranks):
+    """One process without a process group, whose tensors may have no values."""
+
+    def sum(self, values: torch.Tensor) -> list[float]:
+        """Zeros: losses and gradients are taken as finite."""
+        return [0.0] * values.numel()
+
+    def together(self, work: Callable[[], Any]) -> Any:
+        """The result of ``work()``."""
+        return work()
+
+
+def engine_of(config: Config, device: torch.device) -> tuple[NativeEngine, list[torch.Tensor]]:
+    """The trainer's engine in one process, and what stands in for DDP's buckets; none with updates inside backward."""
     model = deferred_model(config.model, config.sequence_length, config.attention)
     configure_compute(model, config)
+    if config.layerwise:
+        return Layerwise(config, BatchPlan(1, 1, 1, 1), model, Alone(0, 1, device)), []
     place_whole(model, InitialWeights.of(config, model), device)
     dtype = next(model.parameters()).dtype
     buckets = torch.empty(sum(p.numel() for p in model.parameters()), dtype=dtype, device=device)
@@ -64,7 +80,7 @@ def engine_of(config: Config, device: torch.device) -> tuple[NativeEngine, torch
         view = buckets[first : first + parameter.numel()].view(parameter.shape)
         first += parameter.numel()
         parameter.register_post_accumulate_grad_hook(lambda p, view=view: _into_bucket(p, view))
-    return NativeEngine(config, BatchPlan(1, 1, 1, 1), model, Ranks(0, 1, device)), buckets
+    return NativeEngine(config, BatchPlan(1, 1, 1, 1), model, Ranks(0, 1, device)), [buckets]
 
 
 def _into_bucket(parameter: nn.Parameter, view: torch.Tensor) -> None:
@@ -99,7 +115,7 @@ def tracked(config: Config, micro: int, *, foreach: bool = False) -> dict[str, i
         for group in engine.optimizer.param_groups:
             group.update({"foreach": foreach} if "foreach" in group else {})
         tracker = PeakTracker()
-        tracker.track_external(engine.module, engine.optimizer, buckets)
+        tracker.track_external(engine.module, engine.optimizer, *buckets)
         with tracker:
             step(engine, config, micro, device)
             tracker.reset_mod_stats()
@@ -128,8 +144,8 @@ def _as_on_cuda() -> Iterator[None]:
             module = import_module(f"apollo_dist.kernels.triton.{name}")
             stack.enter_context(patch.object(module, "launch", told))
         stack.enter_context(patch.object(table, "torch_kernels", table._triton))
-        for limits in ("_ELEMENTS", "_NUMBERS"):  # those of CPUs
-            stack.enter_context(patch.object(batch, limits, {}))
+        for module, limits in ((batch, "_ELEMENTS"), (batch, "_NUMBERS"), (int8, "_ELEMENTS")):  # those of CPUs
+            stack.enter_context(patch.object(module, limits, {}))
         yield
 
 

@@ -40,6 +40,7 @@ def add_parser(subparsers: Any) -> None:
     add("--rank", type=int, help="of APOLLO's projections (default: the recipe's)")
     add("--scale-type", help="of APOLLO: channel or tensor (default: the recipe's)")
     add("--precision", help=", ".join(PRECISIONS) + " (default: the recipe's); docs/planning.md says what they mean")
+    add("--weights", help="int8: the linear layers of the blocks in INT8 (default: the recipe's)")
     add("--gradient-dtype", help="fp32 or bf16, of the gradients that ZeRO keeps (default: the weights')")
     add("--attention", help=", ".join(ATTENTIONS) + " (default: the recipe's)")
     add(
@@ -74,6 +75,7 @@ def options_of(arguments: argparse.Namespace) -> tuple[str, Any, Options]:
         "rank": config.optimizer.rank,
         "scale_type": config.optimizer.scale_type,
         "precision": config.precision,
+        "weights": config.weights,
         "attention": config.attention,
         "checkpointing": config.activation_checkpointing,
         "loss": config.loss,

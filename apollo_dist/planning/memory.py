@@ -244,7 +244,7 @@ def _common(shapes: Shapes, low: set[str], options: Options, activation_bytes: i
     elif engine == "zero3" and options.gradient_bytes < 4:
         step = 4 * min(share, options.sub_group_size)
     return Memory(
-        weights=options.weight_bytes * stored,
+        weights=options.weight_bytes * stored - _saved_by_int8(shapes, options),
         gradients=options.gradient_bytes * kept,
         masters=4 * share if options.has_masters else 0,
         state=0,
@@ -254,6 +254,15 @@ def _common(shapes: Shapes, low: set[str], options: Options, activation_bytes: i
         step_gradients=step,
         exchange=0,
     )
+
+
+def _saved_by_int8(shapes: Shapes, options: Options) -> int:
+    """Bytes of a rank's weights that INT8 saves: codes take one a number, scales one number a row."""
+    if options.weights is None:
+        return 0
+    quantized = [shape for name, shape in shapes.items() if len(shape) == 2 and ".layers." in name]
+    numel, rows = sum(map(math.prod, quantized)), sum(shape[0] for shape in quantized)
+    return ((options.weight_bytes - 1) * numel - options.weight_bytes * rows) // options.shards
 
 
 def _placed(memory: Memory, options: Options) -> Memory:

@@ -21,6 +21,7 @@ ENGINES = {
 PRECISIONS = ("fp32", "bf16", "bf16-pure")
 OFFLOADS = ("none", "optimizer", "all")
 ATTENTIONS = ("sdpa", "flash_attention_2", "eager")
+WEIGHTS = ("int8",)
 CHECKPOINTING = ("none", "full", "selective")
 LOSSES = ("plain", "chunked", "liger")
 _UNITS: dict[str, int] = {unit: 10 ** (3 * i) for i, unit in enumerate(("B", "KB", "MB", "GB", "TB"))}
@@ -66,6 +67,7 @@ class Options:
             temporaries of single matrices.
         precision: "fp32"; "bf16", as the trainer means it (DDP: autocast over fp32 weights; FSDP: bf16 compute over
             fp32 shards; ZeRO: bf16 weights and fp32 masters); or "bf16-pure", bf16 weights without masters.
+        weights: "int8" for the blocks' linear layers in INT8 with one scale a row; None: all as the precision says.
         gradient_dtype: "fp32" or "bf16", of the gradients that ZeRO keeps; by default the weights' dtype, which
             other engines cannot change.
         rank: r of APOLLO's projections.
@@ -91,6 +93,7 @@ class Options:
     gpu_memory: int = 80 * 10**9
     reserve: int = 2 * 10**9
     precision: str = "bf16"
+    weights: str | None = None
     gradient_dtype: str | None = None
     rank: int = 256
     scale_type: str = "channel"
@@ -115,6 +118,8 @@ class Options:
         one_of(CHECKPOINTING, "checkpointing", self.checkpointing)
         one_of(LOSSES, "loss", self.loss)
         one_of(("channel", "tensor"), "scale type", self.scale_type)
+        if self.weights is not None:
+            self._check_weights()
         if self.gradient_dtype is not None:
             one_of(("fp32", "bf16"), "gradient dtype", self.gradient_dtype)
         for key in ("world", "gpus_per_node", "rank", "sequence_length", "micro_batch", "loss_chunk", "gpu_memory"):
@@ -135,6 +140,14 @@ class Options:
             raise ValueError(f"shard_size is for engine hsdp, which divides within a node; got engine {self.engine!r}")
         if self.engine == "hsdp" and (self.shards < 1 or self.world % self.shards):
             raise ValueError(f"world {self.world} is not a multiple of shard_size {self.shards}")
+
+    def _check_weights(self) -> None:
+        one_of(WEIGHTS, "weights", self.weights or "")
+        if self.engine not in ("ddp", "fsdp2", "hsdp") or self.precision == "bf16":
+            raise ValueError(
+                f"weights {self.weights}: they train in bf16-pure or fp32, in one process, DDP or FSDP2; got engine "
+                f"{self.engine} and precision {self.precision}"
+            )
 
     def _check_engine(self) -> None:
         zero, fsdp = self.engine in ("zero1", "zero2", "zero3"), self.engine in ("fsdp1", "fsdp2", "hsdp")

@@ -37,6 +37,16 @@ def trained(run: Run, steps: int) -> Run:
     return run
 
 
+def recipe_of_12_gb(rank: int, world: int, folder: Path) -> dict[str, object]:
+    """Trains a small model by the recipe that fits 7B on 12 GB; what it took of the recipe."""
+    small = [option for option in SMALL if "steps" not in option and "batch_size" not in option]
+    more = ["--model.vocab_size=256", f"--data={folder / 'text'}", "--tokenizer=none", f"--output={folder / 'recipe'}"]
+    settings = load_settings(["--recipe=7B-12GB", *small, *more])
+    run = trained(set_up(settings, Ranks(rank, world, CPU)), STEPS)
+    facts: dict[str, object] = {"engine": type(run.engine).__name__, "optimizer": type(run.engine.optimizer).__name__}
+    return facts | {name: p.dtype for name, p in run.engine.trained.named_parameters() if holds_int8(p)}
+
+
 def alone(rank: int, world: int, folder: Path) -> dict[str, bool]:
     """Trains one process; which parameters are INT8."""
     run = trained(begun(rank, world, folder, "one", "ddp"), STEPS)
@@ -62,6 +72,15 @@ def test_losses_are_those_of_one_process_under_every_engine(tmp_path: Path) -> N
     for name in ("one layerwise", *CASES):
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4), name
     assert losses(tmp_path / "stopped") == losses(tmp_path / "fsdp2")
+
+
+def test_the_recipe_of_7b_on_12_gb_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")  # some CPUs lack instructions of its bf16 kernels
+    write_text(tmp_path / "text")
+    facts = run_ranks(recipe_of_12_gb, 1, tmp_path)[0]
+    assert (facts.pop("engine"), facts.pop("optimizer")) == ("Layerwise", "LayerwiseAPOLLOMini")
+    assert len(facts) == 2 * 7 and set(facts.values()) == {torch.bfloat16}
+    assert len(losses(tmp_path / "recipe")) == STEPS
 
 
 @pytest.mark.parametrize(

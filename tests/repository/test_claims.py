@@ -54,6 +54,18 @@ def test_throughput_says_what_fits_and_the_ratio() -> None:
 
 
 @pytest.mark.slow
+def test_the_tracker_and_the_planner_agree_on_int8() -> None:
+    """Weights of one byte, and one gradient at a time."""
+    pytest.importorskip("triton")
+    pytest.importorskip("torchao")
+    done = run("7b-12gb", "--recipe", "tiny")
+    assert done.returncode == 0, done.stdout + done.stderr
+    (seen,) = re.findall(r"tracker((?: +[0-9.]+){6})", done.stdout)
+    weights, gradients, *_ = map(float, seen.split())
+    assert weights == 0.001 and gradients == 0.0  # GB, rounded
+
+
+@pytest.mark.slow
 def test_the_real_path_runs_on_a_cpu() -> None:
     done = run("13b-ddp", "--recipe", "tiny", "--optimizers", "apollo-mini", "--device", "cpu", "--steps", "1")
     assert done.returncode == 0, done.stdout + done.stderr
