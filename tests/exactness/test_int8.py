@@ -5,8 +5,13 @@ another one only where that crosses a random number: one in 1e10. Scales in bf16
 are small integers and projections signs, so that sums are exact in any order.
 """
 
+from itertools import product
+
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from apollo_dist import APOLLO, SCALE, SGD, AdamMini, AdamW, Fira, GaLore, Muon, layerwise
@@ -33,6 +38,9 @@ def wrap(model, engine, world):
     if engine == "ddp":
         # torch cannot broadcast these weights; every rank has made the same ones.
         return DistributedDataParallel(model, init_sync=False)
+    if engine == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        return fully_shard(model, mesh=mesh)
     return fsdp2(model, "", world) if engine.startswith("fsdp2") else model
 
 
@@ -73,7 +81,7 @@ def train(engine, world, case, dtype=torch.float64):
     errors = {}
     for name, p in model.named_parameters():
         if name in norms and dtype == torch.float64:
-            full = p.full_tensor() if engine.startswith("fsdp2") else p
+            full = p.full_tensor() if isinstance(p, DTensor) else p
             errors[name] = relative_error(full.detach(), reference.weights[name])
     return codes_and_scales(model), expected, errors
 
@@ -85,7 +93,11 @@ def all_cases(rank, world, engines, cases, dtype):
 def whole_codes(results, case):
     """The codes and scales of all ranks' rows: those of rank 0 where every rank has all."""
     ranks = [found[case][0] for found in results]
-    if case.startswith("fsdp2"):
+    if case.startswith("hsdp"):
+        for name, i, j in product(ranks[0], (0, 1), (0, 1)):
+            assert torch.equal(ranks[i][name][j], ranks[i + 2][name][j])
+        ranks = ranks[:2]
+    if case.startswith(("fsdp2", "hsdp")):
         return {n: [torch.cat([rank[n][i] for rank in ranks]) for i in (0, 1)] for n in ranks[0]}
     for rank in ranks[1:]:
         assert all(torch.equal(a, b) for n in ranks[0] for a, b in zip(ranks[0][n], rank[n], strict=True))
@@ -96,6 +108,7 @@ PLACES = [
     (1, ("plain", "plain in backward")),
     (2, ("ddp", "fsdp2", "fsdp2 in backward")),
     (3, ("fsdp2",)),
+    pytest.param(4, ("hsdp",), marks=pytest.mark.slow),
 ]
 
 
@@ -112,7 +125,7 @@ def test_codes_are_those_of_the_reference(world, engines):
 def test_codes_with_scales_in_bf16_do_not_depend_on_the_ranks():
     """In fp32, as training has it: the same codes and scales at 1 and 2 ranks of DDP and at 2 and 3 of FSDP2."""
     seen = []
-    for world, engines in PLACES:
+    for world, engines in PLACES[:3]:
         results = run_ranks(all_cases, world, engines, ("signs",), torch.bfloat16)
         seen += [(world, case, whole_codes(results, case)) for case in results[0]]
     _, _, first = seen[0]
