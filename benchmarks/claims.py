@@ -22,20 +22,18 @@ import torch
 from apollo_dist.planning.memory import OPTIMIZERS, Forecast, forecast
 from apollo_dist.planning.options import Options
 from apollo_dist.pretrain.config import Config
-from apollo_dist.pretrain.model import deferred_model
 from apollo_dist.pretrain.optimizer_config import ApolloConfig
 from apollo_dist.pretrain.settings import load_settings
-from apollo_dist.pretrain.utilization import flops_per_token
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from measure import machine, synchronize
+from roofline import LINK, WORLD, Roofline
 from tracker import CATEGORIES, engine_of, step, tracked
 
-WORLD = 8
 TOLERANCE = 0.05
 LIMIT_7B, LIMIT_13B = 11.5e9, 72e9
-# NVIDIA's data sheet of the A100-80GB SXM: dense bf16 FLOPs/s, bytes/s of memory, bytes/s of NVLink in one direction.
-PEAK, BANDWIDTH, LINK = 312e12, 2039e9, 300e9
+# Optimizers of the throughput claim. torch's AdamW keeps its moments in the weights' dtype.
+MOMENTS = (("adamw", "fp32"), ("adamw", "bf16"), ("apollo", "fp32"), ("apollo-mini", "fp32"))
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ def run_steps(config: Config, micro: int, device: torch.device, steps: int, memo
     return Measured(peak, steps * micro * config.sequence_length / seconds, float(loss))
 
 
-def planned(config: Config, name: str, micro: int) -> Forecast:
-    """The planner's forecast for the trainer's DDP on eight ranks."""
+def planned(config: Config, name: str, micro: int, bucket_view: bool = True) -> Forecast:
+    """The planner's forecast for DDP on eight ranks, the trainer's or with torch's default of ``bucket_view``."""
     apollo = configuration(config.recipe, "apollo").optimizer
     assert isinstance(apollo, ApolloConfig)
     return forecast(
@@ -79,7 +77,7 @@ def planned(config: Config, name: str, micro: int) -> Forecast:
         Options(
             engine="ddp", world=WORLD, precision=config.precision, sequence_length=config.sequence_length,
             micro_batch=micro, attention=config.attention, checkpointing=config.activation_checkpointing,
-            loss=config.loss, loss_chunk=config.loss_chunk, rank=apollo.rank,
+            loss=config.loss, loss_chunk=config.loss_chunk, rank=apollo.rank, bucket_view=bucket_view,
         ),
     )  # fmt: skip
 
@@ -177,56 +175,58 @@ def measured_line(config: Config, micro: int, arguments: argparse.Namespace, for
     return True
 
 
-def modelled_tokens_per_s(config: Config, micro: int, state_bytes: int, state_traffic: float) -> float:
-    """Tokens a second of one of eight A100s, by a roofline model; an upper bound.
-
-    A pass over a micro-batch takes its FLOPs at the peak, or as long as three reads of the weights if that is longer;
-    then gradients are added to those there are (two reads, a write). A step adds a ring all-reduce of the gradients and
-    the optimizer's reads and writes. Nothing overlaps.
-    """
-    numel = sum(p.numel() for p in deferred_model(config.model, config.sequence_length).parameters())
-    accumulation = max(1, config.batch_size // WORLD // micro)
-    tokens = micro * config.sequence_length
-    compute = max(flops_per_token(config.model, config.sequence_length) * tokens / PEAK, 3 * 2 * numel / BANDWIDTH)
-    one_pass = compute + 3 * 2 * numel / BANDWIDTH
-    reduce = 2 * (WORLD - 1) / WORLD * 2 * numel / LINK
-    update = (state_traffic * 2 * numel + 2 * state_bytes) / BANDWIDTH
-    return accumulation * tokens / (accumulation * one_pass + reduce + update)
-
-
 def claim_throughput(arguments: argparse.Namespace) -> int:
     """LLaMA-7B: the largest micro-batch of each optimizer, and what it would make of the tokens a second."""
     recipe = arguments.recipe or "7B-throughput"
-    print(f"# {recipe}, one rank of {WORLD} in DDP on 80 GB, less a reserve of 2 GB; modelled for A100-80GB\n")
-    print(f"{'optimizer':24}{'largest':>9}{'used':>6}{'planned GB':>12}{'tokens/s a GPU':>16}")
-    rates: dict[str, float] = {}
-    for optimizer, moments in (("adamw", "fp32"), ("adamw", "bf16"), ("apollo", "fp32"), ("apollo-mini", "fp32")):
-        config = configuration(recipe, optimizer)
-        found = planned(config, recipe, 1)
-        if moments == "bf16":  # the planner's are fp32
-            ranks = tuple(replace(memory, state=memory.state // 2) for memory in found.ranks[optimizer])
-            found = replace(found, ranks={**found.ranks, optimizer: ranks})
-        largest = found.largest_micro_batch(optimizer)
-        share = config.batch_size // WORLD
-        used = next((size for size in range(min(largest, share), 0, -1) if share % size == 0), 0)
-        title = f"{optimizer}, {moments} moments"
-        if not used:
-            print(f"{title:24}{largest:9}{'-':>6}   needs {found.worst(optimizer)[1].total / 1e9:.1f} GB at 1")
-            continue
-        # Weights and gradients are read, weights written; APOLLO reads the gradient twice.
-        traffic = 3.0 if optimizer == "adamw" else 4.0
-        rate = modelled_tokens_per_s(config, used, found.worst(optimizer)[1].state, traffic)
-        rates[title] = rate
-        peak = planned(config, recipe, used).worst(optimizer)[1].total
-        peak -= 0 if moments == "fp32" else found.worst(optimizer)[1].state
-        print(f"{title:24}{largest:9}{used:6}{peak / 1e9:12.1f}{rate:16,.0f}")
-        if arguments.device != "fake":
-            measured_line(config, used, arguments, peak)
-    base = rates.get("adamw, fp32 moments") or rates.get("adamw, bf16 moments")
-    for title, rate in rates.items():
-        if base and not title.startswith("adamw"):
-            print(f"ratio {title} to AdamW with what fits: {rate / base:.2f}")
+    print(f"# {recipe}, one rank of {WORLD} in DDP on 80 GB, less a reserve of 2 GB; modelled for A100-80GB")
+    for title, view in (("Gradients are views of DDP's buckets, as in the trainer", True), ("torch's default", False)):
+        print(f"\n{title}\n\n{'optimizer':24}{'largest':>9}{'used':>6}{'planned GB':>12}", end="")
+        print(f"{'tokens/s a GPU':>16}{'a step each':>13}")
+        rows = {}
+        for optimizer, moments in MOMENTS:
+            config = configuration(recipe, optimizer)
+            row = throughput_line(config, moments, view, arguments if view else None)
+            rows |= {} if row is None else {(optimizer, moments): row}
+        throughput_ratios(rows, config.batch_size // WORLD)
     return 0
+
+
+def throughput_line(config: Config, moments: str, view: bool, arguments: argparse.Namespace | None) -> Roofline | None:
+    """Plan and model one optimizer, and run it on a device if ``arguments`` name one; None if it does not fit."""
+    name, share = config.optimizer.name, config.batch_size // WORLD
+    found = planned(config, config.recipe, 1, view)
+    if moments == "bf16":  # the planner's are fp32
+        ranks = tuple(replace(memory, state=memory.state // 2) for memory in found.ranks[name])
+        found = replace(found, ranks={**found.ranks, name: ranks})
+    largest = found.largest_micro_batch(name)
+    used = next((size for size in range(min(largest, share), 0, -1) if share % size == 0), 0)
+    title = f"{name}, {moments} moments"
+    state = found.worst(name)[1].state
+    if not used:
+        print(f"{title:24}{largest:9}{'-':>6}   needs {found.worst(name)[1].total / 1e9:.1f} GB at 1")
+        return None
+    model = Roofline.of(config, used, state)
+    peak = planned(config, config.recipe, used, view).worst(name)[1].total - (state if moments == "bf16" else 0)
+    print(f"{title:24}{largest:9}{used:6}{peak / 1e9:12.1f}{model.tokens_per_s(share // used):16,.0f}", end="")
+    print(f"{model.tokens_per_s(1):13,.0f}")
+    if arguments is not None and arguments.device != "fake":
+        measured_line(config, used, arguments, peak)
+    return model
+
+
+def throughput_ratios(rows: dict[tuple[str, str], Roofline], share: int) -> None:
+    """Print how much faster than AdamW the others are, and how slow a link would make them three times as fast."""
+    base = rows.get(("adamw", "fp32")) or rows.get(("adamw", "bf16"))
+    for (name, _), row in rows.items():
+        if base is None or name == "adamw":
+            continue
+        accumulated = row.tokens_per_s(share // row.micro) / base.tokens_per_s(share // base.micro)
+        print(f"ratio {name} to AdamW that fits: {accumulated:.2f}, ", end="")
+        print(f"with a step for each micro-batch {row.tokens_per_s(1) / base.tokens_per_s(1):.2f}", end="")
+        seconds = row.reduction_for(3.0, base)
+        if seconds:
+            print(f", 3.00 where gradients travel at {LINK * row.reduce / seconds / 1e9:.0f} GB/s", end="")
+        print()
 
 
 def main() -> int:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from apollo_dist.pretrain.model import deferred_model
+from apollo_dist.pretrain.settings import load_settings
+
 from ..ranks import run_python
 from .test_benchmarks import ROOT
 
@@ -50,7 +53,30 @@ def test_throughput_says_what_fits_and_the_ratio() -> None:
     done = run("throughput")
     assert done.returncode == 0, done.stderr
     assert re.search(r"adamw, fp32 moments +0 +- +needs [0-9.]+ GB", done.stdout)
-    assert len(re.findall(r"ratio apollo", done.stdout)) == 2
+    # The paper's micro-batches, 4 and 16, are those of torch's default DDP.
+    trainer, default = done.stdout.split("torch's default")
+    assert re.search(r"adamw, bf16 moments +14 +8 ", trainer) and re.search(r"apollo, fp32 moments +28 +16 ", trainer)
+    assert re.search(r"adamw, bf16 moments +6 +4 ", default) and re.search(r"apollo, fp32 moments +19 +16 ", default)
+    assert len(re.findall(r"ratio apollo.*, with a step for each micro-batch [0-9.]+", done.stdout)) == 4
+    assert len(re.findall(r"3\.00 where gradients travel at [0-9]+ GB/s", default)) == 2
+
+
+def test_the_roofline_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    from roofline import BANDWIDTH, LINK, Roofline
+
+    config = load_settings(["--recipe", "tiny", "--optimizer", "adamw", "--sequence_length", "16"]).config
+    numbers = sum(p.numel() for p in deferred_model(config.model, config.sequence_length).parameters())
+    row = Roofline.of(config, 1, 1000)
+    # Few tokens: reading the weights takes longer than the arithmetic.
+    assert row.one_pass == pytest.approx(2 * 3 * 2 * numbers / BANDWIDTH)
+    assert row.reduce == pytest.approx(1.75 * 2 * numbers / LINK)
+    assert row.update == pytest.approx((3 * 2 * numbers + 2000) / BANDWIDTH)
+    assert row.tokens_per_s(2) == pytest.approx(32 / (2 * row.one_pass + row.reduce + row.update))
+    # Four times the micro-batch in twice the time: a reduction of r makes it 3 (2 + r) = 4 (1 + r), for r = 2.
+    small, large = Roofline(4, 256, 1.0, 0.0, 0.0), Roofline(16, 256, 2.0, 0.0, 0.0)
+    assert large.reduction_for(3.0, small) == pytest.approx(2.0)
+    assert large.reduction_for(4.0, small) is None
 
 
 @pytest.mark.slow
