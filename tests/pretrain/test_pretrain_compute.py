@@ -44,6 +44,8 @@ COMPILED = {
     "compile": ["--compile"],
     "all": ["--compile", "--activation_checkpointing=selective", *CHUNKED],
 }
+# Of docs/claims.md, with a tiny model: what else they say is what a user starts.
+RECIPES = [("13B-DDP", "APOLLOMini"), ("7B-throughput", "APOLLO", "--optimizer.rank=4")]
 ENGINES = ["zero2", "fsdp2", "ddp", "fsdp1", "zero3"]
 
 
@@ -70,12 +72,20 @@ def rank_main(rank: int, world: int, folder: Path, cases: dict[str, dict[str, li
 
 
 def pure(rank: int, world: int, folder: Path) -> None:
-    """Pure bf16, without oneDNN, which needs instructions that not every CPU has."""
+    """Pure bf16, and the recipes that are in it, without oneDNN, which needs instructions that not every CPU has."""
     before = torch.backends.mkldnn.set_flags(False)
     for engine in ("ddp", "fsdp2", "fsdp1"):
         run = begun(rank, world, folder, "pure", engine, "--precision=bf16-pure")
         for _ in range(STEPS):
             train_step(run)
+        assert all(p.dtype == torch.bfloat16 for p in run.engine.trained.parameters())
+    for recipe, optimizer, *options in RECIPES:
+        shape = [*SMALL, "--model.vocab_size=256", "--tokenizer=none", "--micro_batch_size=1", *options]
+        place = [f"--data={folder / 'text'}", f"--output={folder / recipe}"]
+        run = set_up(load_settings([f"--recipe={recipe}", *shape, *place]), Ranks(rank, world, CPU))
+        for _ in range(2):
+            train_step(run)
+        assert (type(run.engine).__name__, run.optimizer_name) == ("DDP", optimizer)
         assert all(p.dtype == torch.bfloat16 for p in run.engine.trained.parameters())
     torch.backends.mkldnn.set_flags(*before)
 
@@ -103,6 +113,8 @@ def test_losses_are_those_of_the_plain_run(tmp_path: Path) -> None:
     few = {name: OPTIONS[name] for name in ("plain", "together")}
     every = {engine: OPTIONS if engine in ("zero2", "fsdp2") else few for engine in ENGINES}
     run_ranks(rank_main, 2, tmp_path, every)
+    for recipe, *_ in RECIPES:
+        assert len(losses(tmp_path / recipe)) == 2
     for engine, options in every.items():
         compare(tmp_path, engine, options)
         if engine in ("ddp", "fsdp1", "fsdp2"):
