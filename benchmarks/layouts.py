@@ -130,7 +130,7 @@ def _flat_step(
     @torch.no_grad()
     def take() -> None:
         step_shard_group(step, 0)
-        step_elementwise(tensors)
+        step_elementwise(tensors, 0)
 
     return take, elements, made
 

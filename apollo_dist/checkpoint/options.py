@@ -15,8 +15,10 @@ from ..state.identity import IDENTITY
 
 logger = logging.getLogger("apollo_dist")
 
-# Of a parameter group: not options, or decided by the optimizer that loads.
-_NOT_OPTIONS = frozenset({"params", "name", "rank", RULE, "choose_by_name", *IDENTITY})
+# Of a parameter group: not options, or decided by the optimizer that loads, such as how weights and moments are stored.
+_NOT_OPTIONS = frozenset({
+    "params", "name", "rank", RULE, "choose_by_name", "stochastic_rounding", "adam_dtype", *IDENTITY,
+})  # fmt: skip
 
 
 def options_of(group: Mapping[str, Any]) -> dict[str, Any]:

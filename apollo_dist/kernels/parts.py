@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .rounding import Rounding
 
 
 class ProjectPart(NamedTuple):
@@ -33,18 +36,31 @@ class ApplyPart(NamedTuple):
         grad: like ``weight``, of any of these dtypes.
         scale: (channels,) in fp32, or None for 1.
         matrix: the row of the coefficients.
+        rounding: how a weight in bf16 is rounded stochastically; None for rounding to nearest.
     """
 
     weight: Tensor
     grad: Tensor
     scale: Tensor | None
     matrix: int
+    rounding: Rounding | None = None
 
 
 class AdamWPart(NamedTuple):
-    """A tensor that AdamW updates: all 1-D, contiguous and of one length; moments in fp32."""
+    """A tensor that AdamW updates: all 1-D, contiguous and of one length.
+
+    Attributes:
+        weight, grad: in bf16, fp16 or fp32.
+        exp_avg, exp_avg_sq: in fp32, or both in bf16.
+        columns: how long the rows are of the rectangle that the elements are, one row after the other.
+        rounding: how a weight in bf16 is rounded stochastically, as that rectangle; None for rounding to nearest.
+        moments: the same for moments in bf16; None for moments in fp32.
+    """
 
     weight: Tensor
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
+    columns: int = 0
+    rounding: Rounding | None = None
+    moments: tuple[Rounding, Rounding] | None = None

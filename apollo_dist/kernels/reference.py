@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from .philox import philox_4x32_10
+from .rounding import write
 
 if TYPE_CHECKING:
     from .parts import AdamWPart, ApplyPart, ProjectPart
+    from .rounding import Rounding
 
 
 def draw(keys: Tensor, table: Tensor, out: Tensor) -> None:
@@ -128,11 +130,12 @@ def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool
         decay_first: whether d acts on the old weight.
         decays: False where every d is 1, which saves some kernels a pass.
     """
-    for weight, grad, scale, matrix in parts:
+    for weight, grad, scale, matrix, rounding in parts:
         factor, kept = coefficients[matrix].unbind()
         by = factor if scale is None else (factor * scale)[:, None]
         old = weight.float()
-        weight.copy_(old * kept + by * grad.float() if decay_first else (old + by * grad.float()) * kept)
+        new = old * kept + by * grad.float() if decay_first else (old + by * grad.float()) * kept
+        write(weight, new, rounding)
 
 
 def adamw(
@@ -154,10 +157,20 @@ def adamw(
         decay_first: whether d acts on the old weight.
     """
     size, kept = coefficients.unbind()
-    for weight, grad, exp_avg, exp_avg_sq in parts:
+    for weight, grad, *states, columns, rounding, moments in parts:
         values = -grad.float() if maximize else grad.float()
+        exp_avg, exp_avg_sq = (state.float() for state in states)
         exp_avg.lerp_(values, 1.0 - betas[0])
         exp_avg_sq.mul_(betas[1]).addcmul_(values, values, value=1.0 - betas[1])
         change = size * (exp_avg / (exp_avg_sq.sqrt() + eps))
         old = weight.float()
-        weight.copy_(old * kept - change if decay_first else (old - change) * kept)
+        new = old * kept - change if decay_first else (old - change) * kept
+        _write_rows(weight, new, columns, rounding)
+        for state, made, how in zip(states, (exp_avg, exp_avg_sq), moments or (None, None), strict=True):
+            if made is not state:
+                _write_rows(state, made, columns, how)
+
+
+def _write_rows(out: Tensor, values: Tensor, columns: int, rounding: Rounding | None) -> None:
+    shape = (1, -1) if rounding is None else (-1, columns)
+    write(out.view(shape), values.view(shape), rounding)

@@ -45,6 +45,17 @@ class Rounding(NamedTuple):
     first: int
     strides: tuple[int, int]
 
+    def of_rows(self, rows: slice | None) -> Rounding:
+        """Of some rows of the rectangle; of all for None."""
+        return self if rows is None else self._replace(first=self.first + rows.start * self.strides[0])
+
+    def in_eights(self, rows: int, columns: int) -> bool:
+        """Whether eight neighbours of a rectangle of that shape always are the eight of one call of Philox."""
+        (stride, along), lines = self.strides, rows
+        if along != 1:
+            stride, lines = along, columns
+        return self.first % 8 == 0 and (stride % 8 == 0 or lines == 1)
+
 
 @lru_cache(maxsize=1 << 16)
 def key_of(seed: int, name: str, stream: str = WEIGHT) -> Key:
@@ -92,6 +103,14 @@ def random_bits(
     return bits.gather(1, (starts & 7)[:, None] + torch.arange(columns, device=device))
 
 
+def write(out: Tensor, values: Tensor, rounding: Rounding | None) -> None:
+    """Write ``values`` to ``out``, rounded to nearest for None, else as ``round_into`` does."""
+    if rounding is None:
+        out.copy_(values)
+    else:
+        round_into(out, values, rounding)
+
+
 def round_into(out: Tensor, values: Tensor, rounding: Rounding) -> None:
     """Write ``values`` to ``out``, rounded stochastically; infinities and NaN as they are.
 
@@ -99,7 +118,7 @@ def round_into(out: Tensor, values: Tensor, rounding: Rounding) -> None:
 
     Args:
         out: a rectangle in bf16, in any strides, written.
-        values: of the same shape, in fp32.
+        values: of the same shape, in fp32 or, to be rounded to that before, in float64.
         rounding: of the rectangle.
     """
     stride, along = rounding.strides
@@ -111,7 +130,7 @@ def round_into(out: Tensor, values: Tensor, rounding: Rounding) -> None:
     for row in range(0, rows, height):
         for column in range(0, columns, limit):
             here = slice(row, row + height), slice(column, column + limit)
-            piece = values[here]
+            piece = values[here].float()
             first = rounding.first + row * stride + column
             bits = random_bits(rounding.key, rounding.step, first, piece.shape[0], piece.shape[1], stride, out.device)
             cut = (piece.view(torch.int32) + bits).bitwise_and_(-65536).view(torch.float32)

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from . import reference
 from .parts import AdamWPart, ApplyPart, ProjectPart
+from .rounding import Rounding
 
 # Relative to the largest result, by its dtype: sums are taken in another order, and what is rounded to 16 bits may
 # become the neighbour. What is generated is the same to the bit.
 TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-5}
+EXACT = ("draw", "rounding")
 BETAS, EPS = (0.9, 0.999), 1e-6
 CHANNELS, INNER, RANK = 67, 93, 5  # no multiples of a block
 
@@ -33,7 +35,7 @@ def failure(device: torch.device) -> str | None:
         for name, trial in _trials(device):
             for got, expected in zip(trial(triton), trial(reference), strict=True):
                 error = (got.double() - expected.double()).abs().max() / expected.double().abs().max()
-                if not float(error) <= (0.0 if name == "draw" else TOLERANCE[got.dtype]):
+                if not float(error) <= (0.0 if name in EXACT else TOLERANCE[got.dtype]):
                     return f"{name} differs from torch's operations by {float(error):.1e}"
     except Exception as error:  # compilers and drivers raise anything
         return f"{type(error).__name__}: {error}"
@@ -66,6 +68,7 @@ def _trials(device: torch.device) -> Iterator[tuple[str, Trial]]:
         return results
 
     yield "moments", moments
+
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         grad, weight, scale = normal(CHANNELS, INNER, dtype=dtype), normal(CHANNELS, INNER, dtype=dtype), first[:, 0]
 
@@ -86,3 +89,29 @@ def _trials(device: torch.device) -> Iterator[tuple[str, Trial]]:
             return *shown, part.exp_avg_sq
 
         yield from ((f"{run.__name__} in {dtype}", run) for run in (project, apply, adamw))
+
+    yield from _rounding_trials(normal(CHANNELS, INNER, dtype=torch.bfloat16), normal(CHANNELS, INNER), coefficients)
+
+
+def _rounding_trials(stored: Tensor, added: Tensor, coefficients: Tensor) -> Iterator[tuple[str, Trial]]:
+    """Of weights ``stored`` in bf16, with what is ``added``."""
+    key = 1, 2, 3
+
+    def rounding(kernels: Any) -> tuple[Tensor, ...]:
+        """Of a matrix whose rows begin with a call of Philox, and of one whose rows do not."""
+        found = [stored.clone() for _ in range(3)]
+        hows = [Rounding(key, 4, 8, (96, 1)), Rounding(key, 4, 3, (93, 1)), Rounding(key, 4, 0, (1, 104))]
+        parts = [ApplyPart(out, added, None, 0, how) for out, how in zip(found, hows, strict=True)]
+        kernels.apply(parts, coefficients)
+        return tuple(found)
+
+    yield "rounding", rounding
+
+    def rounded_adamw(kernels: Any) -> tuple[Tensor, ...]:
+        weight, m, v = (stored.flatten().abs() for _ in range(3))
+        how = Rounding(key, 4, 0, (INNER, 1))
+        part = AdamWPart(weight, added.flatten(), m, v, INNER, how, (how, how))
+        kernels.adamw([part], coefficients[0], betas=BETAS, eps=EPS)
+        return weight, m, v
+
+    yield "rounded adamw", rounded_adamw

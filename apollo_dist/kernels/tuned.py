@@ -15,6 +15,7 @@ from torch import Tensor
 from .adam import adam_direction
 from .reduce import channel_norms, line_norms
 from .reduce import project as project_one
+from .rounding import write
 
 if TYPE_CHECKING:
     from .parts import ApplyPart, ProjectPart
@@ -100,4 +101,4 @@ def apply_one(part: ApplyPart, factor: Tensor, kept: Tensor | None, *, decay_fir
     if kept is not None and not decay_first:
         work.mul_(kept)
     if work is not part.weight:
-        part.weight.copy_(work)
+        write(part.weight, work, part.rounding)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -27,6 +28,7 @@ class AdamMini(ShardedOptimizer):
         num_kv_heads: of keys, where they are grouped and the model does not say it; None where all heads are as large
             as the model's width over ``num_heads``.
         maximize: follow the negated gradients.
+        stochastic_rounding, adam_dtype: as of ``APOLLO``.
         seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
             ``APOLLO``; the seed matters where a group names a rule with projections.
 
@@ -47,6 +49,8 @@ class AdamMini(ShardedOptimizer):
         num_heads: int | None = None,
         num_kv_heads: int | None = None,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        adam_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         cache_projection: bool | str = "auto",
         kernels: str = "auto",
@@ -58,7 +62,7 @@ class AdamMini(ShardedOptimizer):
     ) -> None:
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, num_heads=num_heads, num_kv_heads=num_kv_heads,
-            maximize=maximize, seed=seed,
+            maximize=maximize, stochastic_rounding=stochastic_rounding, adam_dtype=adam_dtype, seed=seed,
             cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
             max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

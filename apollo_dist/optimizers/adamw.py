@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ class AdamW(ShardedOptimizer):
         betas, eps: of the moments.
         weight_decay: decoupled; it acts on the weight before the update.
         maximize: follow the negated gradients.
+        stochastic_rounding, adam_dtype: as of ``APOLLO``.
         seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
             ``APOLLO``; the seed matters where a group names a rule with projections.
 
@@ -41,6 +43,8 @@ class AdamW(ShardedOptimizer):
         weight_decay: float = 1e-2,
         *,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        adam_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         cache_projection: bool | str = "auto",
         kernels: str = "auto",
@@ -52,7 +56,7 @@ class AdamW(ShardedOptimizer):
     ) -> None:
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay,
-            maximize=maximize, seed=seed,
+            maximize=maximize, stochastic_rounding=stochastic_rounding, adam_dtype=adam_dtype, seed=seed,
             cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
             max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

@@ -44,7 +44,15 @@ class APOLLO(ShardedOptimizer):
             a ratio.
         disable_nl: turn the norm-growth limiter off.
         maximize: follow the negated gradients.
+        stochastic_rounding: round new weights in bf16 up or down at random, so that the mean is exact, and updates of
+            less than half a unit in the last place are not lost. The random bits are a function of (seed, name, step,
+            element), so every layout rounds alike. An error where no weight that the step updates is in bf16.
+        adam_dtype: of the moments of parameters that take AdamW; torch.bfloat16 halves them, rounded stochastically
+            in the same way. Default: float32.
         exclude: where the library chooses, a regular expression of names to leave to AdamW.
+        embeddings: where the library chooses, "low_rank" to take embeddings and output heads as well; their state
+            shrinks, and in the trainer's quickstart the loss is higher (docs/training.md). Default "adamw", as in the
+            paper.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
         kernels: what steps compute with: "torch", "triton", or "auto": Triton kernels over many matrices a launch on
@@ -88,7 +96,10 @@ class APOLLO(ShardedOptimizer):
         scale_front: bool = False,
         disable_nl: bool = False,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        adam_dtype: torch.dtype | str | None = None,
         exclude: str | None = None,
+        embeddings: str = "adamw",
         cache_projection: bool | str = "auto",
         kernels: str = "auto",
         skip_nonfinite: bool = False,
@@ -101,9 +112,9 @@ class APOLLO(ShardedOptimizer):
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
             scale_type=scale_type, update_proj_gap=update_proj_gap, seed=seed, proj=proj, proj_type=proj_type,
             refresh=refresh, projection_dtype=projection_dtype, scale_front=scale_front, disable_nl=disable_nl,
-            maximize=maximize, exclude=exclude, cache_projection=cache_projection, kernels=kernels,
-            skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps, model=model,
-            process_group=process_group, **unknown,
+            maximize=maximize, stochastic_rounding=stochastic_rounding, adam_dtype=adam_dtype, exclude=exclude,
+            embeddings=embeddings, cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
+            max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip
 
 

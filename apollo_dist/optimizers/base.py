@@ -43,19 +43,17 @@ class ShardedOptimizer(torch.optim.Optimizer):
     """An optimizer of whole and sharded parameters that takes the step of ``rules``, exactly under every layout.
 
     A subclass says ``rules``, and in its signature which options it has; the arithmetic is the rules'. The options of
-    parameter groups are those that the rules declare, and lr, weight_decay and maximize. A group that names other rules
-    (``{"params": ..., "rule": "adamw"}``) has their options, with their defaults, and lr, weight_decay and maximize of
-    the optimizer.
+    parameter groups are those that the rules declare, and lr, weight_decay, maximize and stochastic_rounding. A group
+    that names other rules (``{"params": ..., "rule": "adamw"}``) has their options, with their defaults, and those four
+    of the optimizer.
 
     Args:
         params: a model, which is best; parameters; (name, parameter) pairs; or parameter groups of either.
         lr: learning rate, a number or a tensor of one (which a step never waits for).
-        weight_decay, maximize: options of every group.
+        weight_decay, maximize, stochastic_rounding: options of every group.
         seed: of the projections, where a rule has some; equal on all ranks.
-        exclude: where the library chooses low-rank matrices, a regular expression of names to exclude.
-        cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
-            keep them on CPU, redraw on accelerators. The results are identical.
-        kernels, skip_nonfinite, max_skipped_steps, model, process_group: as of ``APOLLO``.
+        exclude, embeddings: where the library chooses low-rank matrices, as of ``APOLLO``.
+        cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group: as of ``APOLLO``.
         options: those of the rules; keywords of other optimizers where they ask for what is done anyway; all others are
             errors.
 
@@ -72,8 +70,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         *,
         weight_decay: float = 0.0,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         seed: int = 0,
         exclude: str | None = None,
+        embeddings: str = "adamw",
         cache_projection: bool | str = "auto",
         kernels: str = "auto",
         skip_nonfinite: bool = False,
@@ -83,23 +83,28 @@ class ShardedOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         own = {key: options.pop(key, option.default) for key, option in self.rules.options.items()}
-        own |= {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        own |= {
+            "lr": lr,
+            "weight_decay": weight_decay,
+            "maximize": maximize,
+            "stochastic_rounding": stochastic_rounding,
+        }
         self.seed, self.exclude, self.kernels = plain(seed), exclude, kernels
         self.cache_projection = plain(cache_projection)
         model = params if model is None and isinstance(params, nn.Module) else model
         guard = NonFiniteGuard(plain(skip_nonfinite), plain(max_skipped_steps), process_group)
-        self._make_parts(exclude, model, guard, process_group)
+        self._make_parts(KeptChoice(exclude, embeddings), model, guard, process_group)
         self._constructed = False
         run_together(lambda: self._construct(params, own, options), process_group)
         check_same_on_all_ranks(self._facts, process_group, explain(process_group))
         self._constructed = True
 
     def _make_parts(
-        self, exclude: str | None, model: nn.Module | None, guard: NonFiniteGuard, group: dist.ProcessGroup | None
+        self, choice: KeptChoice, model: nn.Module | None, guard: NonFiniteGuard, group: dist.ProcessGroup | None
     ) -> None:
         """Make what this optimizer consists of, without parameters yet."""
         rules, title = self.rules, type(self).__name__
-        members = Members(rules, title, KeptChoice(exclude), KeptRoles())
+        members = Members(rules, title, choice, KeptRoles())
         following, store = Following(model, members, group), StateStore(rules, members, group)
         failures, changes = Failures(group), OptionChanges(rules)
         steps = partial(Steps, failures=failures)
@@ -109,7 +114,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _construct(self, params: Any, options: dict[str, Any], unknown: dict[str, Any]) -> None:
         """The local part of construction; may fail on one rank only."""
         given = params, options, unknown
-        super().__init__(checked_groups(self._parts, self._settings, self.exclude, *given, chosen_groups), options)
+        super().__init__(checked_groups(self._parts, self._settings, *given, chosen_groups), options)
         after_groups(self._parts, self.param_groups)
 
     @property
@@ -344,7 +349,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self._constructed = True
-        self._make_parts(state["exclude"], None, state["_guard"], None)
+        self._make_parts(KeptChoice(state["exclude"]), None, state["_guard"], None)
         super().__setstate__(restored(state, self._parts))
         self.defaults.pop("differentiable", None)  # which torch adds
         self._parts.show(self.param_groups)

@@ -12,7 +12,7 @@ from ..distributed import rank_of
 from ..kernels.table import check as check_kernels
 from ..rules.groups import options_of
 from ..rules.registry import rules_of
-from ..selection.choice import name_pattern
+from ..selection.choice import check_embeddings, name_pattern
 from ..sharding import fsdp2
 from ..sharding.deepspeed import zero
 from ..state.identity import NAMES, identify
@@ -29,20 +29,20 @@ logger = logging.getLogger("apollo_dist")
 
 # Arguments that are no options of groups.
 _ARGUMENTS = (
-    "seed", "exclude", "cache_projection", "kernels", "skip_nonfinite", "max_skipped_steps", "model",
+    "seed", "exclude", "embeddings", "cache_projection", "kernels", "skip_nonfinite", "max_skipped_steps", "model",
     "process_group",
 )  # fmt: skip
 
 
 def checked_groups(
-    parts: Parts, settings: Settings, exclude: str | None, params: Any, options: dict[str, Any],
-    unknown: dict[str, Any], choose: Callable[..., list[dict[str, Any]]],
+    parts: Parts, settings: Settings, params: Any, options: dict[str, Any], unknown: dict[str, Any],
+    choose: Callable[..., list[dict[str, Any]]],
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Check an optimizer's arguments, and find its groups.
 
     Args:
         parts: of the optimizer.
-        settings, exclude, params: its arguments.
+        settings, params: its arguments.
         options: of its groups; made Python's own numbers.
         unknown: keywords that are no argument of the optimizer.
         choose: ``param_groups.chosen_groups``.
@@ -60,11 +60,12 @@ def checked_groups(
     if settings.cache_projection not in ("auto", True, False):
         raise ValueError(f'cache_projection must be "auto", True or False, got {settings.cache_projection!r}')
     check_kernels(settings.kernels)
-    name_pattern(exclude)
-    parts.following.model.check(params)
     members = parts.members
+    name_pattern(members.choice.exclude)
+    check_embeddings(members.choice.embeddings)
+    parts.following.model.check(params)
     members.of_model, members.rank = isinstance(params, nn.Module), options.get("rank", 0)
-    groups, members.chosen = given_groups(params, parts.rules, options, exclude, parts.title, choose)
+    groups, members.chosen = given_groups(params, parts.rules, options, members.choice, parts.title, choose)
     return groups
 
 

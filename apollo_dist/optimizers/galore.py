@@ -36,8 +36,9 @@ class GaLore(ShardedOptimizer):
             rounded once when they are made, for half of their memory and traffic.
         proj_type: of random projections, as of ``APOLLO``.
         maximize: follow the negated gradients.
-        seed, exclude, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as
-            of ``APOLLO``.
+        stochastic_rounding, adam_dtype: as of ``APOLLO``.
+        seed, exclude, embeddings, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group,
+            unknown: as of ``APOLLO``.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -61,8 +62,11 @@ class GaLore(ShardedOptimizer):
         projection_dtype: torch.dtype | str | None = None,
         proj_type: str = "std",
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        adam_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         exclude: str | None = None,
+        embeddings: str = "adamw",
         cache_projection: bool | str = "auto",
         kernels: str = "auto",
         skip_nonfinite: bool = False,
@@ -73,9 +77,11 @@ class GaLore(ShardedOptimizer):
     ) -> None:
         super().__init__(
             params, lr, betas=betas, eps=eps, weight_decay=weight_decay, rank=rank, scale=scale,
-            update_proj_gap=update_proj_gap, proj=proj, proj_type=proj_type, refresh=refresh, maximize=maximize,
-            projection_dtype=projection_dtype, seed=seed, exclude=exclude, cache_projection=cache_projection,
-            kernels=kernels, skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps, model=model,
+            update_proj_gap=update_proj_gap, proj=proj, proj_type=proj_type, refresh=refresh,
+            projection_dtype=projection_dtype,
+            maximize=maximize, stochastic_rounding=stochastic_rounding, adam_dtype=adam_dtype,
+            seed=seed, exclude=exclude, embeddings=embeddings, cache_projection=cache_projection, kernels=kernels,
+            skip_nonfinite=skip_nonfinite, max_skipped_steps=max_skipped_steps, model=model,
             process_group=process_group, **unknown,
         )  # fmt: skip
 

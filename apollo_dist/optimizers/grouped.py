@@ -15,6 +15,7 @@ from .parameters import check_named_alike, named_parameters, split_params
 
 if TYPE_CHECKING:
     from ..rules.base import Rules
+    from ..selection.kept import KeptChoice
     from .members import Members
     from .model_ref import ModelRef
 
@@ -22,7 +23,7 @@ Group = dict[str, Any]
 
 
 def given_groups(
-    params: Any, rules: Rules, options: Mapping[str, Any], exclude: str | None, title: str,
+    params: Any, rules: Rules, options: Mapping[str, Any], choice: KeptChoice, title: str,
     choose: Callable[..., list[Group]],
 ) -> tuple[list[Group], bool]:  # fmt: skip
     """The groups that an optimizer is built from.
@@ -31,7 +32,7 @@ def given_groups(
         params: a model, parameters, (name, parameter) pairs, or groups.
         rules: of groups that name none.
         options: of the optimizer.
-        exclude: a regular expression of names to leave out of the choice of low-rank matrices.
+        choice: of low-rank matrices, for what it was asked to exclude, or to take as well.
         title: the optimizer's name, for messages.
         choose: ``param_groups.chosen_groups``.
 
@@ -40,28 +41,31 @@ def given_groups(
         rank.
 
     Raises:
-        ValueError: for ``exclude`` where nothing is chosen, and for what ``as_groups`` and ``without_choice`` refuse.
+        ValueError: for ``exclude`` or ``embeddings`` where nothing is chosen, and for what ``as_groups`` and
+            ``without_choice`` refuse.
     """
     model = params if isinstance(params, nn.Module) else None
     if not is_chosen(rules):
-        if exclude is not None:
-            raise ValueError(f"exclude={exclude!r} is for low-rank matrices, of which {title} has none")
+        if choice.asked:
+            raise ValueError(f"{choice.asked} is for low-rank matrices, of which {title} has none")
         return as_groups(params if model is None else named_parameters(model)), False
     rank = options["rank"]
     # A group that says rank=None is AdamW's, unless no group says anything else.
     if model is not None:
         others = {key: value for key, value in options.items() if key != "rank"}
-        return [{"rank": None, **group} for group in choose(model, rules, rank, exclude, others)], True
+        return [
+            {"rank": None, **group} for group in choose(model, rules, rank, choice.exclude, choice.embeddings, others)
+        ], True
     groups = [without_choice(group, rank) if group.get(RULE) is None else group for group in as_groups(params)]
     mine = [group for group in groups if group.get(RULE) is None]
     chosen = bool(mine) and all(group.get("rank") is None for group in mine)
     if chosen and all("rank" in group for group in mine):
         for group in mine:
             del group["rank"]
-    if exclude is not None and not chosen:
+    if choice.asked and not chosen:
         raise ValueError(
-            f"exclude={exclude!r} has no effect on groups with a rank; put the parameters that it is to exclude into a "
-            "group without rank"
+            f"{choice.asked} has no effect on groups with a rank; put parameters that are to be excluded into a group "
+            "without rank, and those that are to be low-rank into one with a rank"
         )
     return groups, chosen
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -43,6 +44,7 @@ class Muon(ShardedOptimizer):
         adam_lr: learning rate of AdamW, which follows the schedule of ``lr``; None for the same. Groups keep it as
             ``adam_lr_ratio``, the ratio of both.
         maximize: follow the negated gradients.
+        stochastic_rounding, adam_dtype: as of ``APOLLO``.
         seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
             ``APOLLO``; the seed matters where a group names a rule with projections.
 
@@ -70,6 +72,8 @@ class Muon(ShardedOptimizer):
         eps: float = 1e-8,
         adam_lr: float | None = None,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        adam_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         cache_projection: bool | str = "auto",
         kernels: str = "auto",
@@ -85,6 +89,7 @@ class Muon(ShardedOptimizer):
             params, lr, weight_decay=weight_decay, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps,
             ns_eps=ns_eps, ns_dtype=ns_dtype, adjust_lr_fn=adjust_lr_fn,
             exchange_dtype=exchange_dtype, split=split, betas=betas, eps=eps, maximize=maximize,
+            stochastic_rounding=stochastic_rounding, adam_dtype=adam_dtype,
             seed=seed, cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
             max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

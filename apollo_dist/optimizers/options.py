@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..rules.groups import options_of
+from ..rules.groups import STOCHASTIC_ROUNDING, options_of
 from ..rules.options import flag, not_negative
 from ..rules.registry import RULE
 
@@ -239,4 +239,4 @@ def validate_options(options: Mapping[str, Any], where: str, rules: Rules, *, st
             refuse(key, want)
 
 
-_CHECKS = {"weight_decay": not_negative, "maximize": flag}
+_CHECKS = {"weight_decay": not_negative, "maximize": flag, STOCHASTIC_ROUNDING: flag}

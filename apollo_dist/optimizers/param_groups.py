@@ -9,13 +9,19 @@ from torch import nn
 from ..rules.base import Rules
 from ..rules.groups import options_of
 from ..rules.registry import RULE, rules_named
-from ..selection.choice import check_any, of_model, tell
+from ..selection.choice import check_any, check_embeddings, of_model, tell
 from .options import check_known
 from .parameters import named_parameters
 
 
 def param_groups(
-    model: nn.Module, rank: int | None = None, *, rule: str = "apollo", exclude: str | None = None, **options: Any
+    model: nn.Module,
+    rank: int | None = None,
+    *,
+    rule: str = "apollo",
+    exclude: str | None = None,
+    embeddings: str = "adamw",
+    **options: Any,
 ) -> list[dict[str, Any]]:
     """Parameter groups of a model's parameters, with names.
 
@@ -29,6 +35,7 @@ def param_groups(
         rank: r of the low-rank group, by default 256. Matrices with a smaller side go to AdamW, and the log names them.
         rule: the rule's name, such as "scale".
         exclude: a regular expression; matching names go to AdamW. For low-rank rules only.
+        embeddings: "low_rank" takes embeddings and output heads as well. For low-rank rules only.
         options: further options of the groups: lr, weight_decay, maximize, and what the rule has (for APOLLO betas and
             eps, and of the low-rank group scale, scale_type, update_proj_gap, proj, proj_type, scale_front,
             disable_nl).
@@ -41,21 +48,22 @@ def param_groups(
     """
     rules = rules_named(rule)
     if rules.matrix is not None and rules.matrix.chosen:
-        groups = chosen_groups(model, rules, 256 if rank is None else rank, exclude, options)
+        groups = chosen_groups(model, rules, 256 if rank is None else rank, exclude, embeddings, options)
         # Groups of APOLLO's name no rule, as groups for apollo-torch do.
         return groups if rule == "apollo" else [{RULE: rule, "rank": None, **group} for group in groups]
     check_known(options, options_of(rules), "option")
-    if rank is not None or exclude is not None:
-        raise ValueError(f"rank and exclude are for low-rank matrices, which rule={rule!r} does not have")
+    if rank is not None or exclude is not None or embeddings != "adamw":
+        raise ValueError(f"rank, exclude and embeddings are for low-rank matrices, which rule={rule!r} does not have")
     return [{"params": named_parameters(model), RULE: rule, **options}]
 
 
 def chosen_groups(
-    model: nn.Module, rules: Rules, rank: int, exclude: str | None, options: dict[str, Any]
+    model: nn.Module, rules: Rules, rank: int, exclude: str | None, embeddings: str, options: dict[str, Any]
 ) -> list[dict[str, Any]]:
     """The groups of rules whose matrices are chosen: low-rank ones, and the others; see ``param_groups``."""
     check_known(options, [key for key in options_of(rules) if key != "rank"], "option")
-    choice = of_model(model, rank, exclude)
+    check_embeddings(embeddings)
+    choice = of_model(model, rank, exclude, embeddings)
     low: list[tuple[str, nn.Parameter]] = []
     rest: list[tuple[str, nn.Parameter]] = []
     for name, parameter in named_parameters(model):

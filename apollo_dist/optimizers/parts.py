@@ -52,7 +52,8 @@ class Parts:
 
     def facts(self, groups: Sequence[dict[str, Any]], seed: int) -> dict[str, object]:
         """What ranks must have in common about groups."""
-        return {**self.guard.facts(), **fingerprint(seed, groups, self.members.of(groups), self.rules)}
+        facts = {**self.guard.facts(), "embeddings": self.members.choice.embeddings}
+        return facts | fingerprint(seed, groups, self.members.of(groups), self.rules)
 
     def show(self, groups: Iterable[dict[str, Any]]) -> None:
         """Fill the optimizer's ``state`` for other tools to look at."""

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 from ..distributed import check_same_on_all_ranks, run_together, together
+from ..rules.groups import STOCHASTIC_ROUNDING
 from ..rules.registry import RULE, rules_of
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
@@ -188,6 +189,7 @@ class Plans:
                 id(group),
                 tuple(map(id, group["params"])),
                 group.get(RULE),
+                group.get(STOCHASTIC_ROUNDING),
                 *(group.get(key) for key in rules_of(group, self._rules).spec_options),
             )
             for group in groups

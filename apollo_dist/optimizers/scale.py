@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
@@ -31,6 +32,7 @@ class SCALE(ShardedOptimizer):
         adam_lr: learning rate of AdamW, which follows the schedule of ``lr``; None for the same. Groups keep it as
             ``adam_lr_ratio``, the ratio of both.
         maximize: follow the negated gradients.
+        stochastic_rounding, adam_dtype: as of ``APOLLO``.
         seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
             ``APOLLO``; the seed matters where a group names a rule with projections.
 
@@ -52,6 +54,8 @@ class SCALE(ShardedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         adam_lr: float | None = None,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
+        adam_dtype: torch.dtype | str | None = None,
         seed: int = 0,
         cache_projection: bool | str = "auto",
         kernels: str = "auto",
@@ -65,7 +69,7 @@ class SCALE(ShardedOptimizer):
             unknown["adam_lr_ratio"] = ratio(adam_lr, lr)
         super().__init__(
             params, lr, momentum=momentum, weight_decay=weight_decay, axis=axis, eps=eps, betas=betas,
-            maximize=maximize, seed=seed,
+            maximize=maximize, stochastic_rounding=stochastic_rounding, adam_dtype=adam_dtype, seed=seed,
             cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
             max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

@@ -21,6 +21,7 @@ class SGD(ShardedOptimizer):
         weight_decay: is added to the gradient, times the weight.
         nesterov: look one step ahead.
         maximize: follow the negated gradients.
+        stochastic_rounding: as of ``APOLLO``.
         seed, cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group, unknown: as of
             ``APOLLO``; the seed matters where a group names a rule with projections.
 
@@ -40,6 +41,7 @@ class SGD(ShardedOptimizer):
         nesterov: bool = False,
         *,
         maximize: bool = False,
+        stochastic_rounding: bool = False,
         seed: int = 0,
         cache_projection: bool | str = "auto",
         kernels: str = "auto",
@@ -51,7 +53,7 @@ class SGD(ShardedOptimizer):
     ) -> None:
         super().__init__(
             params, lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay, nesterov=nesterov,
-            maximize=maximize, seed=seed,
+            maximize=maximize, stochastic_rounding=stochastic_rounding, seed=seed,
             cache_projection=cache_projection, kernels=kernels, skip_nonfinite=skip_nonfinite,
             max_skipped_steps=max_skipped_steps, model=model, process_group=process_group, **unknown,
         )  # fmt: skip

@@ -39,6 +39,7 @@ def add_parser(subparsers: Any) -> None:
     add("--sequence-length", type=int, help="tokens of a sequence (default: the recipe's)")
     add("--rank", type=int, help="of APOLLO's projections (default: the recipe's)")
     add("--scale-type", help="of APOLLO: channel or tensor (default: the recipe's)")
+    add("--adam-dtype", help="of AdamW's moments: float32 or bfloat16 (default: the recipe's, or float32)")
     add("--precision", help=", ".join(PRECISIONS) + " (default: the recipe's); docs/planning.md says what they mean")
     add("--weights", help="int8: the linear layers of the blocks in INT8 (default: the recipe's)")
     add("--gradient-dtype", help="fp32 or bf16, of the gradients that ZeRO keeps (default: the weights')")
@@ -74,6 +75,7 @@ def options_of(arguments: argparse.Namespace) -> tuple[str, Any, Options]:
         "sequence_length": config.sequence_length,
         "rank": config.optimizer.rank,
         "scale_type": config.optimizer.scale_type,
+        "adam_dtype": config.optimizer.adam_dtype,
         "precision": config.precision,
         "weights": config.weights,
         "attention": config.attention,

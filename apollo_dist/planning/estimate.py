@@ -63,6 +63,7 @@ def estimate(
     sub_group_size: int = 1_000_000_000,
     compute_bytes: int = 4,
     rules: Rules = RULES,
+    adam_dtype: Any = None,
 ) -> Estimate:
     """Predict memory and traffic for a model's trainable parameters.
 
@@ -77,6 +78,7 @@ def estimate(
         sub_group_size: DeepSpeed's option of that name, for "zero3".
         compute_bytes: size of an element that FSDP1 computes in, by which it aligns parameters.
         rules: of the optimizer; by default APOLLO's.
+        adam_dtype: as in ``APOLLO``.
 
     Raises:
         ValueError: for an unknown layout, or a parameter that cannot be low-rank.
@@ -98,7 +100,7 @@ def estimate(
     calls = _sub_groups(low, sub_group_size, ranks) if layout == "zero3" else [low]
     plans = [make_plan(_specs(part, partitions, lambda _, m, n: matrix.spec(m, n, options)), ranks) for part in calls]
     rest = [partition for name, partition in partitions.items() if name not in chosen]
-    result = estimate_plans(plans, rest, ranks, rules.element)
+    result = estimate_plans(plans, rest, ranks, rules.element, {"adam_dtype": adam_dtype})
     return _repeated(result, world // ranks)
 
 
@@ -197,14 +199,15 @@ def estimate_plans(
         rest: partitions of the other parameters.
         ranks: of the shard group.
         element: the rule of the other parameters.
-        group: their options; None for the rule's defaults.
+        group: their options; the rule's defaults where it has none.
     """
     state, sent, buffers, refresh, collectives = [0] * ranks, [0] * ranks, [0] * ranks, [0] * ranks, 0
-    defaults = {key: option.default for key, option in element.options.items()}
-    numbers = len(element.state_of(defaults if group is None else group))
+    known = {**{key: option.default for key, option in element.options.items()}, **(group or {})}
+    dtype = element.state_dtype(known)
+    width = len(element.state_of(known)) * (NUMBER if dtype is None else dtype.itemsize)
     for partition in rest:
         for k in range(ranks):
-            state[k] += NUMBER * numbers * partition.numel(k)
+            state[k] += width * partition.numel(k)
     for plan in plans:
         whole = traffic(plan, NUMBER)
         collectives += plan.needs_exchange1 + plan.needs_exchange2 + whole.collectives

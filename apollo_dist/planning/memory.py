@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from ..rules.registry import rules_named
 from ..selection.choice import check_any, low_rank_names, of_model
 from ..selection.roles import of_model as of_parameters
 from .activations import Activations, activations, liger_chunk
@@ -190,6 +191,7 @@ def _estimates(module: Any, shapes: Shapes, low: Mapping[str, set[str]], options
             sub_group_size=options.sub_group_size,
             compute_bytes=options.compute_bytes,
             **of_rank.get(kind, {}),
+            **({"adam_dtype": options.adam_dtype} if "adam_dtype" in rules_named(rule).options else {}),
         )
         for kind, rule in RULES.items()
     }
@@ -201,14 +203,15 @@ def _of_apollo_and_adamw(
 ) -> dict[str, Estimate]:
     kinds = {"apollo": {"rank": options.rank, "scale_type": options.scale_type}, "apollo-mini": MINI}
     shards = options.shards
+    stored: dict[str, Any] = {"adam_dtype": options.adam_dtype}
     if options.layout == "fsdp2" and shards > 1:
         readings = read_fsdp2(module, options.world, shards, list(kinds.values()))
         found = {
-            kind: estimate_plans(reading.plans, reading.rest.values(), shards)
+            kind: estimate_plans(reading.plans, reading.rest.values(), shards, group=stored)
             for kind, reading in zip(kinds, readings, strict=True)
         }
         partitions = [*readings[0].low_rank.values(), *readings[0].rest.values()]
-        return found | {"adamw": estimate_plans([], partitions, shards)}
+        return found | {"adamw": estimate_plans([], partitions, shards, group=stored)}
     found = {
         kind: estimate(
             shapes,
@@ -218,16 +221,16 @@ def _of_apollo_and_adamw(
             low_rank=low[kind],
             sub_group_size=options.sub_group_size,
             compute_bytes=options.compute_bytes,
+            **stored,
         )
         for kind, chosen in kinds.items()
     }
     if options.layout in ("zero", "zero3"):
         # One parameter group, and torch's AdamW works on DeepSpeed's flat tensors, padding included.
-        state = 8 * shard_numel(shapes, (), options.layout, shards)
+        state = (4 if options.adam_dtype == "bfloat16" else 8) * shard_numel(shapes, (), options.layout, shards)
         return found | {"adamw": Estimate((state,) * shards, (0,) * shards, 0, (0,) * shards)}
-    return found | {
-        "adamw": estimate_plans([], divide(shapes, (), options.layout, shards, options.compute_bytes).values(), shards)
-    }
+    parts = divide(shapes, (), options.layout, shards, options.compute_bytes).values()
+    return found | {"adamw": estimate_plans([], parts, shards, group=stored)}
 
 
 def _common(shapes: Shapes, low: set[str], options: Options, activation_bytes: int) -> Memory:

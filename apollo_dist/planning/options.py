@@ -72,6 +72,7 @@ class Options:
             other engines cannot change.
         rank: r of APOLLO's projections.
         scale_type: APOLLO's scaling, "channel" or "tensor".
+        adam_dtype: of the moments of what takes AdamW: "bfloat16", "float32" or None, which is "float32".
         sequence_length: tokens of a sequence.
         micro_batch: sequences of a forward pass.
         attention: "sdpa" (flash or memory-efficient kernels), "flash_attention_2" or "eager".
@@ -97,6 +98,7 @@ class Options:
     gradient_dtype: str | None = None
     rank: int = 256
     scale_type: str = "channel"
+    adam_dtype: str | None = None
     sequence_length: int = 256
     micro_batch: int = 1
     attention: str = "sdpa"
@@ -120,6 +122,8 @@ class Options:
         one_of(("channel", "tensor"), "scale type", self.scale_type)
         if self.weights is not None:
             self._check_weights()
+        if self.adam_dtype is not None:
+            one_of(("float32", "bfloat16"), "adam dtype", self.adam_dtype)
         if self.gradient_dtype is not None:
             one_of(("fp32", "bf16"), "gradient dtype", self.gradient_dtype)
         for key in ("world", "gpus_per_node", "rank", "sequence_length", "micro_batch", "loss_chunk", "gpu_memory"):

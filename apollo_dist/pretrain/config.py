@@ -111,7 +111,8 @@ class Config:
     layerwise: bool = option("update inside the backward pass: fsdp2, or ddp in a single process", False)
     deepspeed_config: str | None = option("DeepSpeed's JSON; ds_configs/README.md says what it decides", None)
     precision: str = option(
-        "fp32; bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp; bf16-pure: bf16 weights alone",
+        "fp32; bf16: autocast under ddp, bf16 compute over fp32 weights under fsdp; bf16-pure: bf16 weights alone, "
+        "rounded stochastically",
         "fp32",
     )
     weights: str | None = option(
@@ -196,6 +197,11 @@ class Config:
                 "--engine deepspeed needs --deepspeed_config FILE, and no other engine takes one"
             )
 
+        if getattr(self.optimizer, "stochastic_rounding", None) and self.precision != "bf16-pure":
+            raise ValueError(
+                f"optimizer.stochastic_rounding with --precision {self.precision}: the step updates fp32 weights, "
+                "which lose nothing to rounding; leave it out, or take --precision bf16-pure"
+            )
         if self.layerwise:
             self._check_layerwise()
 

@@ -29,6 +29,7 @@ class SgdConfig(OptimizerConfig):
     weight_decay: float = option("weight decay, which is added to the gradient", 0.0)
     momentum: float = option("of the running sum of gradients", 0.9)
     nesterov: bool = option("look one step ahead", False)
+    stochastic_rounding: bool | None = option("of bf16 weights; default: with --precision bf16-pure", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -51,18 +52,37 @@ class AdamWConfig(OptimizerConfig):
 
 
 @dataclass(frozen=True)
-class ApolloMiniConfig(AdamWConfig):
+class StoredConfig(AdamWConfig):
+    """How weights and moments are stored: options of this library's optimizers with moments of Adam's."""
+
+    stochastic_rounding: bool | None = option("of bf16 weights; default: with --precision bf16-pure", None)
+    adam_dtype: str | None = option("of moments where a parameter takes AdamW: bfloat16; default float32", None)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.adam_dtype is not None:
+            one_of(("bfloat16", "float32"), "adam_dtype", self.adam_dtype)
+
+
+@dataclass(frozen=True)
+class ApolloMiniConfig(StoredConfig):
     """Options of ``apollo_dist.APOLLOMini``: rank 1, one scaling factor per matrix."""
 
     name: ClassVar[str] = "apollo-mini"
     lr: float = option("peak learning rate", 1e-2)
     scale: float = option("multiplies the low-rank matrices' update by its root", 128.0)
     update_proj_gap: int = option("steps between two refreshes of the projections", 200)
+    proj_type: str | None = option("entries of projections: std (normal, the default) or rademacher (signs)", None)
+    embeddings: str | None = option("adamw (the default), or low_rank: embedding and head low-rank as well", None)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self.scale > 0, "scale", self.scale, "positive")
         at_least(1, update_proj_gap=self.update_proj_gap)
+        if self.proj_type is not None:
+            one_of(("std", "rademacher"), "proj_type", self.proj_type)
+        if self.embeddings is not None:
+            one_of(("adamw", "low_rank"), "embeddings", self.embeddings)
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,7 @@ class ApolloConfig(ApolloMiniConfig):
 
 
 @dataclass(frozen=True)
-class GaLoreConfig(AdamWConfig):
+class GaLoreConfig(StoredConfig):
     """Options of ``apollo_dist.GaLore``."""
 
     name: ClassVar[str] = "galore"
@@ -116,7 +136,7 @@ class FiraConfig(GaLoreConfig):
 
 
 @dataclass(frozen=True)
-class MuonConfig(AdamWConfig):
+class MuonConfig(StoredConfig):
     """Options of ``apollo_dist.Muon``; betas and eps are those of its AdamW for embedding, head and norms."""
 
     name: ClassVar[str] = "muon"
@@ -136,7 +156,7 @@ class MuonConfig(AdamWConfig):
 
 
 @dataclass(frozen=True)
-class ScaleConfig(AdamWConfig):
+class ScaleConfig(StoredConfig):
     """Options of ``apollo_dist.SCALE``; betas and eps are those of its AdamW for norms."""
 
     name: ClassVar[str] = "scale"
@@ -151,7 +171,7 @@ class ScaleConfig(AdamWConfig):
 
 
 @dataclass(frozen=True)
-class AdamMiniConfig(AdamWConfig):
+class AdamMiniConfig(StoredConfig):
     """Options of ``apollo_dist.AdamMini``, which finds the heads in the model."""
 
     name: ClassVar[str] = "adam-mini"

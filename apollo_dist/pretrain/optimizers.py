@@ -44,15 +44,27 @@ _CLASSES: tuple[tuple[type[OptimizerConfig], Any], ...] = (
 
 
 def build_optimizer(
-    config: OptimizerConfig | JsonOptimizer, model: nn.Module, seed: int, *, layerwise: bool = False
+    config: OptimizerConfig | JsonOptimizer,
+    model: nn.Module,
+    seed: int,
+    *,
+    layerwise: bool = False,
+    bf16_weights: bool = False,
 ) -> torch.optim.Optimizer:
-    """The optimizer for ``model`` as the engine has wrapped it; ``seed`` is that of the projections.
+    """The optimizer for ``model`` as the engine has wrapped it.
 
-    With ``layerwise`` it updates inside the backward pass, which `Config` allows for the optimizers of this library.
+    Args:
+        config: of the optimizer.
+        model: as the engine has wrapped it.
+        seed: of the projections, and of stochastic rounding.
+        layerwise: whether it updates inside the backward pass, which `Config` allows for those of this library.
+        bf16_weights: whether the step updates bf16 weights, which are then rounded stochastically by default.
     """
     assert isinstance(config, OptimizerConfig)  # DeepSpeed makes the other kind itself
-    options = dataclasses.asdict(config)
+    options = {key: value for key, value in dataclasses.asdict(config).items() if value is not None}
     kind = next((kind for of, kind in _CLASSES if isinstance(config, of)), None)
+    if kind is not None:
+        options.setdefault("stochastic_rounding", bf16_weights)
     if layerwise:
         return in_backward.attach(model, optimizer=kind, **options, seed=seed)
     if kind is not None:

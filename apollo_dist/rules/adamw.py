@@ -20,11 +20,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..kernels.adam import adam_step, bias_correction
 from .base import ElementRule, Group
-from .options import BETAS, Option, not_negative
+from .options import ADAM_DTYPE, BETAS, DTYPES, Option, not_negative
 
 
 class AdamW(ElementRule):
@@ -37,7 +38,17 @@ class AdamW(ElementRule):
     name = "AdamW"
     corrects_first = False
     state = ("exp_avg", "exp_avg_sq")
-    options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-6, not_negative)}
+    spec_options = ("adam_dtype",)
+    options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-6, not_negative), "adam_dtype": ADAM_DTYPE}
+
+    def state_dtype(self, group: Group) -> torch.dtype | None:
+        """``adam_dtype``."""
+        return DTYPES[group.get("adam_dtype")]
+
+    def refuses_change(self, before: Group, now: Group) -> str:
+        """The state has its dtype."""
+        old, new = before.get("adam_dtype"), now.get("adam_dtype")
+        return "" if DTYPES[old] == DTYPES[new] else f"adam_dtype was {old} and is now {new}"
 
     def adam(self, step: int, group: Group) -> tuple[float, float] | None:
         """Where the root of V is corrected before, the inverse of that is outside of both, and epsilon has it, too."""
@@ -71,4 +82,4 @@ class TorchAdamW(AdamW):
     name = "torch's AdamW"
     decay_first = True
     corrects_first = True
-    options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-8, not_negative)}
+    options: Mapping[str, Option] = {"betas": BETAS, "eps": Option(1e-8, not_negative), "adam_dtype": ADAM_DTYPE}

@@ -8,7 +8,6 @@ projection; f is one number a matrix, computed from sums over the whole matrix. 
 checkpoints, resharding and memory estimates follow from that declaration and know no rule.
 
 An *element rule* updates every element by itself, so it needs no exchange.
-
 Rules are tensors in, tensors out: no rank, tile or collective is visible here, and no function synchronizes with the
 host. A rule keeps nothing between calls; hyperparameters come from the parameter group at every step.
 """
@@ -27,7 +26,6 @@ if TYPE_CHECKING:
     from .options import Option
 
 Group = Mapping[str, Any]  # a parameter group's options
-
 NO_CARRIER = ""  # as ``Spec.carrier``
 
 
@@ -176,8 +174,7 @@ class Update(NamedTuple):
     """What an owner answers, where it is declared.
 
     Attributes:
-        scale: (channels,).
-        terms: (matrices, ``Reply.terms``).
+        scale, terms: (channels,) and (matrices, ``Reply.terms``).
         residual, direct: D and N, (channels, r) each.
     """
 
@@ -281,6 +278,10 @@ class ElementRule:
         """The names among ``state`` that a group's options need."""
         return self.state
 
+    def state_dtype(self, group: Group) -> torch.dtype | None:
+        """In which its state is kept, if that is not the dtype of the computation: torch.bfloat16."""
+        return None
+
     def learning_rate(self, group: Group) -> Any:
         """A float, or a tensor of one number."""
         return group["lr"]
@@ -342,8 +343,7 @@ class Rules(NamedTuple):
 
     def refuses_change(self, before: Group, now: Group) -> str:
         """Why the options of a group with state cannot change so; "" if they can."""
-        rules = (rule for rule in self if rule is not None)
-        return next(filter(None, (rule.refuses_change(before, now) for rule in rules)), "")
+        return next(filter(None, (rule.refuses_change(before, now) for rule in self if rule is not None)), "")
 
     def rule_of(self, shape: Sequence[int], group: Group) -> MatrixRule | ElementRule:
         """The one that updates a parameter of that shape in a group."""

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     from .base import ElementRule, MatrixRule, Rules
 
 # Options that the step reads, whatever the rule.
-COMMON = ("lr", "weight_decay", "maximize")
+STOCHASTIC_ROUNDING = "stochastic_rounding"
+COMMON = ("lr", "weight_decay", "maximize", STOCHASTIC_ROUNDING)
 
 
 @lru_cache
 def options_of(rules: Rules) -> tuple[str, ...]:
     """The options of a parameter group that follows ``rules``: what its rules declare, and what all have."""
     first = tuple(rules.element.options)
-    return "lr", *first, "weight_decay", "maximize", *(key for key in rules.options if key not in first)
+    return "lr", *first, *COMMON[1:], *(key for key in rules.options if key not in first)
 
 
 # Set by the optimizer on groups whose members the library chooses: they came without a rank.

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import torch
+
 Check = Callable[[Any], str]
 
 
@@ -62,4 +64,7 @@ flag = one_of((True, False), "True or False")
 not_negative = number(">= 0", lambda value: value >= 0.0)
 positive = number("> 0", lambda value: value > 0.0)
 decay_rate = number("in [0, 1)", lambda value: 0.0 <= value < 1.0)
+DTYPES = {None: None, "float32": None, "bfloat16": torch.bfloat16}
+# Of Adam's moments, where they are kept for each element.
+ADAM_DTYPE = Option(None, one_of(tuple(DTYPES), "None (that of the computation), torch.float32 or torch.bfloat16"))
 BETAS = Option((0.9, 0.999), two_betas)

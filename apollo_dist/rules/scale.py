@@ -21,7 +21,7 @@ from torch import Tensor
 
 from . import adamw
 from .base import Group, MatrixRule, Reduce, Reply, Seen, Spec, State, Update
-from .options import BETAS, Option, decay_rate, not_negative, one_of, optional, positive
+from .options import ADAM_DTYPE, BETAS, Option, decay_rate, not_negative, one_of, optional, positive
 from .roles import BIAS, EMBEDDING, HEAD, NORM, OTHER, ROLE
 
 
@@ -82,6 +82,7 @@ class DecayFirst(adamw.AdamW):
         "betas": BETAS,
         "eps": Option(1e-8, not_negative),
         "adam_lr_ratio": Option(1.0, positive),
+        "adam_dtype": ADAM_DTYPE,
     }
 
     def learning_rate(self, group: Group) -> Any:

@@ -9,7 +9,8 @@ a class of one's own that says sizes which are those of its ``weight`` (``in_fea
 code multiplies with a 2-D parameter (``source.py``). A 3-D parameter is a stack of matrices where the module says that
 it holds experts, or multiplies with it.
 
-*No candidates*: embeddings and what is tied to them; output heads; norms; convolutions; routers; biases; tables.
+*No candidates*: embeddings and what is tied to them; output heads; norms; convolutions; routers; biases; tables. The
+first two are *of the vocabulary*, and taken where that is asked for.
 
 A linear map that is a block by itself (``mm_projector.0``) is a candidate only in a model without larger blocks, or in
 one list with them.
@@ -57,7 +58,9 @@ def judge(model: nn.Module) -> dict[int, Verdict]:
             first = Verdict(first.name, first.shape, False, f"tied to {refused[0].name}: {refused[0].why}")
         elif refused and len(uses) > 1 and first.matrix:
             first = Verdict(first.name, first.shape, False, f"{first.why}; tied to {uses[1].name}")
-        found[key] = replace(first, frozen=not tree.parameters[key].requires_grad)
+        kinds = [verdict.why == "embedding" or verdict.why.startswith("output head") for verdict in refused]
+        of_vocabulary = first.matrix and len(first.shape) == 2 and bool(kinds) and all(kinds)
+        found[key] = replace(first, frozen=not tree.parameters[key].requires_grad, of_vocabulary=of_vocabulary)
     return found
 
 

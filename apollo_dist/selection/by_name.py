@@ -30,6 +30,9 @@ _TABLE = re.compile(
 )
 
 
+OUTSIDE = "outside of numbered blocks"
+
+
 def says_embedding(component: str) -> bool:
     """Whether a component of a name says that it is an embedding."""
     return _EMBEDDING.fullmatch(component) is not None
@@ -52,15 +55,22 @@ def _verdict(name: str, shape: tuple[int, ...], experts: Mapping[str, set[int]])
     plain = flat(name, shape)
     if plain is not None:
         return plain
-    why = _refused(name.split("."), shape, experts)
-    return Verdict(name, shape, not why, why or "matrix in a numbered block, by its name", matrix=why != "convolution")
+    parts = name.split(".")
+    why = _refused(parts, shape, experts)
+    matrix = why != "convolution"
+    of_vocabulary = why in ("embedding", "output head")
+    if why == OUTSIDE:
+        of_vocabulary = any(says_embedding(part) for part in parts) or any(map(says_head, parts[:-1]))
+    of_vocabulary = of_vocabulary and matrix and len(shape) == 2
+    why_not_refused = "matrix in a numbered block, by its name"
+    return Verdict(name, shape, not why, why or why_not_refused, matrix=matrix, of_vocabulary=of_vocabulary)
 
 
 def _refused(parts: list[str], shape: tuple[int, ...], experts: Mapping[str, set[int]]) -> str:
     """Why a matrix is no candidate; "" if it is one."""
     first = next((i for i, part in enumerate(parts) if _BLOCK.fullmatch(part)), None)
     if first is None:
-        return "outside of numbered blocks"
+        return OUTSIDE
     leaf, modules = parts[-1], parts[:-1]
     # The module that holds it: the last component that is no number.
     owner = next((part for part in reversed(modules) if not part.isdigit()), "")

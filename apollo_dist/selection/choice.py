@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 from torch import nn
@@ -42,29 +42,40 @@ class Chosen:
 Choice = Mapping[str, Chosen]
 
 
-def of_model(model: nn.Module, rank: int, exclude: str | None = None) -> dict[str, Chosen]:
+EMBEDDINGS = ("adamw", "low_rank")
+
+
+def of_model(model: nn.Module, rank: int, exclude: str | None = None, embeddings: str = "adamw") -> dict[str, Chosen]:
     """The choice among all parameters of a model, by canonical name, in the model's order.
 
     Args:
         model: the model, wrapped, sharded or not.
         rank: r of the low-rank matrices.
         exclude: a regular expression; parameters whose canonical name it matches anywhere are left to AdamW.
+        embeddings: "adamw", or "low_rank" to take embeddings and output heads as well.
 
     Raises:
         ValueError: if ``exclude`` is no regular expression, or for FSDP1's flat parameters.
     """
     verdicts = by_module.judge(model).values()
-    return {v.name: _decide(v, rank, name_pattern(exclude)) for v in verdicts}
+    return {v.name: _decide(v, rank, name_pattern(exclude), embeddings) for v in verdicts}
 
 
-def of_names(shapes: Mapping[str, tuple[int, ...]], rank: int, exclude: str | None = None) -> dict[str, Chosen]:
+def of_names(
+    shapes: Mapping[str, tuple[int, ...]], rank: int, exclude: str | None = None, embeddings: str = "adamw"
+) -> dict[str, Chosen]:
     """The choice by names and shapes alone, where no model is known; see ``of_model``."""
     skip = name_pattern(exclude)
-    return {name: _decide(verdict, rank, skip) for name, verdict in by_name.judge(shapes).items()}
+    return {name: _decide(verdict, rank, skip, embeddings) for name, verdict in by_name.judge(shapes).items()}
 
 
 def choose(
-    parameters: Iterable[Parameter], rank: int, *, model: nn.Module | None = None, exclude: str | None = None
+    parameters: Iterable[Parameter],
+    rank: int,
+    *,
+    model: nn.Module | None = None,
+    exclude: str | None = None,
+    embeddings: str = "adamw",
 ) -> dict[str, Chosen]:
     """The choice among parameters that an optimizer was given without a rank.
 
@@ -76,6 +87,7 @@ def choose(
         rank: r of the low-rank matrices.
         model: whose parameters they are, where it is known.
         exclude: a regular expression of names to leave to AdamW.
+        embeddings: as of ``of_model``.
 
     Returns:
         The choice by name.
@@ -98,12 +110,13 @@ def choose(
         if verdict is None:
             is_matrix = len(p.shape) in (2, 3) and 0 not in p.shape
             verdict = Verdict(p.name, p.shape, is_matrix, "every matrix, for there are no names", is_matrix)
-        found[p.name] = _decide(replace(verdict, name=p.name, shape=p.shape, frozen=p.frozen), rank, skip)
+        verdict = replace(verdict, name=p.name, shape=p.shape, frozen=p.frozen)
+        found[p.name] = _decide(verdict, rank, skip, embeddings)
     return found
 
 
-def _decide(verdict: Verdict, rank: int, skip: re.Pattern[str] | None) -> Chosen:
-    if not verdict.candidate:
+def _decide(verdict: Verdict, rank: int, skip: re.Pattern[str] | None, embeddings: str) -> Chosen:
+    if not verdict.candidate and not (verdict.of_vocabulary and embeddings == "low_rank"):
         return Chosen(verdict, False)
     if skip is not None and skip.search(verdict.name):
         return Chosen(replace(verdict, why=f"excluded by {skip.pattern!r}"), False)
@@ -189,6 +202,12 @@ def check_any(choice: Choice, what: str, rank: int) -> None:
         "inside repeated blocks (such as layers.0.mlp.up_proj.weight). Give the matrices a parameter group with a "
         "rank: APOLLO([{'params': matrices, 'rank': 256}, {'params': others}])"
     )
+
+
+def check_embeddings(embeddings: Any) -> None:
+    """Raise ValueError if ``embeddings`` is none of ``EMBEDDINGS``."""
+    if type(embeddings) is not str or embeddings not in EMBEDDINGS:
+        raise ValueError(f'embeddings must be "adamw" or "low_rank", got {embeddings!r}')
 
 
 def name_pattern(exclude: str | None) -> re.Pattern[str] | None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .choice import Chosen, check_any, of_model
+from .choice import EMBEDDINGS, Chosen, check_any, of_model
 from .describe import table
 
 # Tried in this order where the configuration names no class.
@@ -36,6 +36,9 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--rank", type=int, default=256, help="of APOLLO's projections (default 256)")
     parser.add_argument("--exclude", help="regular expression of names to leave to AdamW")
+    parser.add_argument(
+        "--embeddings", choices=EMBEDDINGS, default="adamw", help="whether embeddings and heads are low-rank as well"
+    )
     parser.add_argument("--model-class", help="such as BertForSequenceClassification (default: what the config names)")
     parser.add_argument("--every", action="store_true", help="a line for each parameter, not for each kind")
     parser.set_defaults(run=run)
@@ -47,7 +50,7 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.rank < 1:
             raise ValueError(f"--rank must be at least 1, got {arguments.rank}")
         model = meta_model(arguments.model, arguments.model_class)
-        choice: dict[str, Chosen] = of_model(model, arguments.rank, arguments.exclude)
+        choice: dict[str, Chosen] = of_model(model, arguments.rank, arguments.exclude, arguments.embeddings)
     except ValueError as error:
         print(f"choose: {error}", file=sys.stderr)
         return 2

@@ -7,12 +7,19 @@ from collections.abc import Iterable
 from torch import nn
 
 from ..sharding.names import pattern_of
-from .choice import Chosen, of_model
+from .choice import Chosen, check_embeddings, of_model
 
 HEAD = ("parameter", "shape", "update", "why")
 
 
-def describe(model: nn.Module, rank: int = 256, *, exclude: str | None = None, every: bool = False) -> None:
+def describe(
+    model: nn.Module,
+    rank: int = 256,
+    *,
+    exclude: str | None = None,
+    embeddings: str = "adamw",
+    every: bool = False,
+) -> None:
     """Print which parameters of a model APOLLO makes low-rank, which AdamW takes, and why.
 
     The choice is that of ``APOLLO(model, rank=rank, exclude=exclude)``; nothing is trained or changed. The model may be
@@ -22,12 +29,15 @@ def describe(model: nn.Module, rank: int = 256, *, exclude: str | None = None, e
         model: the model.
         rank: r of the low-rank matrices. 1 is that of ``APOLLOMini``.
         exclude: a regular expression of names to leave to AdamW.
+        embeddings: as of ``APOLLO``.
         every: print a line for each parameter. Otherwise parameters that differ in numbers only share a line.
 
     Raises:
-        ValueError: if ``exclude`` is no regular expression, or for FSDP1 without ``use_orig_params=True``.
+        ValueError: if ``exclude`` is no regular expression, for another value of ``embeddings``, or for FSDP1 without
+            ``use_orig_params=True``.
     """
-    print(table(of_model(model, rank, exclude).values(), every=every))
+    check_embeddings(embeddings)
+    print(table(of_model(model, rank, exclude, embeddings).values(), every=every))
 
 
 def table(choice: Iterable[Chosen], *, every: bool = False) -> str:

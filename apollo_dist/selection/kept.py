@@ -20,12 +20,19 @@ class KeptChoice:
 
     Args:
         exclude: a regular expression of names to leave to AdamW.
+        embeddings: "low_rank" to take embeddings and output heads as well, else "adamw".
     """
 
-    def __init__(self, exclude: str | None) -> None:
-        self.exclude = exclude
+    def __init__(self, exclude: str | None, embeddings: str = "adamw") -> None:
+        self.exclude, self.embeddings = exclude, embeddings
         # By name: whether it is low-rank.
         self.low_rank: dict[str, bool] = {}
+
+    @property
+    def asked(self) -> str:
+        """What was asked for other than by default, for messages; "" for nothing."""
+        given = ("exclude", self.exclude, None), ("embeddings", self.embeddings, "adamw")
+        return ", ".join(f"{key}={value!r}" for key, value, default in given if value != default)
 
     def decide(self, parameters: Iterable[Parameter], rank: int, model: nn.Module | None) -> None:
         """Decide on parameters that are not decided yet; the log then says what AdamW takes.
@@ -42,7 +49,7 @@ class KeptChoice:
         if self.covers(parameters):
             return
         new = {p.name for p in parameters} - self.low_rank.keys()
-        found = choose(parameters, rank, model=model, exclude=self.exclude)
+        found = choose(parameters, rank, model=model, exclude=self.exclude, embeddings=self.embeddings)
         if not any(self.low_rank.values()):
             check_any(found, f"{len(parameters)} parameters", rank)
         found = {name: chosen for name, chosen in found.items() if name in new}
@@ -58,11 +65,12 @@ class KeptChoice:
         parameters = list(parameters)
         if self.covers(parameters):
             return self.low_rank
-        found = choose(parameters, rank, model=model, exclude=self.exclude)
+        found = choose(parameters, rank, model=model, exclude=self.exclude, embeddings=self.embeddings)
         return {name: chosen.low_rank for name, chosen in found.items()} | self.low_rank
 
     def check(self, parameters: Iterable[Parameter], rank: int) -> None:
         """Raise ValueError if nothing would be low-rank as far as names and shapes say; decide nothing."""
         parameters = list(parameters)
         exclude = self.exclude if all(p.named for p in parameters) else None
-        check_any(choose(parameters, rank, exclude=exclude), f"{len(parameters)} parameters", rank)
+        found = choose(parameters, rank, exclude=exclude, embeddings=self.embeddings)
+        check_any(found, f"{len(parameters)} parameters", rank)

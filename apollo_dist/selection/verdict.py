@@ -18,6 +18,7 @@ class Verdict:
         why: the reason, for the table and the log.
         matrix: whether it is a matrix or a stack of matrices at all. Convolution kernels are not.
         frozen: whether it does not require gradients, as far as is known. The choice does not depend on it.
+        of_vocabulary: whether it is an embedding or an output head, which ``embeddings="low_rank"`` takes as well.
     """
 
     name: str
@@ -26,6 +27,7 @@ class Verdict:
     why: str
     matrix: bool = True
     frozen: bool = False
+    of_vocabulary: bool = False
 
     @property
     def numel(self) -> int:

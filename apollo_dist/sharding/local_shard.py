@@ -89,6 +89,11 @@ class LocalShard:
         return self.partition.numel(self.group.rank)
 
     @property
+    def in_bfloat16(self) -> bool:
+        """Whether the weights that the step updates are stored as bf16 numbers."""
+        return self.dtype == torch.bfloat16 and self.rows is None
+
+    @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of states and arithmetic: float64 for float64 weights, otherwise float32."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32

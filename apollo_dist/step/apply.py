@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..exchange.messages import Answer
 from ..kernels.parts import ApplyPart
+from ..kernels.rounding import Rounding, key_of, write
 from ..kernels.transfer import to_device
 from ..projections.slices import Phase
+from ..rules.groups import STOCHASTIC_ROUNDING
 from .low_rank import LowRankUpdate, low_rank_update
 from .matrix import Matrix, cast, take
 from .rows import update_rows
@@ -28,6 +30,7 @@ def apply(
     replies: Sequence[Tensor | Answer | None],
     projections: ProjectionCache,
     terms: Tensor,
+    seed: int,
 ) -> None:
     """Let the rule see the sums over whole matrices, and update the local weights.
 
@@ -38,6 +41,7 @@ def apply(
         replies: for each matrix of the shard group what exchange 2 brought, or None.
         projections: of the shard group, in the current step.
         terms: (matrices of the shard group, columns), summed over ranks.
+        seed: of stochastic rounding.
     """
     mine = terms[batch.first : batch.first + len(batch.matrices), : batch.declared.terms]
     factor, changed = batch.rule.matrix_step(mine, batch.matrix_state, batch.group)
@@ -56,7 +60,7 @@ def apply(
     columns = batch.declared.reply.columns(batch.declared.reduce.low_rank)
     scales = [_scales(batch.matrices[k], owned[batch.first + k], replies[batch.first + k], columns) for k in active]
     if not matrices[0].spec.low_rank_updates:
-        _update(matrices, coefficients, given, scales)
+        _update(matrices, coefficients, given, scales, seed)
         return
     # One matrix after the other: products with P go to weights in the compute dtype.
     for row, k in enumerate(active):
@@ -67,12 +71,12 @@ def apply(
         product = low_rank_update(matrices[row], columns, answered, received, by, projection)
         product = product.times(_size(matrices[row]))
         here = slice(row, row + 1)
-        _update(matrices[here], coefficients[here], given[here], scales[here], product)
+        _update(matrices[here], coefficients[here], given[here], scales[here], seed, product)
 
 
-def update(m: Matrix, carriers: Sequence[Tensor]) -> None:
+def update(m: Matrix, carriers: Sequence[Tensor], seed: int) -> None:
     """Update the local weights of one matrix by the step size times X, channels first for each tile."""
-    _update([m], _coefficients([m], None), [carriers], [None])
+    _update([m], _coefficients([m], None), [carriers], [None], seed)
 
 
 def _scales(
@@ -104,23 +108,24 @@ def _update(
     coefficients: Tensor,
     carriers: Sequence[Sequence[Tensor]],
     scales: Sequence[Tensor | None],
+    seed: int,
     product: LowRankUpdate | None = None,
 ) -> None:
     """Update the local weights of matrices of one batch, those that are stored by rows one after the other.
 
     Args:
-        matrices, coefficients, carriers, scales, product: as of ``_update_dense``.
+        matrices, coefficients, carriers, scales, seed, product: as of ``_update_dense``.
     """
     dense = [k for k, m in enumerate(matrices) if m.shard.rows is None]
     for k, m in enumerate(matrices):
         if m.shard.rows is not None:
             update_rows(m, coefficients[k : k + 1], carriers[k], scales[k], product)
     if len(dense) == len(matrices):
-        _update_dense(matrices, coefficients, carriers, scales, product)
+        _update_dense(matrices, coefficients, carriers, scales, seed, product)
     elif dense:
         rows = to_device(dense, torch.int64, coefficients.device)
         given, by = [carriers[k] for k in dense], [scales[k] for k in dense]
-        _update_dense([matrices[k] for k in dense], coefficients[rows], given, by, product)
+        _update_dense([matrices[k] for k in dense], coefficients[rows], given, by, seed, product)
 
 
 def _update_dense(
@@ -128,6 +133,7 @@ def _update_dense(
     coefficients: Tensor,
     carriers: Sequence[Sequence[Tensor]],
     scales: Sequence[Tensor | None],
+    seed: int,
     product: LowRankUpdate | None = None,
 ) -> None:
     """Update the local weights of matrices of one batch that are stored as one number an element.
@@ -137,22 +143,26 @@ def _update_dense(
         coefficients: of them, (matrices, 2).
         carriers: of them; empty where there is no X.
         scales: of each the scaling factors of its held channels, (channels, 1), or None.
+        seed: of stochastic rounding.
         product: of the only one the step size times its low-rank update.
     """
     rule, group = matrices[0].rule, matrices[0].group
     parts: list[ApplyPart] = []
     work: list[Tensor] = []
-    written: list[tuple[Tensor, Tensor]] = []
+    written: list[tuple[Tensor, Tensor, Rounding | None]] = []
     for row, (m, tiles, scale) in enumerate(zip(matrices, carriers, scales, strict=True)):
         stored = m.shard.weight()
         weights, copied = m.split(stored)
+        roundings = _roundings(m, seed)
         work = weights if product is None else [cast(weight, m.shard.compute_dtype) for weight in weights]
-        written += [(weight, done) for weight, done in zip(weights, work, strict=True) if done is not weight]
+        found = zip(weights, work, roundings, strict=True)
+        written += [(weight, done, how) for weight, done, how in found if done is not weight]
         if copied is not None:
-            written.append((stored, copied.view(stored.shape)))
+            written.append((stored, copied.view(stored.shape), None))
         for number, rows, position in m.held.parts if tiles else ():
-            by = None if scale is None else take(scale[:, 0], position)
-            parts.append(ApplyPart(take(work[number], rows), take(tiles[number], rows), by, row))
+            by, how = None if scale is None else take(scale[:, 0], position), roundings[number]
+            how = None if how is None or product is not None else how.of_rows(rows)
+            parts.append(ApplyPart(take(work[number], rows), take(tiles[number], rows), by, row, how))
     if product is not None and not rule.decay_first:
         _add_product(matrices[0], work, product)
     if parts:
@@ -162,8 +172,18 @@ def _update_dense(
         decay(work, group["lr"], rule.weight_decay(group))
     if product is not None and rule.decay_first:
         _add_product(matrices[0], work, product)
-    for weight, done in written:
-        weight.copy_(done)
+    for weight, done, how in written:
+        write(weight, done, how)
+
+
+def _roundings(m: Matrix, seed: int) -> list[Rounding | None]:
+    """How the new weights of each tile, channels first, are rounded stochastically; None for to nearest."""
+    if not m.group[STOCHASTIC_ROUNDING] or not m.shard.in_bfloat16:
+        return [None] * len(m.tiles)
+    key, n = key_of(seed, m.spec.name), m.spec.n
+    strides = (n, 1) if m.spec.by_rows else (1, n)
+    step: int = m.state["step"]
+    return [Rounding(key, step, tile.row * n + tile.column, strides) for tile in m.tiles]
 
 
 def _add_product(m: Matrix, work: Sequence[Tensor], product: LowRankUpdate) -> None:

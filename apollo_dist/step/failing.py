@@ -44,7 +44,7 @@ class Steps:
         """One step; every rank of the optimizer's group must take it.
 
         Args:
-            seed: of the projections.
+            seed: of the projections, and of stochastic rounding.
             skip: asks, on all ranks, whether this step is to be skipped.
 
         Raises:
@@ -60,7 +60,7 @@ class Steps:
                 if not skip():
                     for group_step in self._shard_groups:
                         step_shard_group(group_step, seed)
-                    step_elementwise(self._elementwise)
+                    step_elementwise(self._elementwise, seed)
         except BaseException as error:
             if not raised_together(error, failures.group):
                 failures.half_way(error)
@@ -80,7 +80,7 @@ class Steps:
                 phase = "weights"
                 for group_step, one in zip(self._shard_groups, pending, strict=True):
                     finish_step(group_step, one)
-                step_elementwise(self._elementwise)
+                step_elementwise(self._elementwise, seed)
         except BaseException as error:
             if phase == "states" and new:
                 self._forget()

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..kernels.table import STORED, choose
 from ..rules.base import MatrixRule, Rules
-from ..rules.groups import SELECT_BY_NAME, Views, rule_of
+from ..rules.groups import SELECT_BY_NAME, STOCHASTIC_ROUNDING, Views, rule_of
 from ..sharding import detect
 from ..sharding.deepspeed import zero, zero_engine
 from ..sharding.local_shard import PARAMETER_LAYOUTS, LocalShard
@@ -93,7 +93,7 @@ class StepPlan:
         return (
             f"{', '.join(said)}; layout {', '.join(layouts)}; "
             f"{shared:,} shared channels; this rank sends {exchanged + whole:,} bytes a step"
-            f"{refreshed}; {self._kernels()}{self.chosen}{self._idle()}"
+            f"{refreshed}; {self._kernels()}{self._rounding()}{self.chosen}{self._idle()}"
         )
 
     @staticmethod
@@ -120,6 +120,12 @@ class StepPlan:
         if len(kinds) < 2:
             return f"kernels: {''.join(kinds) or 'none'}"
         return "kernels: " + ", ".join(f"{kind} for {used.count(kind)} of this rank's parameters" for kind in kinds)
+
+    def _rounding(self) -> str:
+        """Which weights are rounded stochastically, if any."""
+        asked = [shard for shard, group in self.shards if group[STOCHASTIC_ROUNDING]]
+        count = sum(shard.in_bfloat16 for shard in asked)
+        return f"; stochastic rounding of {count} of {len(self.shards)} parameters, which are bf16" if count else ""
 
     def _idle(self) -> str:
         if not self.idle:
@@ -190,6 +196,19 @@ def plan_step(
     return draft.plan
 
 
+def check_rounding(shards: Sequence[tuple[LocalShard, Mapping[str, Any]]]) -> None:
+    """Raise ValueError if groups ask for stochastic rounding, and no weight of theirs is in bf16."""
+    asked = [shard for shard, group in shards if group[STOCHASTIC_ROUNDING]]
+    if asked and not any(shard.in_bfloat16 for shard in asked):
+        dtypes = {str(shard.dtype).removeprefix("torch.") if shard.rows is None else "int8" for shard in asked}
+        found = " and ".join(sorted(dtypes))
+        raise ValueError(
+            f"stochastic_rounding=True rounds weights in bfloat16, and the weights that this step updates are {found}: "
+            "it would do nothing. Leave it out, also in parameter groups; or train bf16 weights without fp32 masters "
+            "(DeepSpeed's bf16 and mixed precision keep fp32 masters, which lose nothing to rounding)"
+        )
+
+
 @dataclass
 class _Draft:
     """A plan while it is made: parameters are sorted by the rules that update them.
@@ -240,6 +259,7 @@ class _Draft:
 
     def make_shard_groups(self, cache_projection: bool | str) -> None:
         """Plan the exchange of the matrices that were added, and load their states."""
+        check_rounding(self.plan.shards)
         for i, entries in enumerate(self.entries.values()):
             made = ShardGroupStep(entries)
             keep = made.device.type == "cpu" if cache_projection == "auto" else bool(cache_projection)

@@ -25,13 +25,14 @@ class Pending:
 
     Attributes:
         active: for each matrix whether it has a gradient.
-        owned, replies, terms: what ``apply`` takes; for ``replies`` None where a rank has to hear of nothing.
+        owned, replies, terms, seed: what ``apply`` takes; for ``replies`` None where a rank has to hear of nothing.
     """
 
     active: list[bool]
     owned: list[Tensor | None]
     replies: list[Tensor | Answer | None]
     terms: Tensor
+    seed: int
 
 
 def step_shard_group(group_step: ShardGroupStep, seed: int) -> None:
@@ -39,7 +40,7 @@ def step_shard_group(group_step: ShardGroupStep, seed: int) -> None:
 
     Args:
         group_step: the matrices, their states and their plan.
-        seed: of the projections.
+        seed: of the projections, and of stochastic rounding.
     """
     early = not group_step.plan.needs_exchange2
     finish_step(group_step, begin_step(group_step, seed, early=early), early=early)
@@ -83,7 +84,7 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
         reduced = batch.reduced(active)
         owned += own(batch, reduced, projections, received, terms, made)
         if early:
-            apply(batch, batch.carriers(active, reduced), owned, replies, projections, terms)
+            apply(batch, batch.carriers(active, reduced), owned, replies, projections, terms, seed)
             owned[batch.first :] = [None] * len(batch.matrices)  # low-rank updates are large
         del reduced
     del received
@@ -92,7 +93,7 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     if plan.needs_exchange2:
         shared = [shared_reply(m, reply) for m, reply in zip(matrices, owned, strict=True)]
         replies, terms = exchange.reply_to_holders(shared, terms, made)
-    return Pending(active, owned, replies, terms)
+    return Pending(active, owned, replies, terms, seed)
 
 
 def finish_step(group_step: ShardGroupStep, pending: Pending, *, early: bool = False) -> None:
@@ -107,5 +108,5 @@ def finish_step(group_step: ShardGroupStep, pending: Pending, *, early: bool = F
         if early or batch.declared.reduce.whole:
             continue
         carriers = batch.carriers(pending.active)
-        apply(batch, carriers, pending.owned, pending.replies, group_step.projections, pending.terms)
-    step_whole(group_step, pending.active)
+        apply(batch, carriers, pending.owned, pending.replies, group_step.projections, pending.terms, pending.seed)
+    step_whole(group_step, pending.active, pending.seed)

@@ -69,7 +69,7 @@ def _directions(m: Matrix, grad: Tensor, seed: int, count: int) -> Tensor:
     return leading_directions(grad, m.spec.rank, m.spec.name, start if subspace else None)
 
 
-def step_whole(group_step: ShardGroupStep, active: Sequence[bool]) -> None:
+def step_whole(group_step: ShardGroupStep, active: Sequence[bool], seed: int) -> None:
     """The step of matrices that their rules need whole: to the owners, and the updates back, in rounds."""
     matrices, exchange = group_step.matrices, group_step.whole
     for chosen in exchange.rounds([k for k, m in enumerate(matrices) if m.spec.whole]):
@@ -79,7 +79,7 @@ def step_whole(group_step: ShardGroupStep, active: Sequence[bool]) -> None:
         updates = {k: _whole_step(matrices[k], gathered.pop(k)) for k in list(gathered)}
         for k, tiles in exchange.scatter(chosen, updates).items():
             if active[k]:
-                update(matrices[k], _finished(matrices[k], tiles))
+                update(matrices[k], _finished(matrices[k], tiles), seed)
 
 
 def _whole_step(m: Matrix, matrix: Tensor) -> Tensor:

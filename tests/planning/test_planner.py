@@ -49,6 +49,13 @@ def test_the_real_layout_code_and_arithmetic_agree(world: int) -> None:
     found = forecast("tiny", TINY, Options(engine="fsdp2", world=world, **FP32))
     assert tuple(m.state for m in found.ranks["apollo"]) == arithmetic.state_bytes
     assert found.exchange_bytes["apollo"] == arithmetic.exchange_bytes
+    halved = forecast("tiny", TINY, Options(engine="fsdp2", world=world, adam_dtype="bfloat16", **FP32))
+    arithmetic = estimate(shapes, RANK, world=world, layout="fsdp2", adam_dtype="bfloat16")
+    assert tuple(m.state for m in halved.ranks["apollo"]) == arithmetic.state_bytes
+    states = {kind: [forecast_.worst(kind)[1].state for forecast_ in (halved, found)] for kind in found.ranks}
+    assert states["adamw"][0] * 2 == states["adamw"][1]
+    same = {kind for kind, (now, before) in states.items() if now == before}
+    assert same == {"adam-mini"}, states  # it has AdamW's moments of biases alone, and this model has none
     hybrid = Options(engine="hsdp", world=3 * world, gpus_per_node=world, **FP32)
     replicas = forecast("tiny", TINY, hybrid)
     assert replicas.ranks == found.ranks

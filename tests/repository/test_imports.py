@@ -14,7 +14,7 @@ PACKAGE = Path(apollo_dist.__file__).parent
 ALLOWED = {
     "kernels": (),
     "kernels.philox": (),
-    "kernels.triton": ("kernels.costs", "kernels.parts", "kernels.transfer"),
+    "kernels.triton": ("kernels.costs", "kernels.parts", "kernels.rounding", "kernels.transfer"),
     "rules.options": (),
     "rules.base": ("kernels.table", "rules.options"),
     "rules": ("kernels",),

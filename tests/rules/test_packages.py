@@ -256,7 +256,7 @@ BAD = [
     (lambda m: AdamMini(m, num_heads=0), "num_heads must be an integer >= 1"),
     (lambda m: AdamMini(m, exclude="x"), "is for low-rank matrices, of which AdamMini has none"),
     (lambda m: AdamW([{"params": [m.lm_head.weight], "momentums": 1, "rule": "sgd"}]), "Did you mean 'momentum'"),
-    (lambda m: apollo_dist.param_groups(m, 8, rule="scale"), "rank and exclude are for low-rank matrices"),
+    (lambda m: apollo_dist.param_groups(m, 8, rule="scale"), "rank, exclude and embeddings are for low-rank matrices"),
 ]
 
 

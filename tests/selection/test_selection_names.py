@@ -11,6 +11,7 @@ from torch import nn
 from apollo_dist import APOLLO, APOLLOMini, param_groups
 from apollo_dist.selection import by_name
 
+from ..rules.problems import Llama
 from .models import BLOCKS, Block, GroupedExperts, Net, grouped, linear, stepped
 
 # Names, where there is no model.
@@ -148,3 +149,28 @@ def test_mini_takes_what_has_one_row_but_no_routers() -> None:
     model.layers[0]["thin"] = linear(64, 2)
     optimizer = APOLLOMini(model)
     assert optimizer.param_groups[0]["param_names"] == ["layers.0.experts.weight", "layers.0.thin.weight"]
+
+
+def test_embeddings_and_heads_are_low_rank_where_that_is_asked_for():
+    """By the model and by names; also an embedding and a head that are one parameter."""
+    for tied in (False, True):
+        model = Llama(tied=tied)
+        more = {"embed_tokens.weight"} if tied else {"embed_tokens.weight", "lm_head.weight"}
+        usual, all_of_them = (
+            {name for name, _ in param_groups(model, rank=3, embeddings=embeddings)[0]["params"]}
+            for embeddings in ("adamw", "low_rank")
+        )
+        assert all_of_them == usual | more and not usual & more
+        for given in (model, list(model.named_parameters())):
+            optimizer = APOLLO(given, rank=3, embeddings="low_rank")
+            for p in model.parameters():
+                p.grad = torch.ones_like(p)
+            optimizer.step()
+            state = optimizer.state[model.embed_tokens.weight]
+            assert state["exp_avg"].shape == (34, 3)
+    excluded = APOLLO(Llama(), rank=3, embeddings="low_rank", exclude="lm_head").param_groups[0]["param_names"]
+    assert "embed_tokens.weight" in excluded and "lm_head.weight" not in excluded
+    with pytest.raises(ValueError, match='embeddings must be "adamw" or "low_rank", got \'both\''):
+        APOLLO(Llama(), rank=3, embeddings="both")
+    with pytest.raises(ValueError, match="embeddings='low_rank' has no effect on groups with a rank"):
+        APOLLO(param_groups(Llama(), rank=3), embeddings="low_rank")

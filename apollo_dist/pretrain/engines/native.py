@@ -23,7 +23,10 @@ class NativeEngine:
 
     def __init__(self, config: Config, plan: BatchPlan, wrapped: nn.Module, ranks: Ranks) -> None:
         self.module = self.trained = wrapped
-        self.optimizer = build_optimizer(config.optimizer, wrapped, config.seed, layerwise=config.layerwise)
+        pure = config.precision == "bf16-pure"
+        self.optimizer = build_optimizer(
+            config.optimizer, wrapped, config.seed, layerwise=config.layerwise, bf16_weights=pure
+        )
         self.schedule = schedule(config)(self.optimizer)
         self._clip = config.gradient_clipping
         self._accumulation = plan.accumulation
