@@ -54,8 +54,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         seed: of the projections, where a rule has some; equal on all ranks.
         exclude, embeddings: where the library chooses low-rank matrices, as of ``APOLLO``.
         cache_projection, kernels, skip_nonfinite, max_skipped_steps, model, process_group: as of ``APOLLO``.
-        options: those of the rules; keywords of other optimizers where they ask for what is done anyway; all others are
-            errors.
+        options: those of the rules; other optimizers' where they ask for what is done anyway; all else is an error.
 
     Raises:
         ValueError: for bad or unknown arguments, on all ranks alike.
@@ -83,12 +82,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         **options: Any,
     ) -> None:
         own = {key: options.pop(key, option.default) for key, option in self.rules.options.items()}
-        own |= {
-            "lr": lr,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-            "stochastic_rounding": stochastic_rounding,
-        }
+        own |= {"lr": lr, "weight_decay": weight_decay, "maximize": maximize}
+        own["stochastic_rounding"] = stochastic_rounding
         self.seed, self.exclude, self.kernels = plain(seed), exclude, kernels
         self.cache_projection = plain(cache_projection)
         model = params if model is None and isinstance(params, nn.Module) else model
