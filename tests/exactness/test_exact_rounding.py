@@ -113,7 +113,12 @@ def cut_in_a_first_row(rank, world):
             optimizer.step()
             optimizer.zero_grad()
         found[wrap] = whole(wrapped)
-    held = [m.held.parts for plan in optimizer._parts.plans.built.values() for one in plan.shard_groups for m in one.matrices]
+    held = [
+        m.held.parts
+        for plan in optimizer._parts.plans.built.values()
+        for one in plan.shard_groups
+        for m in one.matrices
+    ]
     different = sum(int((found["fsdp1 one flat"][name] != wanted).sum()) for name, wanted in found["plain"].items())
     return different, any(rows is not None for parts in held for _, rows, _ in parts)
 
