@@ -79,7 +79,9 @@ def _title(forecast: Forecast) -> str:
     words = [
         f"{forecast.name}: {forecast.parameters:,} parameters",
         f"{options.engine} on {options.world} ranks, {options.gpus_per_node} a node{shards}",
-        f"{options.precision}, micro-batch {options.micro_batch} x {options.sequence_length} tokens, "
+        f"{options.precision}, "
+        + (f"weights {options.weights}, " if options.weights else "")
+        + f"micro-batch {options.micro_batch} x {options.sequence_length} tokens, "
         f"{options.attention} attention"
         + (f", {options.checkpointing} checkpointing" if options.checkpointing != "none" else "")
         + (f", loss in chunks of {options.loss_chunk} tokens" if options.loss == "chunked" else "")

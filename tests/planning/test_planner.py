@@ -15,6 +15,10 @@ from apollo_dist.planning import Options, forecast
 from apollo_dist.planning.estimate import estimate
 from apollo_dist.planning.fake import meta_model
 from apollo_dist.planning.options import parse_bytes
+from apollo_dist.pretrain.compute import configure_compute
+from apollo_dist.pretrain.model import deferred_model
+from apollo_dist.pretrain.settings import load_settings
+from apollo_dist.weights.int8 import holds_int8
 
 from ..ranks import run_ranks
 from .planner_runs import RANK, TINY, measure
@@ -101,6 +105,19 @@ def test_what_options_change() -> None:
     assert of(engine="ddp", world=1, layerwise=True).gradients == 4 * TINY.vocab_size * TINY.hidden_size
 
 
+def test_int8_weights_are_those_of_the_trainer() -> None:
+    pytest.importorskip("torchao")
+    config = load_settings(["--weights=int8", "--precision=bf16-pure"]).config
+    model = deferred_model(config.model, config.sequence_length)
+    configure_compute(model, config)
+    locals_of = [(p.int_data, p.scale) if holds_int8(p) else (p,) for p in model.parameters()]
+    held = sum(tensor.numel() * tensor.itemsize for each in locals_of for tensor in each)
+    options = Options(engine="ddp", world=1, precision="bf16-pure", weights="int8", rank=RANK)
+    assert forecast("tiny", config.model, options).worst("apollo")[1].weights == held
+    halves = dataclasses.replace(options, engine="fsdp2", world=2)
+    assert forecast("tiny", config.model, halves).worst("apollo")[1].weights == held // 2
+
+
 def test_command_writes_table_json_and_picture(tmp_path, capsys) -> None:
     pytest.importorskip("matplotlib")
     files = {"--json": tmp_path / "plan.json", "--png": tmp_path / "plan.png"}
@@ -142,6 +159,8 @@ def test_without_matplotlib_a_line_says_so(tmp_path, capsys, monkeypatch) -> Non
         ("--engine hsdp --world 16 --shard-size 3", "world 16 is not a multiple of shard_size 3"),
         ("--shard-size 4", "shard_size is for engine hsdp"),
         ("--precision bf16-pure", "DeepSpeed keeps fp32 masters"),
+        ("--weights int8", "in one process, DDP or FSDP2; got engine zero3"),
+        ("--engine ddp --weights int4", "unknown weights 'int4'; did you mean int8"),
         ("--engine ddp --gradient-dtype fp32", "only ZeRO-1 to 3"),
         ("--engine zero3 --layerwise", "not zero3 on 8 ranks"),
         ("--engine ddp --layerwise", "not ddp on 8 ranks"),
