@@ -20,7 +20,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +27,8 @@ from torch import Tensor
 from . import scale
 from .base import Group, MatrixRule, Reduce, Spec, State
 from .options import Option, decay_rate, flag, integer, one_of, positive
-from .roles import BIAS, EMBEDDING, FUSED, HEAD, KEY, NORM, OTHER, QUERY, ROLE, VALUE
-
-COEFFICIENTS = 3.4445, -4.775, 2.0315  # a, b, c
-
-
-def _blocks(value: Any) -> str:
-    """The check of ``split``."""
-    sizes = isinstance(value, (tuple, list)) and len(value) > 0
-    good = value is None or value == "head" or (sizes and all(type(rows) is int and rows > 0 for rows in value))
-    return "" if good else 'None, "head", or how many rows each block has, such as (4096, 1024, 1024)'
+from .orthogonal import check_split, newton_schulz, rows_of_blocks
+from .roles import BIAS, EMBEDDING, HEAD, NORM, OTHER, ROLE
 
 
 class Muon(MatrixRule):
@@ -59,7 +50,7 @@ class Muon(MatrixRule):
         "exchange_dtype": Option(
             "auto", one_of(("auto", "bfloat16", "state"), '"auto" (as ns_dtype), "bfloat16" or "state"')
         ),
-        "split": Option(None, _blocks),
+        "split": Option(None, check_split),
     }
 
     def takes(self, shape: Sequence[int], group: Group) -> bool:
@@ -102,39 +93,6 @@ class Muon(MatrixRule):
         for rows, end in zip(blocks, accumulate(blocks), strict=True):
             mine = part[max(end - rows - row, 0) : max(end - row, 0)]
             mine.mul_(adjustment(rows, shape[1], group["adjust_lr_fn"]))
-
-
-def rows_of_blocks(m: int, n: int, group: Group) -> list[int]:
-    """The rows of each block of an m x n matrix that is orthogonalized alone; ValueError if ``split`` does not fit."""
-    split, role = group["split"], group[ROLE]
-    if split is None or (split == "head" and role.kind not in (QUERY, KEY, VALUE, FUSED)):
-        return [m]
-    if split == "head":
-        if not role.head_dim or m % role.head_dim:
-            raise ValueError(
-                f'split="head": it is not known how many rows a head of a matrix ({m}, {n}), {role.kind}, has. Pass '
-                "the model, whose config says it, or the rows of each block: split=(rows, rows, ...)"
-            )
-        return [role.head_dim] * (m // role.head_dim)
-    if sum(split) != m:
-        raise ValueError(
-            f"split={tuple(split)} has {sum(split)} rows, and a matrix of its group is ({m}, {n}): give matrices of "
-            "other shapes a group without split"
-        )
-    return list(split)
-
-
-def newton_schulz(matrix: Tensor, steps: int, eps: float) -> Tensor:
-    """A matrix, or each of a stack (k, m, n), with singular values pushed towards 1, in its dtype."""
-    a, b, c = COEFFICIENTS
-    tall = matrix.shape[-2] > matrix.shape[-1]
-    x = matrix.mT if tall else matrix
-    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=eps)
-    product = torch.addmm if matrix.dim() == 2 else torch.baddbmm
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = product(x, product(gram, gram, gram, beta=b, alpha=c), x, beta=a)
-    return x.mT if tall else x
 
 
 def adjustment(m: int, n: int, kind: str | None) -> float:
