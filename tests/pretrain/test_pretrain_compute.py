@@ -19,7 +19,7 @@ from apollo_dist.pretrain import liger
 from apollo_dist.pretrain.compute import check_compute
 from apollo_dist.pretrain.config import ModelConfig
 from apollo_dist.pretrain.distributed import Ranks
-from apollo_dist.pretrain.metrics import read_rows
+from apollo_dist.pretrain.metrics import Metrics, read_rows
 from apollo_dist.pretrain.run import Run
 from apollo_dist.pretrain.settings import load_settings
 from apollo_dist.pretrain.step import train_step
@@ -53,7 +53,12 @@ def begun(rank: int, world: int, folder: Path, name: str, engine: str, *options:
     chosen = [f"--engine={engine}"]
     if engine.startswith("zero"):
         chosen = ["--engine=deepspeed", f"--deepspeed_config={folder / engine}.json"]
-    more = [f"--data={folder / 'text'}", f"--output={folder / engine / name}", "--micro_batch_size=1"]
+    more = [
+        f"--data={folder / 'text'}",
+        f"--output={folder / engine / name}",
+        "--micro_batch_size=1",
+        "--peak_tflops=2",
+    ]
     return set_up(load_settings([*SMALL, *SMALL_APOLLO, *chosen, *more, *options]), Ranks(rank, world, CPU))
 
 
@@ -123,6 +128,8 @@ def test_losses_are_those_of_the_plain_run(tmp_path: Path) -> None:
             assert found == pytest.approx(losses(tmp_path / engine / "plain"), rel=0.02)
         row = read_rows(tmp_path / engine / "plain" / "metrics.jsonl")[0]
         assert row["peak_memory"] > 2**20 and row["tokens_per_s"] > 0
+        config = load_settings([*SMALL, "--peak_tflops=2"]).config
+        assert row["mfu"] == pytest.approx(utilization(config, row["tokens_per_s"], 2, 2e12))
 
 
 @pytest.mark.slow
@@ -277,6 +284,16 @@ def test_options_of_compute_may_change_when_a_run_resumes() -> None:
 
     assert set(COMPUTE_KEYS) <= PLACE_KEYS
     assert set(COMPUTE_KEYS) <= load_settings([]).config.computed().keys()  # which the ranks compare
+
+
+def test_the_progress_bar_has_speed_utilization_and_memory(tmp_path: Path) -> None:
+    metrics = Metrics(load_settings([f"--output={tmp_path}"]).config, True, 0)
+    row = {"step": 1, "loss": 2.5, "lr": 0.01, "tokens": 64, "tokens_per_s": 12345.0, "elapsed": 0.1}
+    metrics.train({**row, "mfu": 0.415, "peak_memory": 3 * 2**20})
+    shown = metrics._bar.postfix
+    metrics.close()
+    assert shown == "loss=2.5000, tok/s=12,345, lr=1.00e-02, mfu=41.5%, mem=3MiB"
+    assert read_rows(tmp_path / "metrics.jsonl")[0]["mfu"] == 0.415
 
 
 def test_utilization_by_hand() -> None:
