@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from ..sharding.local_shard import LocalShard
 
 
+# How many elements of a tensor in low precision are converted at a time; smaller ones are converted together.
+_ELEMENTS = 1 << 24
+
+
 class ElementwiseTensor:
     """The elements that this rank holds of one parameter, flat, with the rule's state of them.
 
@@ -87,6 +91,26 @@ class ElementwiseTensor:
         for span in self.spans:
             round_into(span.view(out), span.view(values), self.rounding(span, seed, stream))
 
+    @property
+    def in_pieces(self) -> bool:
+        """Whether only pieces of the tensor are converted at a time."""
+        large = self.shard.numel > _ELEMENTS and self.shard.dtype != self.shard.compute_dtype
+        return large and self.shard.weight().is_contiguous()
+
+    @cached_property
+    def pieces(self) -> list[Span]:
+        """The local elements as short runs of elements that follow each other here and in the whole."""
+        found = []
+        for span in self.spans:
+            joined = span.step == span.columns == span.stride or span.rows == 1
+            runs = [(0, span.rows * span.columns)] if joined else [(row, span.columns) for row in range(span.rows)]
+            for row, length in runs:
+                for start in range(0, length, _ELEMENTS):
+                    count = min(_ELEMENTS, length - start)
+                    first, offset = span.first + row * span.stride + start, span.offset + row * span.step + start
+                    found.append(Span(first, 1, count, count, offset, count))
+        return found
+
     def write_rows(self, here: slice, values: Tensor, seed: int, name: str) -> None:
         """The same for a state of some rows of a tensor that is stored by rows; ``here`` are their local elements."""
         (span,) = self.spans  # whole rows, which follow each other here and in the whole
@@ -126,6 +150,12 @@ def _step_dense(batch: list[ElementwiseTensor], seed: int) -> None:
     if batch[0].kernels.adamw is not None and form is not None:
         _step_adam(batch, *form, seed)
         return
+    large = [t for t in batch if t.in_pieces]
+    for t in large:
+        _step_pieces(t, seed)
+    batch = [t for t in batch if not t.in_pieces]
+    if not batch:
+        return
     weights = [t.shard.weight() for t in batch]
     work = [w.reshape(-1).to(t.shard.compute_dtype) for w, t in zip(weights, batch, strict=True)]
     if rule.decay_first:
@@ -140,6 +170,30 @@ def _step_dense(batch: list[ElementwiseTensor], seed: int) -> None:
         for t, values in zip(batch, made, strict=True):
             if values is not t.state[name]:
                 t.write(t.state[name], values, seed, name)
+
+
+def _step_pieces(t: ElementwiseTensor, seed: int) -> None:
+    """One step of a large tensor in low precision, so that only pieces of it are converted at a time."""
+    group, rule, step = t.group, t.rule, t.state["step"]
+    weight, grad = t.shard.weight(), t.shard.grad()
+    assert grad is not None
+    flat, grad = weight.view(-1), grad.detach().reshape(-1)
+    for span in t.pieces:
+        here = slice(span.offset, span.offset + span.columns)
+        work = flat[here].to(t.shard.compute_dtype)
+        state = {name: t.state[name][here].to(work.dtype) for name in t.names}
+        if rule.decay_first:
+            decay([work], rule.learning_rate(group), rule.weight_decay(group))
+        rule.update([work], [grad[here].to(work.dtype)], {name: [v] for name, v in state.items()}, step, group)
+        if not rule.decay_first:
+            decay([work], rule.learning_rate(group), rule.weight_decay(group))
+        if t.rounds_weights:
+            round_into(flat[here][None], work[None], t.rounding(span, seed))
+        else:
+            flat[here].copy_(work)
+        for name, values in state.items():
+            if values.dtype != t.state[name].dtype:
+                round_into(t.state[name][here][None], values[None], t.rounding(span, seed, name))
 
 
 def _step_rows(t: ElementwiseTensor, seed: int) -> None:
