@@ -7,16 +7,16 @@ from torch import Tensor
 
 
 def as_gemm_operand(projection: Tensor) -> Tensor:
-    """P^T of a projection P, (r, size), as ``project`` takes it: (size, r), or with r = 1 on CPU (size, 2).
+    """P^T of projections P, (..., r, size), as ``project`` takes it: (..., size, r); r = 1 on CPU gives (..., size, 2).
 
     A single column gets a zero beside it, since BLAS takes less than half the time for two, unless memory is the
     limit. Several are copied, so that a row of P^T lies in one piece, which BLAS multiplies with a little faster.
     """
     if projection.device.type != "cpu":
-        return projection.t()
-    if projection.shape[0] == 1:
-        return torch.cat([projection, torch.zeros_like(projection)]).t()
-    return projection.t().contiguous()
+        return projection.mT
+    if projection.shape[-2] == 1:
+        return torch.cat([projection, torch.zeros_like(projection)], dim=-2).mT
+    return projection.mT.contiguous()
 
 
 def project(grad: Tensor, columns: Tensor, out: Tensor, alpha: float) -> None:

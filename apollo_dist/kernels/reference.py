@@ -31,10 +31,10 @@ def draw(keys: Tensor, table: Tensor, out: Tensor) -> None:
         out: (slabs, r, columns), written; any dtype and strides.
     """
     slabs, rank, length = out.shape
-    octets = -(-rank // 8)
-    index = _words(keys, length, octets).view(torch.uint16).to(torch.int32)
+    # What is looked up, and not Philox, takes most of the time: at rank 1 only one in eight is.
+    index = _words(keys, length, -(-rank // 8)).view(torch.uint16)[:, :, :rank].to(torch.int32)
     entries = table.index_select(0, index.view(-1))
-    out.copy_(entries.view(slabs, length, octets * 8)[:, :, :rank].transpose(1, 2))
+    out.copy_(entries.view(slabs, length, rank).transpose(1, 2))
 
 
 def draw_signs(keys: Tensor, out: Tensor) -> None:
@@ -47,19 +47,19 @@ def draw_signs(keys: Tensor, out: Tensor) -> None:
         keys, out: as of ``draw``.
     """
     slabs, rank, length = out.shape
-    calls = -(-rank // 128)
-    bits = torch.arange(64, device=out.device)
-    ones = (_words(keys, length, calls)[..., None] >> bits).bitwise_and_(1)
-    out.copy_(1 - 2 * ones.view(slabs, length, calls * 128)[:, :, :rank].transpose(1, 2))
+    bits = torch.arange(min(rank, 64), device=out.device)
+    words = _words(keys, length, -(-rank // 128))[:, :, : -(-rank // 64), None]
+    ones = (words >> bits).bitwise_and_(1)
+    out.copy_(1 - 2 * ones.view(slabs, length, -1)[:, :, :rank].transpose(1, 2))
 
 
 def _words(keys: Tensor, length: int, calls: int) -> Tensor:
-    """Philox's words of some columns, (slabs, length, calls, 2) in int64: the four words of a call, two in each."""
+    """Philox's words of some columns, (slabs, length, 2 calls) in int64: the four words of a call, two in each."""
     k0, k1, c2, c3, start = keys[:, :, None, None].unbind(1)
     columns = start + torch.arange(length, device=keys.device)[:, None]
     rows = torch.arange(calls, device=keys.device)
     w0, w1, w2, w3 = philox_4x32_10((columns, rows, c2, c3), (k0, k1))
-    return torch.stack([w0 | (w1 << 32), w2 | (w3 << 32)], dim=-1)
+    return torch.stack([w0 | (w1 << 32), w2 | (w3 << 32)], dim=-1).view(*w0.shape[:2], -1)
 
 
 def project(

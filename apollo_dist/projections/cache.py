@@ -97,9 +97,9 @@ class ProjectionCache:
             self._identities[run] = (key, projection.philox_keys(self._seed, names, self._device))
         starts = self._identities[run][1]
         drawn = projection.draw(starts, slab.rank, slab.length, slab.dtype, slab.kind, slab.kernels)
-        for (k, refresh), values in zip(wanted, drawn.unbind(), strict=True):
-            together = slab.kernels is not None and slab.kernels.together
-            columns = values.t() if together else as_gemm_operand(values)
+        together = slab.kernels is not None and slab.kernels.together
+        operands = drawn.mT if together else as_gemm_operand(drawn)
+        for (k, refresh), columns in zip(wanted, operands.unbind(), strict=True):
             first = self._slabs[k].columns[0]
             tiles = [columns[a - first : b - first] for a, b in self._slabs[k].edges]
             self._drawn[k] = (refresh, Projection(columns, first, tiles, slab.rank, scale_of(slab.rank)))

@@ -37,6 +37,7 @@ class APOLLO(LowRank):
 
     name = "APOLLO"
     spec_options = ("rank", "proj", "proj_type", "scale_type", "disable_nl")
+    low_rank_numbers = 2
     options: Mapping[str, Option] = {
         **ADAM,
         "rank": RANK,
@@ -55,14 +56,17 @@ class APOLLO(LowRank):
             return Spec(self.reduces(group), Reply(terms=2, matrix_norm=limiter), state)
         return Spec(self.reduces(group, channel_norms=limiter), Reply(scale=True, terms=int(limiter)), state)
 
-    def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
-        """Moments, and from N and R the scaling factors or what they are made of."""
-        squares = torch.empty((2, seen.low_rank.shape[0]), dtype=seen.low_rank.dtype, device=seen.low_rank.device)
+    def low_rank_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group, out: Tensor) -> None:
+        """Moments, and the squared norms by channel of N and R."""
         (seen.kernels or torch_kernels()).moments(
-            state["exp_avg"], state["exp_avg_sq"], seen.low_rank, *squares.unbind(),
+            state["exp_avg"], state["exp_avg_sq"], seen.low_rank, *out.unbind(),
             betas=group["betas"], eps=group["eps"], workspace=seen.workspace,
         )  # fmt: skip
-        normalized, low_rank = squares.sqrt_().unbind()  # norms by channel of N and R
+
+    def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
+        """From the norms of N and R the scaling factors, or what they are made of."""
+        assert seen.made is not None
+        normalized, low_rank = seen.made.sqrt().unbind()
         if group["scale_type"] == "tensor":
             return Update(terms=torch.stack([seen.square_sums(normalized), seen.square_sums(low_rank)], dim=1))
         scale = channel_scale(normalized, low_rank)

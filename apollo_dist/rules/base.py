@@ -7,9 +7,9 @@ projection; f is one number a matrix, computed from sums over the whole matrix. 
 ``Spec`` declares which numbers the owner must see, which state is kept, and what comes back. Exchange, state,
 checkpoints, resharding and memory estimates follow from that declaration and know no rule.
 
-An *element rule* updates every element by itself, so it needs no exchange.
-Rules are tensors in, tensors out: no rank, tile or collective is visible here, and no function synchronizes with the
-host. A rule keeps nothing between calls; hyperparameters come from the parameter group at every step.
+An *element rule* updates every element by itself, so it needs no exchange. Rules are tensors in, tensors out: no rank,
+tile or collective is visible here, and no function synchronizes with the host. A rule keeps nothing between calls;
+hyperparameters come from the parameter group at every step.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class Reply:
         return int(self.residual) + int(self.direct)
 
     def columns(self, low_rank: int) -> dict[str, slice]:
-        """What comes back of each channel at rank ``low_rank``, by the names of ``Update``: where among its numbers."""
+        """What comes back of a channel at rank ``low_rank``, by the names of ``Update``: where among its numbers."""
         found, at = {}, 0
         for name, width in (("scale", 1), ("residual", low_rank), ("direct", low_rank)):
             if getattr(self, name):
@@ -150,6 +150,7 @@ class Seen(NamedTuple):
         step: counted from 1, of all these matrices, for a rule with ``reads_step``; else of any of them.
         grams: P P^T of each matrix, (r, r), where ``Reduce.gram`` asks for it.
         kernels: what the step computes with; None for torch's.
+        made: what ``low_rank_step`` wrote, (numbers, channels); then ``low_rank`` and ``workspace`` are empty.
     """
 
     low_rank: Tensor
@@ -159,6 +160,7 @@ class Seen(NamedTuple):
     step: int = 1
     grams: Sequence[Tensor] = ()
     kernels: Kernels | None = None
+    made: Tensor | None = None
 
     def squares_of_products(self, low_rank: Tensor) -> Tensor:
         """The squared norm of each channel of A P for a low-rank A, (channels, r): (channels,)."""
@@ -171,12 +173,8 @@ class Seen(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What an owner answers, where it is declared.
-
-    Attributes:
-        scale, terms: (channels,) and (matrices, ``Reply.terms``).
-        residual, direct: D and N, (channels, r) each.
-    """
+    """What an owner answers, where it is declared: ``scale`` (channels,), ``terms`` (matrices, ``Reply.terms``), and
+    ``residual`` and ``direct``, D and N, (channels, r) each."""
 
     scale: Tensor | None = None
     terms: Tensor | None = None
@@ -194,6 +192,7 @@ class MatrixRule:
             matrix of their groups that ``takes`` accepts.
         decay_first: whether weight decay acts on the weight before the update, and not on the new weight.
         spec_options: the options that ``spec`` and ``takes`` read; when one changes, the step is planned anew.
+        low_rank_numbers: how many numbers a channel ``owner_step`` gets of ``low_rank_step`` in place of R; 0 without.
         reads_step: whether ``owner_step`` reads the number of steps.
         reads_role: whether the rule reads ``group["role"]``, what a parameter is in its model (``roles.py``).
     """
@@ -203,6 +202,7 @@ class MatrixRule:
     chosen = False
     decay_first = False
     spec_options: tuple[str, ...] = ()
+    low_rank_numbers = 0
     reads_step = False
     reads_role = False
 
@@ -231,6 +231,10 @@ class MatrixRule:
 
     def finish(self, part: Tensor, row: int, shape: tuple[int, int], group: Group) -> None:
         """Make U in place, at a holder, of rows from ``row`` on of what ``whole_step`` returned for an m x n matrix."""
+
+    def low_rank_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group, out: Tensor) -> None:
+        """Update state in place with R of a few matrices, and write (``low_rank_numbers``, channels) for
+        ``owner_step``, which follows for many; ``seen`` is without norms."""
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Update the channels' state in place, each (channels, width), and return what the holders need."""

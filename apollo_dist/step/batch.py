@@ -116,6 +116,10 @@ class Batch:
                 runs.append(([k], rows))
         return runs
 
+    def state_of(self, rows: slice) -> dict[str, Tensor]:
+        """The state of some owned channels, by name (channels, width)."""
+        return {name: values[rows] for name, values in self.channel_state.items()}
+
     def _step(self, k: int) -> int:
         step: int = self.matrices[k].state[STEP]
         return step

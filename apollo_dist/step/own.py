@@ -46,44 +46,94 @@ def own(
         For each matrix of the batch what its owned channels answer, (channels, numbers), in the order of
         ``Reply.columns``; None if the rule answers nothing.
     """
-    declared, kwargs = batch.declared, batch.factory_kwargs
-    columns = declared.reply.columns(declared.reduce.low_rank)
+    declared, kwargs, numbers = batch.declared, batch.factory_kwargs, batch.rule.low_rank_numbers
     terms = terms[batch.first : batch.first + len(batch.matrices)]
     # Zeros where there is no gradient.
     reply = torch.zeros((batch.channels, batch.matrices[0].spec.reply_numbers), **kwargs)
     norms = torch.empty(batch.channels, **kwargs) if declared.reduce.channel_norms else None
+    kept = torch.empty((numbers, batch.channels), **kwargs) if numbers else None
+    multiplied: dict[int, Projection | None] = {}
     # R of one chunk at a time, and as much for the rule to work in, in the same memory. Kernels that take many matrices
     # need no such memory, and then it is that of R.
     most = max(sum(batch.counts[chunk.start : chunk.stop]) for chunk in batch.chunks)
     space = torch.empty((1 if batch.kernels.together else 2, most, declared.reduce.low_rank), **kwargs)
     for chunk in batch.chunks:
-        start, stop = batch.rows[chunk.start].start, batch.rows[chunk[-1]].stop
-        squares = None if norms is None else norms[start:stop]
+        rows = slice(batch.rows[chunk.start].start, batch.rows[chunk[-1]].stop)
+        squares = None if norms is None else norms[rows]
         used = {k: projections.of(batch.first + k, Phase.OWN) for k in chunk if grads[k] is not None}
-        lines = _reduce(batch, chunk, grads, used, received, space[0, : stop - start], squares)
+        lines = _reduce(batch, chunk, grads, used, received, space[0, : rows.stop - rows.start], squares)
         grams = {k: p.gram for k, p in used.items() if p is not None} if declared.reduce.gram else {}
-        multiplied = {k: p for k, p in used.items() if batch.matrices[k].channels.products}
+        multiplied |= {k: p for k, p in used.items() if batch.matrices[k].channels.products}
         del used
         _add_squares(lines, terms[:, declared.terms - 1 : declared.terms])
-        if squares is not None:
-            squares.sqrt_()
-        for members, rows in batch.active_runs(chunk, grads):
-            if norms is not None and batch.inverse_roots is not None:
-                norms[rows] *= batch.inverse_roots[rows]
-            local = slice(rows.start - start, rows.stop - start)
-            counts = [batch.counts[k] for k in members]
-            step = batch.matrices[members[0]].state[STEP]
-            norms_seen = None if norms is None else norms[rows]
-            grams_seen = [grams[k] for k in members] if grams else []
-            seen = Seen(space[0, local], norms_seen, space[-1, local], counts, step, grams_seen, batch.kernels)
-            state = {name: values[rows] for name, values in batch.channel_state.items()}
-            update = batch.rule.owner_step(seen, state, batch.group)
-            _write(update, columns, reply[rows])
-            if update.terms is not None:
-                _add_terms(update.terms, members, terms)
-        for k, projection in multiplied.items():
-            made[batch.first + k] = products(batch.matrices[k], columns, reply[batch.rows[k]], projection)
+        for members, run in batch.active_runs(chunk, grads):
+            local = space[:, run.start - rows.start : run.stop - rows.start]
+            seen = _seen(batch, members, local, [grams[k] for k in members] if grams else [])
+            if kept is None:
+                _answer(batch, members, run, seen, norms, reply, terms)
+            else:
+                batch.rule.low_rank_step(seen, batch.state_of(run), batch.group, kept[:, run])
+        if kept is None:
+            _multiply(batch, multiplied, reply, made)
+    # In one go over all channels, since there are more chunks than operations should be.
+    if kept is not None:
+        for members, run in batch.active_runs(range(len(batch.matrices)), grads):
+            seen = _seen(batch, members, space[:, :0])._replace(made=kept[:, run])
+            _answer(batch, members, run, seen, norms, reply, terms)
+        _multiply(batch, multiplied, reply, made)
     return torch.split(reply, batch.counts) if reply.shape[1] else [None] * len(batch.matrices)
+
+
+def _seen(batch: Batch, members: Sequence[int], space: Tensor, grams: Sequence[Tensor] = ()) -> Seen:
+    """What the rule sees of some matrices but norms: R, and memory to work in, are the first and last of ``space``."""
+    counts = [batch.counts[k] for k in members]
+    return Seen(space[0], None, space[-1], counts, batch.matrices[members[0]].state[STEP], grams, batch.kernels)
+
+
+def _multiply(
+    batch: Batch, projections: dict[int, Projection | None], reply: Tensor, made: dict[int, list[Tensor]]
+) -> None:
+    """Make the low-rank updates that other ranks get as elements, and let the projections go.
+
+    Args:
+        batch: of the matrices.
+        projections: of those with such updates, by number in the batch; emptied.
+        reply: what the rule answered.
+        made: as of ``own``.
+    """
+    columns = batch.declared.reply.columns(batch.declared.reduce.low_rank)
+    for k, projection in projections.items():
+        made[batch.first + k] = products(batch.matrices[k], columns, reply[batch.rows[k]], projection)
+    projections.clear()
+
+
+def _answer(
+    batch: Batch,
+    members: Sequence[int],
+    rows: slice,
+    seen: Seen,
+    squares: Tensor | None,
+    reply: Tensor,
+    terms: Tensor,
+) -> None:
+    """Let the rule answer of some matrices.
+
+    Args:
+        batch: of the matrices.
+        members, rows: the matrices and their owned channels in the batch.
+        seen: of them, without the norms.
+        squares: the batch's squared norms, (channels,), which become norms; None where they are not needed.
+        reply, terms: of all of the batch's matrices, written.
+    """
+    if squares is not None:
+        norms = squares[rows].sqrt_()
+        if batch.inverse_roots is not None:
+            norms *= batch.inverse_roots[rows]
+        seen = seen._replace(norms=norms)
+    update = batch.rule.owner_step(seen, batch.state_of(rows), batch.group)
+    _write(update, batch.declared.reply.columns(batch.declared.reduce.low_rank), reply[rows])
+    if update.terms is not None:
+        _add_terms(update.terms, members, terms)
 
 
 def _reduce(

@@ -253,8 +253,11 @@ GROUP = MappingProxyType(
 )
 
 
-def seen(R, norms, counts):
-    return Seen(R, norms, torch.empty_like(R), counts)
+def owner_step(R, norms, counts, state, group):
+    """Both steps of the owner of some channels."""
+    made = torch.empty(2, len(R), dtype=R.dtype)
+    apollo.APOLLO().low_rank_step(Seen(R, None, torch.empty_like(R), counts), state, group, made)
+    return apollo.APOLLO().owner_step(Seen(R[:, :0], norms, R[:, :0], counts, made=made), state, group)
 
 
 @pytest.mark.parametrize("scale_type", ["channel", "tensor"])
@@ -266,11 +269,11 @@ def test_apollo_on_stacked_matrices_is_apollo_on_each(scale_type):
         name: torch.rand(12, width).double() for name, width in apollo.APOLLO().spec(9, 5, group).state.channel.items()
     }
     alone = {name: [part.clone() for part in torch.split(value, counts)] for name, value in states.items()}
-    together = apollo.APOLLO().owner_step(seen(R, norms, counts), states, group)
+    together = owner_step(R, norms, counts, states, group)
     at = 0
     for i, count in enumerate(counts):
         state = {name: parts[i] for name, parts in alone.items()}
-        one = apollo.APOLLO().owner_step(seen(R[at : at + count], norms[at : at + count], [count]), state, group)
+        one = owner_step(R[at : at + count], norms[at : at + count], [count], state, group)
         torch.testing.assert_close(together.terms[i : i + 1], one.terms, rtol=1e-14, atol=0)
         for name, value in state.items():
             torch.testing.assert_close(states[name][at : at + count], value, rtol=1e-14, atol=0)
@@ -284,7 +287,7 @@ def test_apollo_follows_its_equations():
     R, norms = torch.randn(5, 3).double(), torch.rand(5).double()
     M, V = torch.rand(5, 3).double(), torch.rand(5, 3).double()
     state = dict(zip(apollo.APOLLO().spec(5, 4, GROUP).state.channel, (M.clone(), V.clone()), strict=True))
-    found = apollo.APOLLO().owner_step(seen(R, norms, [5]), state, GROUP)
+    found = owner_step(R, norms, [5], state, GROUP)
     M, V = 0.9 * M + 0.1 * R, 0.99 * V + 0.01 * R * R
     N = M / (V.sqrt() + 1e-6)
     s = N.norm(dim=1) / (R.norm(dim=1) + 1e-8)
