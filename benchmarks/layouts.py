@@ -2,7 +2,7 @@
 
 "whole" and "fsdp2" are the real optimizers on a real model (``fully_shard`` over torch's fake process group). Under
 ZeRO and FSDP1 the step's own classes get the flat partitions that the engine would make, which itself cannot run on the
-meta device. Collectives are replaced by the buffer that they would fill.
+meta device. Collectives are replaced by nothing, their buffers stay.
 """
 
 from __future__ import annotations
@@ -42,18 +42,15 @@ def one_rank(layout: str, world: int) -> Iterator[None]:
     if layout == "whole":
         yield
         return
-    saved = collectives.Exchange.all_to_all, dist.all_reduce, collectives.wait, collectives.device_for
-    collectives.Exchange.all_to_all = (  # type: ignore[method-assign]
-        lambda self, buffer, send, receive: buffer.new_empty(sum(receive))
-    )
+    saved = dist.all_to_all_single, dist.all_reduce, collectives.wait, collectives.device_for
     collectives.wait = lambda work, where: None
     collectives.device_for = lambda group, device: device
     try:
         with fake_ranks(world):
-            dist.all_reduce = lambda *args, **kwargs: None
+            dist.all_to_all_single = dist.all_reduce = lambda *args, **kwargs: None
             yield
     finally:
-        collectives.Exchange.all_to_all, dist.all_reduce, collectives.wait, collectives.device_for = saved
+        dist.all_to_all_single, dist.all_reduce, collectives.wait, collectives.device_for = saved
 
 
 def make_step(

@@ -3,7 +3,8 @@
 Exchange 1 carries partial low-rank gradients, or gradient elements where those are fewer, to the owners of their
 channels; exchange 2 carries the numbers that owners answer with, and sums of terms, back to the holders. Each is one
 collective over the shard group for all matrices together: an ``all_to_all_single``, or for exchange 2 an ``all_reduce``
-where that moves less.
+where that moves less. An exchange 1 of more than 64 MB a rank takes several, of which two are under way at a time: one
+travels, on accelerators on a stream of its own, while the next one is projected (``buckets.py``).
 
 In an all-to-all, sums over ranks are taken in rank order, so they are deterministic and equal on every rank that takes
 them. In an all-reduce every number is summed once, in one place or along one ring or tree, and then copied to all ranks
@@ -15,19 +16,23 @@ A rank's own contribution goes through the same buffers; it does not leave the d
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from itertools import accumulate
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ..distributed import device_for, meet
+from ..kernels.reference import add_up
 from ..sharding.regions import joined
 from .messages import Answer, Partial, Received
+from .packing import Arrivals, packed
 from .replies import Answered, Replies, ReplyAllReduce, ReplyRoutes
-from .routes import Elements, Projected, ReduceRoutes
+from .routes import ReduceRoutes
 from .waiting import wait
 
 if TYPE_CHECKING:
@@ -36,6 +41,14 @@ if TYPE_CHECKING:
     from .plan import Plan
     from .products import ProductPart
     from .routes import Channels
+
+
+class Sent(NamedTuple):
+    """An all-to-all under way: its work, and the tensors that it reads and writes, which have to stay."""
+
+    work: Any
+    given: Tensor
+    received: Tensor
 
 
 class Exchange:
@@ -48,6 +61,7 @@ class Exchange:
         device: of the buffers.
 
     Attributes:
+        add_up: how parts of all ranks are summed, as ``kernels.reference.add_up``; in fp32 a kernel may take its place.
         channels: for each matrix the channels this rank deals with.
         bytes_sent: bytes that leave this rank in exchange 1 and exchange 2 of each step; see ``Plan.numbers_sent``.
     """
@@ -55,8 +69,10 @@ class Exchange:
     def __init__(self, plan: Plan, group: ShardGroup, dtype: torch.dtype, device: torch.device) -> None:
         self.plan, self.group, self.dtype, self.device = plan, group, dtype, device
         self._first = ReduceRoutes(plan, group.rank)
+        self.add_up: Callable[[Tensor, Tensor], None] = add_up
         self.channels = self._first.channels
-        first = sum(route.send_numbers for k, route in enumerate(self._first.routes) if k != group.rank)
+        routes = (route for bucket in self._first.routes for k, route in enumerate(bucket) if k != group.rank)
+        first = sum(route.send_numbers for route in routes)
         second = 0
         if plan.needs_exchange2:
             second = self._plan_exchange2()
@@ -82,80 +98,30 @@ class Exchange:
         self._places = [tensors[id(places)] for places in self._second.terms]
         return sum(self._second.send_numbers) - self._second.send_numbers[rank]
 
-    def reduce_to_owners(self, partials: Sequence[Partial]) -> list[Received]:
+    def sending(self, bucket: int) -> list[int]:
+        """The matrices of which this rank sends anything in a bucket of exchange 1."""
+        return self._first.sending[bucket]
+
+    def reduce_to_owners(self, partials: Callable[[int], Mapping[int, Partial]]) -> list[Received]:
         """Exchange 1: sum partial low-rank gradients at the owners of their channels, and bring elements there.
 
         Args:
-            partials: for each matrix what this rank has of it.
+            partials: makes, by number of the matrix, what this rank has for a bucket; called for each in order.
 
         Returns:
             For each matrix what this rank owns of its shared channels.
         """
-        routes = self._first.routes
-        send = [route.send_numbers for route in routes]
-        receive = [route.receive_numbers for route in routes]
-        buffer = torch.empty(sum(send), dtype=self.dtype, device=self.device)
-        at = 0
-        for route in routes:
-            for piece in route.send:
-                self._pack(buffer[at : at + piece.numbers], partials[piece.matrix], piece)
-                at += piece.numbers
-        received = self.all_to_all(buffer, send, receive)
-        total = received.new_zeros(self._first.sum_numbers)
-        base = [0]
-        for route in routes:
-            for offset, target, length in route.sums:
-                start = base[-1] + offset
-                # ``total[...] += `` would copy the sum onto itself.
-                total[target : target + length].add_(received[start : start + length])
-            base.append(base[-1] + route.receive_numbers)
-        return [
-            Received(*self._summed(total, i), self._elements(received, base, i)) for i in range(len(self.plan.matrices))
-        ]
-
-    def _pack(self, target: Tensor, partial: Partial, piece: Projected | Elements) -> None:
-        """Write one piece of a message."""
-        if isinstance(piece, Elements):
-            if partial.tiles is None:
-                target.zero_()
-                return
-            tile = partial.tiles[piece.tile]
-            chosen = slice(piece.first, piece.last)
-            part = tile[chosen] if self.plan.matrices[piece.matrix].spec.by_rows else tile[:, chosen]
-            target.view(part.shape).copy_(part)
-            return
-        rows = slice(piece.position, piece.position + piece.channels)
-        split = piece.channels * partial.low_rank.shape[1]
-        target[:split].view(partial.low_rank[rows].shape).copy_(partial.low_rank[rows])
-        if partial.norms is not None:
-            target[split:].copy_(partial.norms[rows])
-
-    def _summed(self, total: Tensor, i: int) -> tuple[Tensor, Tensor | None]:
-        """Matrix i's low-rank gradient and squared norms over ``owned_shared``, from the accumulator."""
-        spec = self.plan.matrices[i].spec
-        rows, norms = [], []
-        for offset, count in self._first.owned[i]:
-            end = offset + count * spec.rank
-            rows.append(total[offset:end].view(count, spec.rank))
-            norms.append(total[end : end + count])
-        if not rows:
-            return total.new_empty((0, spec.rank)), total.new_empty(0) if spec.channel_norms else None
-        low_rank = rows[0] if len(rows) == 1 else torch.cat(rows)
-        return low_rank, torch.cat(norms) if spec.channel_norms else None
-
-    def _elements(self, received: Tensor, base: list[int], i: int) -> list[tuple[slice, list[Range], Tensor]]:
-        """Matrix i's elements that arrived, parts of the same channels side by side."""
-        found = []
-        by_rows = self.plan.matrices[i].spec.by_rows
-        for block in self._first.blocks[i]:
-            parts = []
-            channels = block.last - block.first
-            for (peer, offset), (low, high) in zip(block.places, block.inner, strict=True):
-                start, shape = base[peer] + offset, (channels, high - low) if by_rows else (high - low, channels)
-                parts.append(received[start : start + channels * (high - low)].view(shape))
-            whole = torch.cat(parts, dim=1 if by_rows else 0)
-            found.append((slice(block.first, block.last), block.inner, whole if by_rows else whole.t()))
-        return found
+        arrivals = Arrivals(self.plan, self._first, self.add_up, self.dtype, self.device)
+        under_way: deque[Sent] = deque()
+        for bucket, routes in enumerate(self._first.routes):
+            buffer = packed(self.plan, routes, partials(bucket), self.dtype, self.device)
+            send = [route.send_numbers for route in routes]
+            under_way.append(self.begin_all_to_all(buffer, send, [route.receive_numbers for route in routes]))
+            del buffer
+            if bucket:
+                arrivals.take(self.end_all_to_all(under_way.popleft()))
+        arrivals.take(self.end_all_to_all(under_way.popleft()))
+        return [arrivals.of(i) for i in range(len(self.plan.matrices))]
 
     def reply_to_holders(
         self, replies: Sequence[Tensor | None], terms: Tensor, products: Mapping[int, Sequence[Tensor]]
@@ -244,7 +210,8 @@ class Exchange:
         terms: Tensor,
         products: Mapping[int, Sequence[Tensor]],
     ) -> tuple[Tensor, Tensor]:
-        chosen = {id(places): terms.view(-1).index_select(0, places) for places in self._places}
+        distinct = {id(places): places for places in self._places}
+        chosen = {key: terms.view(-1).index_select(0, places) for key, places in distinct.items()}
         pieces: list[Tensor] = []
         for places, parts in zip(self._places, plan.send, strict=True):
             pieces.append(chosen[id(places)])
@@ -254,11 +221,16 @@ class Exchange:
         buffer = torch.cat(pieces).to(self.dtype)
         received = self.all_to_all(buffer, plan.send_numbers, plan.receive_numbers)
         total = torch.zeros_like(terms)
-        at = 0
-        for places, numbers in zip(self._places, plan.receive_numbers, strict=True):
+        starts = list(accumulate(plan.receive_numbers, initial=0))[:-1]
+        theirs = [received[at : at + places.numel()] for at, places in zip(starts, self._places, strict=True)]
+        if len(distinct) == 1:  # all ranks have a part in the same matrices
+            summed = torch.empty_like(theirs[0])
+            self.add_up(torch.stack(theirs), summed)
+            total.view(-1).index_copy_(0, self._places[0], summed)
+            return received, total
+        for places, numbers in zip(self._places, theirs, strict=True):
             if places.numel():
-                total.view(-1).index_add_(0, places, received[at : at + places.numel()])
-            at += numbers
+                total.view(-1).index_add_(0, places, numbers)
         return received, total
 
     def _reduce(self, plan: ReplyAllReduce, replies: Sequence[Tensor | None], terms: Tensor) -> tuple[Tensor, Tensor]:
@@ -280,14 +252,22 @@ class Exchange:
 
     def all_to_all(self, buffer: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Send numbers to each rank, and return what each sends here, (sum of ``receive``,); a collective."""
+        return self.end_all_to_all(self.begin_all_to_all(buffer, send, receive))
+
+    def begin_all_to_all(self, buffer: Tensor, send: list[int], receive: list[int]) -> Sent:
+        """Start what ``all_to_all`` does; every rank ends those that it starts, in order."""
         assert buffer.numel() == sum(send), "the plan and the pieces disagree"
         where = device_for(self.group.process_group, self.device)
         received = torch.empty(sum(receive), dtype=buffer.dtype, device=where)
         given = buffer.to(where)
         meet()
         work = dist.all_to_all_single(received, given, receive, send, group=self.group.process_group, async_op=True)
-        wait(work, where)
-        return received.to(self.device)
+        return Sent(work, given, received)
+
+    def end_all_to_all(self, sent: Sent) -> Tensor:
+        """Wait for what was started; on accelerators only the current stream waits."""
+        wait(sent.work, sent.received.device)
+        return sent.received.to(self.device)
 
 
 def _multiplied(channels: Channels, answers: Sequence[Answered]) -> tuple[Range, ...] | None:

@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from ..sharding.regions import Range
 
 
+# What has to be projected and added: channels, ranges of the projected dimension, the gradient of both, channels first.
+Operand = tuple[slice, "list[Range]", Tensor]
+
+
 class Partial(NamedTuple):
     """What a rank has for exchange 1 of one matrix.
 
@@ -27,18 +31,16 @@ class Partial(NamedTuple):
 
 
 class Received(NamedTuple):
-    """What exchange 1 brings for one matrix, over ``Channels.owned_shared``.
+    """What exchange 1 brings for one matrix, over ``Channels.owned_shared``; channels are given in that set.
 
     Attributes:
-        low_rank: the sum of the parts of R, (channels, r).
-        norms: the sum of the parts of the squared channel norms, (channels,), or None.
-        elements: what has to be projected and added: (channels in the set, ranges of the projected dimension, the
-            gradient of both, channels first).
+        sums: (channels, the sum of the parts of R, (channels, r), and that of the squared norms, (channels,) or None);
+            together all channels.
+        elements: what has to be projected and added.
     """
 
-    low_rank: Tensor
-    norms: Tensor | None
-    elements: list[tuple[slice, list[Range], Tensor]]
+    sums: list[tuple[slice, Tensor, Tensor | None]]
+    elements: list[Operand]
 
 
 class Answer(NamedTuple):

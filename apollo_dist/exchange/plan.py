@@ -22,7 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..sharding.regions import Tile, check_cover
-from .channels import ChannelPartition, Integers, Run, sum_by_holder
+from .buckets import Cuts, Line, elements_held, into_buckets
+from .channels import ChannelPartition, Integers, Run
 from .ownership import MatrixClass, OwnedRanges, assign_owners
 
 
@@ -118,11 +119,12 @@ class Segment:
 
 @dataclass(frozen=True, eq=False)
 class MatrixPlan:
-    """One matrix: how it is divided, and who owns the channels that several ranks hold."""
+    """One matrix: how it is divided, who owns the channels that several ranks hold, and when they travel."""
 
     spec: MatrixSpec
     partition: ChannelPartition
     shares: OwnedRanges
+    cuts: Cuts
 
     @property
     def shared(self) -> bool:
@@ -151,10 +153,15 @@ class MatrixPlan:
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """All matrices of one shard group that step together."""
+    """All matrices of one shard group that step together.
+
+    Attributes:
+        buckets: in how many collectives exchange 1 travels, if there is one.
+    """
 
     world_size: int
     matrices: tuple[MatrixPlan, ...]
+    buckets: int = 1
     _last_held: dict[bytes, tuple[Integers, Integers, Integers]] = field(default_factory=dict, repr=False)
 
     @cached_property
@@ -241,7 +248,7 @@ class Plan:
                 ).encode()
             )
             text.update(m.partition.digest)
-            for values in (m.shares.starts, m.shares.stops, m.shares.owners):
+            for values in (m.shares.starts, m.shares.stops, m.shares.owners, m.cuts.stops, m.cuts.buckets):
                 text.update(values.tobytes())
         return text.hexdigest()
 
@@ -287,7 +294,7 @@ class Plan:
         key = m.partition.digest + m.shares.starts.tobytes()
         if key not in self._last_held:
             self._last_held.clear()
-            self._last_held[key] = elements_held(m, self.world_size)
+            self._last_held[key] = elements_held(m.partition, m.shares, self.world_size)
         return self._last_held[key]
 
     def flows(self) -> Iterator[tuple[Integers, Integers, Integers]]:
@@ -298,12 +305,6 @@ class Plan:
             share, holders, elements = self._elements_held(m)
             projected = m.shares.counts[share] * m.spec.numbers_per_channel
             yield holders, m.shares.owners[share], np.minimum(elements, projected)
-
-
-def elements_held(matrix: MatrixPlan, world_size: int) -> tuple[Integers, Integers, Integers]:
-    """(share, holder, elements) for every holder of every share of a matrix."""
-    found = matrix.partition.overlaps(matrix.shares.starts, matrix.shares.stops)
-    return sum_by_holder(found.range, matrix.partition.rank[found.tile], found.elements, world_size)
 
 
 def make_plan(specs: Sequence[MatrixSpec], world_size: int) -> Plan:
@@ -324,7 +325,10 @@ def make_plan(specs: Sequence[MatrixSpec], world_size: int) -> Plan:
     shares: dict[int, tuple[ChannelPartition, OwnedRanges]] = {}
     for family, members, dealt in zip(listed, families.values(), assign_owners(listed, world_size), strict=True):
         shares.update((i, (family.partition, share)) for i, share in zip(members, dealt, strict=True))
-    return Plan(world_size, tuple(MatrixPlan(spec, *shares[i]) for i, spec in enumerate(specs)))
+    lines = [Line(*shares[i], spec.numbers_per_channel) for i, spec in enumerate(specs)]
+    count, cut = into_buckets(lines, world_size)
+    matrices = zip(specs, lines, cut, strict=True)
+    return Plan(world_size, tuple(MatrixPlan(spec, *line[:2], cuts) for spec, line, cuts in matrices), count)
 
 
 class _Partitions:

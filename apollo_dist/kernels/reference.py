@@ -62,6 +62,18 @@ def _words(keys: Tensor, length: int, calls: int) -> Tensor:
     return torch.stack([w0 | (w1 << 32), w2 | (w3 << 32)], dim=-1).view(*w0.shape[:2], -1)
 
 
+def add_up(parts: Tensor, out: Tensor) -> None:
+    """Sum what ranks sent, in rank order.
+
+    Args:
+        parts: (world, numbers), the rows contiguous.
+        out: (numbers,), contiguous, written.
+    """
+    out.zero_()
+    for part in parts.unbind():
+        out.add_(part)
+
+
 def project(
     parts: Sequence[ProjectPart],
     alpha: float,

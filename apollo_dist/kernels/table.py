@@ -32,6 +32,7 @@ class Kernels(NamedTuple):
         together: whether a call is meant to take many matrices, and needs no temporary of a gradient's size.
         draw, draw_signs, project, moments, apply: as in ``kernels.reference`` and ``kernels.tuned``.
         adamw: the same; None where the rule's own pass is taken.
+        add_up: as in ``kernels.reference``.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Kernels(NamedTuple):
     moments: Callable[..., None]
     apply: Callable[..., None]
     adamw: Callable[..., None] | None
+    add_up: Callable[..., None]
 
 
 @lru_cache
@@ -52,7 +54,9 @@ def torch_kernels() -> Kernels:
     from . import reference, tuned
 
     draws = reference.draw, reference.draw_signs
-    return Kernels("torch", frozenset(), None, False, *draws, tuned.project, tuned.moments, tuned.apply, None)
+    return Kernels(
+        "torch", frozenset(), None, False, *draws, tuned.project, tuned.moments, tuned.apply, None, reference.add_up
+    )
 
 
 def check(wanted: Any) -> None:
@@ -123,5 +127,5 @@ def _triton() -> Kernels:
 
     return Kernels(
         "triton", STORED, torch.bfloat16, True, triton.draw, triton.draw_signs, triton.project, triton.moments,
-        triton.apply, triton.adamw,
+        triton.apply, triton.adamw, triton.add_up,
     )  # fmt: skip

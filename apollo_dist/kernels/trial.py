@@ -69,6 +69,12 @@ def _trials(device: torch.device) -> Iterator[tuple[str, Trial]]:
 
     yield "moments", moments
 
+    def add_up(kernels: Any) -> tuple[Tensor, ...]:
+        out = torch.empty(RANK * CHANNELS, device=device)
+        kernels.add_up(torch.stack([low_rank, first, second]).view(3, -1), out)
+        return (out,)
+
+    yield "add_up", add_up
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         grad, weight, scale = normal(CHANNELS, INNER, dtype=dtype), normal(CHANNELS, INNER, dtype=dtype), first[:, 0]
 

@@ -41,7 +41,8 @@ class Estimate:
         collectives: in one step; the same on every rank.
         refresh_bytes: that leave each rank when projections are made anew from whole gradients, all of them at once.
         buffer_bytes: on each rank during exchange 1, which needs more than exchange 2: the partial low-rank
-            gradients, what is sent and what arrives, each taken to be as large as what leaves the rank.
+            gradients, what is sent and what arrives, each taken to be as large as what leaves the rank; where that
+            takes several buckets, those of two.
     """
 
     state_bytes: tuple[int, ...]
@@ -210,7 +211,7 @@ def estimate_plans(
             state[k] += width * partition.numel(k)
     for plan in plans:
         whole = traffic(plan, NUMBER)
-        collectives += plan.needs_exchange1 + plan.needs_exchange2 + whole.collectives
+        collectives += plan.needs_exchange1 * plan.buckets + plan.needs_exchange2 + whole.collectives
         for k in range(ranks):
             first, second = plan.numbers_sent(k)
             kept = plan.owned_numbers(k) + sum(m.spec.matrix_state for m in plan.matrices)
@@ -220,7 +221,8 @@ def estimate_plans(
             sent[k] += NUMBER * (first + second) + int(whole.sent[k])
             refresh[k] += int(whole.refresh_sent[k])
             # Of whole matrices an owner has what arrives, the matrices, and what it makes of them.
-            buffers[k] = max(buffers[k], NUMBER * max(3 * first, 2 * second), 3 * int(whole.largest[k]))
+            under_way = 3 * first * min(2, plan.buckets) // plan.buckets
+            buffers[k] = max(buffers[k], NUMBER * max(under_way, 2 * second), 3 * int(whole.largest[k]))
     return Estimate(tuple(state), tuple(sent), collectives, tuple(buffers), tuple(refresh))
 
 

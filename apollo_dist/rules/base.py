@@ -173,8 +173,7 @@ class Seen(NamedTuple):
 
 
 class Update(NamedTuple):
-    """What an owner answers, where it is declared: ``scale`` (channels,), ``terms`` (matrices, ``Reply.terms``), and
-    ``residual`` and ``direct``, D and N, (channels, r) each."""
+    """What an owner answers: ``scale`` (channels,), ``terms`` (matrices, ``Reply.terms``), D and N (channels, r)."""
 
     scale: Tensor | None = None
     terms: Tensor | None = None
@@ -233,8 +232,7 @@ class MatrixRule:
         """Make U in place, at a holder, of rows from ``row`` on of what ``whole_step`` returned for an m x n matrix."""
 
     def low_rank_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group, out: Tensor) -> None:
-        """Update state in place with R of a few matrices, and write (``low_rank_numbers``, channels) for
-        ``owner_step``, which follows for many; ``seen`` is without norms."""
+        """Update state with R of a few matrices, and write (``low_rank_numbers``, channels) for ``owner_step``."""
 
     def owner_step(self, seen: Seen, state: Mapping[str, Tensor], group: Group) -> Update:
         """Update the channels' state in place, each (channels, width), and return what the holders need."""

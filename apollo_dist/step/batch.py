@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from .matrix import Matrix
 
 # How many gradient elements a batch may have, which bounds the memory that converted gradients take, and how many
-# low-rank numbers a chunk of it, which bounds that of R: on CPU so that R stays in the cache until its norms are taken.
+# low-rank numbers a chunk of it, which bounds that of R: on CPU so that R stays in the cache until its norms are taken;
+# on accelerators with what P takes, which is generated for all of a chunk.
 _ELEMENTS = {"cpu": 1 << 25}
 _NUMBERS = {"cpu": 1 << 18}
 _ACCELERATOR = 1 << 26
@@ -56,7 +57,11 @@ class Batch:
         self.rows = [slice(end - count, end) for end, count in zip(ends, self.counts, strict=True)]
         device = matrices[0].shard.device.type
         rank = self.declared.reduce.low_rank
-        self.chunks = runs_of([count * rank for count in self.counts], _NUMBERS.get(device, _ACCELERATOR))
+        numbers = [count * rank for count in self.counts]
+        if device not in _NUMBERS:
+            slices = [m.projection_slice for m in matrices]
+            numbers = [n + s.length * rank * s.dtype.itemsize // 4 for n, s in zip(numbers, slices, strict=True)]
+        self.chunks = runs_of(numbers, _NUMBERS.get(device, _ACCELERATOR))
         state = self.declared.state
         self.channel_state = {
             name: torch.zeros((self.channels, width), **self.factory_kwargs) for name, width in state.channel.items()

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ..kernels.reduce import line_norms
+from ..kernels.transfer import to_device
 from ..projections.slices import Phase
 from ..rules.base import Seen, Update
 from ..state.slots import STEP
@@ -197,9 +200,22 @@ def _add_squares(parts: Sequence[tuple[Tensor, int]], out: Tensor) -> None:
 def _add_terms(terms: Tensor, members: Sequence[int], out: Tensor) -> None:
     """Add rows of terms to ``out``, (matrices, columns), each to its matrix's, in order."""
     out = out[:, : terms.shape[1]]
-    first = 0
-    for last, (k, following) in enumerate(zip(members, [*members[1:], None], strict=True), start=1):
-        if following == k + 1:
-            continue  # the next matrix's row is added together with this one
-        out[k + 1 - (last - first) : k + 1] += terms[first:last]
-        first = last
+    if list(members) == list(range(members[0], members[0] + len(members))):
+        out[members[0] : members[0] + len(members)].add_(terms)
+        return
+    for rows, matrices in _rounds(tuple(members), out.device):
+        out.index_add_(0, matrices, terms.index_select(0, rows))
+
+
+@lru_cache(maxsize=256)
+def _rounds(members: tuple[int, ...], device: torch.device) -> list[tuple[Tensor, Tensor]]:
+    """Rows of terms and their matrices, on the device, in rounds in which no matrix occurs twice: in any order, sums
+    are then those of the order given."""
+    rounds: list[list[tuple[int, int]]] = []
+    seen: Counter[int] = Counter()
+    for row, k in enumerate(members):
+        if seen[k] == len(rounds):
+            rounds.append([])
+        rounds[seen[k]].append((row, k))
+        seen[k] += 1
+    return [(columns[0], columns[1]) for columns in (to_device(r, torch.int64, device).t() for r in rounds)]

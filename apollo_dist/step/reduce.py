@@ -7,7 +7,7 @@ which the owner takes to the kernels; what exchange 1 has brought is added by ``
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,19 +25,21 @@ if TYPE_CHECKING:
 
 
 def partials(
-    matrices: Sequence[Matrix], projection_of: Callable[[int], Projection | None], active: Sequence[bool]
-) -> list[Partial]:
+    matrices: Mapping[int, Matrix],
+    projection_of: Callable[[int], Projection | None],
+    active: Sequence[bool],
+) -> dict[int, Partial]:
     """What exchange 1 takes from this rank: of each matrix its part of R and of the squared norms, and elements.
 
     Sizes depend on the plan alone: without a gradient the parts are zeros.
 
     Args:
-        matrices: of a shard group.
+        matrices: some of a shard group, by number.
         projection_of: of the current step, by the number of a matrix; None if there is nothing to project.
-        active: for each matrix whether it has a gradient.
+        active: for each matrix of the shard group whether it has a gradient.
     """
     alike: dict[tuple[Any, ...], list[int]] = {}
-    for k, m in enumerate(matrices):
+    for k, m in matrices.items():
         # What is converted for one matrix goes before the next one's comes.
         alone = () if m.kernels.together else (k,)
         key = (m.kernels, m.shard.compute_dtype, m.spec.rank, m.spec.channel_norms, *alone)
@@ -45,11 +47,13 @@ def partials(
     found: dict[int, Partial] = {}
     for members in alike.values():
         found |= _partials({k: matrices[k] for k in members}, projection_of, active)
-    return [found[k] for k in range(len(matrices))]
+    return found
 
 
 def _partials(
-    matrices: dict[int, Matrix], projection_of: Callable[[int], Projection | None], active: Sequence[bool]
+    matrices: dict[int, Matrix],
+    projection_of: Callable[[int], Projection | None],
+    active: Sequence[bool],
 ) -> dict[int, Partial]:
     """The same for matrices of one rank, dtype and kind of kernels, in one call of a kernel."""
     first = next(iter(matrices.values()))
@@ -129,9 +133,10 @@ def receive(
     if received is None or not m.channels.owned_shared.count:
         return
     alone = m.channels.local_only.count
-    torch.mul(received.low_rank, alpha, out=low_rank[alone:])
-    if squares is not None and received.norms is not None:
-        squares[alone:] = received.norms
+    for channels, summed, norms in received.sums:
+        torch.mul(summed, alpha, out=low_rank[alone:][channels])
+        if squares is not None and norms is not None:
+            squares[alone:][channels] = norms
     for channels, inner, elements in received.elements:
         part = elements.to(m.shard.compute_dtype)
         if m.spec.rank:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ from .reduce import partials
 from .whole import refresh_projections, step_whole
 
 if TYPE_CHECKING:
-    from ..exchange.messages import Answer, Received
+    from ..exchange.messages import Answer, Partial, Received
     from .shard_group import ShardGroupStep
 
 
@@ -68,9 +69,7 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     # Parts of R and of squared norms travel to the owners of their channels.
     received: list[Received | None] = [None] * len(matrices)
     if plan.needs_exchange1:
-        parts = partials(matrices, lambda k: projections.of(k, Phase.REDUCE), active)
-        received = list(exchange.reduce_to_owners(parts))
-        del parts
+        received = list(exchange.reduce_to_owners(_of_buckets(group_step, active)))
 
     # Owners: state, what they answer of each channel, terms.
     terms = torch.zeros((len(matrices), plan.term_columns), dtype=group_step.dtype, device=group_step.device)
@@ -94,6 +93,23 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
         shared = [shared_reply(m, reply) for m, reply in zip(matrices, owned, strict=True)]
         replies, terms = exchange.reply_to_holders(shared, terms, made)
     return Pending(active, owned, replies, terms, seed)
+
+
+def _of_buckets(group_step: ShardGroupStep, active: Sequence[bool]) -> Callable[[int], dict[int, Partial]]:
+    """A function that makes what this rank has for a bucket of exchange 1, called for each in order."""
+    sending = [group_step.exchange.sending(bucket) for bucket in range(group_step.plan.buckets)]
+    last = {k: bucket for bucket, members in enumerate(sending) for k in members}
+    kept: dict[int, Partial] = {}  # a matrix is projected once, also where several buckets take a part of it
+
+    def make(bucket: int) -> dict[int, Partial]:
+        new = [k for k in sending[bucket] if k not in kept]
+        # What is made in one call is kept together.
+        for ends in (True, False):
+            members = {k: group_step.matrices[k] for k in new if (last[k] == bucket) == ends}
+            kept.update(partials(members, lambda k: group_step.projections.of(k, Phase.REDUCE), active))
+        return {k: kept.pop(k) if last[k] == bucket else kept[k] for k in sending[bucket]}
+
+    return make
 
 
 def finish_step(group_step: ShardGroupStep, pending: Pending, *, early: bool = False) -> None:

@@ -85,6 +85,8 @@ class ShardGroupStep:
             if shard.rows is not None:
                 check_rows(matrix)
             self.matrices.append(matrix)
+            if chosen.together and self.dtype == torch.float32:
+                self.exchange.add_up = chosen.add_up
         slices = [m.projection_slice for m in self.matrices]
         self.projections = ProjectionCache(slices, self.device, keep=cache_projection)
         self.batches = make_batches(self.matrices)

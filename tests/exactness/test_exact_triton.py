@@ -7,9 +7,12 @@ flat fp32 partitions: rounding in gradients, norms and updates, 1e-7 each. A wro
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from apollo_dist import APOLLO
+from apollo_dist.exchange import buckets
 
 from ..engines import zero_config
 from ..judge import judge
@@ -25,11 +28,22 @@ pytest.importorskip("triton", reason="Triton is an extra: pip install 'apollo-di
 STEPS, GAP, TOLERANCE = 4, 2, 1e-5
 # Tall, wide, one row, one that flat cuts cross, and two whose columns two ranks divide evenly.
 SHAPES = [(24, 7), (6, 25), (1, 11), (5, 31), (16, 4), (6, 24)]
+
+
+def hsdp(model: nn.Module, kind: str, world: int) -> nn.Module:
+    """Two replicas, each of half of the ranks."""
+    mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+    for block in model.layers:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
 WRAPS = {
     "plain": lambda model, kind, world: model,
     "ddp": lambda model, kind, world: DistributedDataParallel(model),
     "fsdp1": fsdp1,
     "fsdp2": fsdp2,
+    "hsdp": hsdp,
     "tp": tp,
 }
 CHANNEL = {"weight_decay": 0.1}
@@ -42,6 +56,8 @@ CASES = [
     ("fsdp2", "dim 1", SIGNS),
     ("tp", "rows", CHANNEL),
 ]
+# In buckets of some numbers, so that there are several.
+BUCKET = 50
 ZERO = {
     "zero0": (zero_config(0), {"weight_decay": 0.1}),
     "zero1": (zero_config(1), {"scale_type": "tensor", "scale": 4.0}),
@@ -60,7 +76,7 @@ def kinds_of(optimizer: APOLLO) -> set[str]:
 
 def train(engine: str, kind: str, world: int, rank: int, options: dict) -> dict[str, float]:
     """Errors against the reference after the first and the last step, of all parameters."""
-    model: nn.Module = Bag(shapes=SHAPES)
+    model: nn.Module = Bag(shapes=SHAPES[:2] if engine == "hsdp" else SHAPES)
     shapes = shapes_of(model)
     options = dict(options)
     ranks = low_rank(model, options.pop("rank", 3))
@@ -83,6 +99,13 @@ def train(engine: str, kind: str, world: int, rank: int, options: dict) -> dict[
     return errors
 
 
+def in_buckets(rank: int, world: int) -> dict[str, dict[str, float]]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(buckets, "NUMBERS", BUCKET)
+        patch.setattr(buckets, "CHANNELS", 1)
+        return torchs_engines(rank, world, [("fsdp2", "", CHANNEL)])
+
+
 def torchs_engines(rank: int, world: int, cases: list) -> dict[str, dict[str, float]]:
     return {
         f"{engine} {kind}, triton {number}": train(engine, kind, world, rank, options)
@@ -101,6 +124,14 @@ def deepspeeds_stages(rank: int, world: int) -> dict[str, dict[str, float]]:
 @pytest.mark.slow
 def test_torchs_engines_equal_the_reference():
     judge(run_ranks(torchs_engines, 2, CASES), TOLERANCE, test_exact_torch.engine_of, "float32")
+
+
+def test_hsdp_equals_the_reference():
+    judge(run_ranks(torchs_engines, 4, [("hsdp", "", CHANNEL)]), TOLERANCE, test_exact_torch.engine_of, "float32")
+
+
+def test_an_exchange_in_buckets_equals_the_reference():
+    judge(run_ranks(in_buckets, 2), TOLERANCE, test_exact_torch.engine_of, "float32")
 
 
 @pytest.mark.slow

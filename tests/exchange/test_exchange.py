@@ -9,10 +9,12 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from apollo_dist import APOLLO
+from apollo_dist.exchange import buckets
 
 from ..engines import initialize, zero_config
 from ..models import Bag, gradients, groups_of, low_rank, shapes_of
 from ..ranks import run_ranks
+from ..sharded import fsdp1, fsdp2
 
 
 class Counter:
@@ -83,6 +85,61 @@ def test_two_collectives_whatever_the_number_of_matrices(options, second):
         for calls, sent in found:
             assert calls == ["all_to_all_single", second]
             assert tuple(sent) == predicted[0]
+
+
+def in_buckets(rank, world):
+    """Weights and moments of some layouts and rules, and the calls of a step, with one bucket and with many."""
+    found = {}
+    for numbers in (buckets.NUMBERS, 60):
+        for name, (shard, options) in BUCKETED.items():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(buckets, "NUMBERS", numbers)
+                patch.setattr(buckets, "CHANNELS", 1)
+                found.setdefault(name, []).append(_trained(shard, options, rank, world))
+    return found
+
+
+def _trained(shard, options, rank, world):
+    options = dict(options)
+    model = Bag(shapes=[(24, 7), (6, 25), (9, 9), (3, 10), (5, 31), (40, 64), (64, 96)])
+    model = model.to(options.pop("dtype", torch.float32))
+    shapes, ranks = shapes_of(model), low_rank(model, options.pop("rank"))
+    model = shard(model, options.pop("kind", ""), world)
+    optimizer = APOLLO(groups_of(model, ranks), model=model, update_proj_gap=2, **options)
+    for step in range(3):
+        model(gradients(shapes, step, rank)).backward()
+        with Counter(rank) as counter:
+            optimizer.step()
+        optimizer.zero_grad()
+    (group_step,) = optimizer._builds.popitem()[1].shard_groups
+    assert sum(counter.bytes) == sum(group_step.exchange.bytes_sent)
+    state = [v for slot in optimizer.named_state().values() for v in slot.values() if isinstance(v, torch.Tensor)]
+    weights = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
+    tensors = [t.detach().clone() for t in [*weights, *state]]
+    return group_step.plan.buckets, counter.calls, tensors
+
+
+CHANNEL, TENSOR = {"rank": 4, "weight_decay": 0.1}, {"rank": 1, "scale_type": "tensor"}
+BUCKETED = {
+    "FSDP2": (fsdp2, CHANNEL),
+    "FSDP2, tensor": (fsdp2, TENSOR),
+    "FSDP2, projections made anew": (fsdp2, {**CHANNEL, "cache_projection": False}),
+    "FSDP2, bf16": (fsdp2, {**CHANNEL, "dtype": torch.bfloat16}),
+    "FSDP1": (fsdp1, {**CHANNEL, "kind": "full"}),
+    "FSDP1, one flat parameter": (fsdp1, {**CHANNEL, "kind": "one flat"}),
+}
+
+
+def test_buckets_change_no_bit():
+    """Sums are over the same ranks in the same order, whichever bucket they travel in."""
+    for found in run_ranks(in_buckets, 3):
+        for name, ((one, calls, expected), (many, bucketed, got)) in found.items():
+            assert one == 1 < many, name
+            second = [calls[1:], bucketed[many:]]
+            assert calls[:1] + second[0] == calls and second[0] == second[1], name
+            assert bucketed[:many] == ["all_to_all_single"] * many, name
+            for a, b in zip(expected, got, strict=True):
+                assert torch.equal(a, b), name
 
 
 def nothing_shared(rank, world):

@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 
+from apollo_dist.exchange import buckets
 from apollo_dist.exchange.plan import MatrixSpec, make_plan
 from apollo_dist.exchange.replies import ReplyRoutes
 from apollo_dist.exchange.routes import Elements, Projected, ReduceRoutes
@@ -136,6 +137,15 @@ def columns(m, n, world):
     return tuple(map(tuple, tiles))
 
 
+@pytest.fixture(params=[None, 40], ids=["", "in buckets"])
+def bucketed(request, monkeypatch):
+    """Whether exchange 1 travels in buckets of at most so many numbers, about."""
+    if request.param is not None:
+        monkeypatch.setattr(buckets, "NUMBERS", request.param)
+        monkeypatch.setattr(buckets, "CHANNELS", 1)
+    return request.param is not None
+
+
 def plans(world):
     """Plans of several matrices of every shape and partition, at ranks from one to the largest."""
     shapes = [(6, 25), (25, 6), (5, 31), (9, 9), (40, 8), (6, 25), (3, 10)]
@@ -149,16 +159,18 @@ def plans(world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 5, 8])
-def test_both_ends_of_every_message_agree(world):
+def test_both_ends_of_every_message_agree(world, bucketed):
     """What each rank sends is what its peer expects, and what the plan counts, whatever the partition."""
     kinds = set()
     for plan in plans(world):
+        assert bucketed or plan.buckets == 1
         first = [ReduceRoutes(plan, rank) for rank in range(world)]
         for a, b in itertools.product(range(world), repeat=2):
-            assert first[a].routes[b].send_numbers == first[b].routes[a].receive_numbers
-            kinds |= {type(piece) for piece in first[a].routes[b].send}
+            for here, there in zip(first[a].routes, first[b].routes, strict=True):
+                assert here[b].send_numbers == there[a].receive_numbers
+                kinds |= {type(piece) for piece in here[b].send}
         for rank in range(world):
-            sent = sum(route.send_numbers for k, route in enumerate(first[rank].routes) if k != rank)
+            sent = sum(route.send_numbers for b in first[rank].routes for k, route in enumerate(b) if k != rank)
             assert sent == plan.numbers_sent(rank)[0]
             owned = sum(c.owned.count * m.spec.rank for c, m in zip(first[rank].channels, plan.matrices, strict=True))
             assert owned == plan.owned_numbers(rank)
@@ -173,6 +185,7 @@ def test_both_ends_of_every_message_agree(world):
 
 
 @pytest.mark.parametrize("world", [2, 3, 5, 8])
+@pytest.mark.usefixtures("bucketed")
 def test_every_element_of_a_shared_channel_reaches_its_owner_once(world):
     """As itself or in a projection; elements never with more numbers than their projection has."""
     for plan in plans(world):
@@ -183,7 +196,7 @@ def test_every_element_of_a_shared_channel_reaches_its_owner_once(world):
                 channels = {c for start, stop in first[rank].channels[i].projected.ranges for c in range(start, stop)}
                 tiles = m.spec.tiles[rank]
                 seen.update(c for t in tiles for c in cells(t) if c[0 if m.spec.by_rows else 1] in channels)
-                for route in first[rank].routes:
+                for route in itertools.chain(*first[rank].routes):
                     for piece in route.send:
                         if isinstance(piece, Elements) and piece.matrix == i:
                             tile = tiles[piece.tile]
@@ -206,6 +219,23 @@ def test_the_smaller_of_projection_and_elements_travels():
         assert [plan.numbers_sent(k)[0] for k in range(world)] == [
             (200 - own) * row for own, row in zip(owned, rows, strict=True)
         ]
+
+
+def test_buckets_are_alike_for_every_rank():
+    """LLaMA-7B's wide matrices under FSDP2: each rank sends and receives 64 MB a bucket at most, and in all of them."""
+    world, r = 8, 256
+    plan = make_plan([spec(4096, 11008, row_ranges(4096, 11008, world), rank=r) for _ in range(32)], world)
+    assert plan.buckets == -(-32 * 11008 * (r + 1) // buckets.NUMBERS) == 6
+    for rank in range(world):
+        for routes in ReduceRoutes(plan, rank).routes:
+            for numbers in (sum(x.send_numbers for x in routes), sum(x.receive_numbers for x in routes)):
+                assert 0.9 * buckets.NUMBERS / 1.04 < numbers < 1.04 * buckets.NUMBERS
+    assert plan.numbers_sent(0)[0] == 7 * 4 * 11008 * (r + 1)
+    assert plan.digest != replace(plan, buckets=1, matrices=tuple(map(_in_one, plan.matrices))).digest
+
+
+def _in_one(matrix):
+    return replace(matrix, cuts=matrix.cuts._replace(buckets=matrix.cuts.buckets * 0))
 
 
 def test_equal_matrices_are_dealt_as_one_line():

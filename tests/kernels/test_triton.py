@@ -30,6 +30,17 @@ def keys(*rows):
     return torch.tensor(rows, dtype=torch.int64, device=DEVICE)
 
 
+@pytest.mark.parametrize("world", [1, 2, 7])
+@pytest.mark.parametrize("numbers", [1, 2047, 5000])
+def test_sums_over_ranks_are_taken_in_their_order(world, numbers):
+    parts = random(world, numbers + 3)[:, 1 : numbers + 1]  # a part of what arrived
+    parts[:, numbers // 2] = float("inf")
+    want, got = torch.full((2, numbers + 1), 7.0, device=DEVICE).unbind()
+    reference.add_up(parts, want[:-1])
+    kernels.add_up(parts, got[:-1])
+    assert torch.equal(got, want)
+
+
 # draw
 
 

@@ -96,15 +96,16 @@ def test_the_table_is_whole(tmp_path, capsys):
 
 # Launches, times the floor, new memory in GB: what a step of Triton's kernels may take at most.
 BOUNDS = [
-    ("whole", 1, "bf16", "apollo", 200, 1.30, 0.5),
-    ("whole", 1, "bf16", "mini", 200, 1.10, 0.5),
-    ("whole", 1, "fp32", "apollo", 200, 1.20, 0.5),
-    ("whole", 1, "fp32", "mini", 200, 1.05, 0.5),
-    ("zero2", 8, "bf16", "apollo", 200, 1.35, 0.5),
-    ("zero2", 8, "bf16", "mini", 200, 1.10, 0.5),
-    # Their launches are bounded for whole matrices; those of the exchange are by piece.
-    ("fsdp2", 8, "bf16", "apollo", 300, 1.70, 1.2),
-    ("fsdp2", 8, "bf16", "mini", 350, 1.15, 0.5),
+    ("whole", 1, "bf16", "apollo", 90, 1.20, 0.4),
+    ("whole", 1, "bf16", "mini", 55, 1.01, 0.05),
+    ("whole", 1, "fp32", "apollo", 90, 1.11, 0.4),
+    ("whole", 1, "fp32", "mini", 55, 1.01, 0.05),
+    ("zero2", 8, "bf16", "apollo", 50, 1.20, 0.3),
+    ("zero2", 8, "bf16", "mini", 55, 1.01, 0.02),
+    ("fsdp2", 8, "bf16", "apollo", 100, 1.51, 0.45),
+    ("fsdp2", 8, "bf16", "mini", 100, 1.06, 0.02),
+    # A rank has fewer than r elements of a channel, and those travel by piece.
+    ("fsdp2", 64, "bf16", "apollo", 240, 2.65, 0.45),
 ]
 
 

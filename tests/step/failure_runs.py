@@ -68,8 +68,8 @@ STEPPING: dict[str, Place] = {
     "looking for NaN": (nonfinite, "not_finite", 1),
     "counting the step": (Matrix, "begin_step", 2),
     "projecting": (run, "partials", 1),
-    "packing exchange 1": (collectives.Exchange, "_pack", 2),
-    "unpacking exchange 1": (collectives.Exchange, "_summed", 1),
+    "packing exchange 1": (collectives, "packed", 1),
+    "unpacking exchange 1": (collectives.Arrivals, "of", 1),
     "the owners' step": (run, "own", 1),
     "packing exchange 2": (collectives, "_part", 2),
 }

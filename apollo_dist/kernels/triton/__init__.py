@@ -5,9 +5,10 @@ tests use. Nothing here is tuned at run time: block sizes follow from shapes, an
 """
 
 from .adamw import adamw
+from .add_up import add_up
 from .apply import apply
 from .draw import draw, draw_signs
 from .moments import moments
 from .project import project
 
-__all__ = ["adamw", "apply", "draw", "draw_signs", "moments", "project"]
+__all__ = ["adamw", "add_up", "apply", "draw", "draw_signs", "moments", "project"]
