@@ -60,6 +60,8 @@ def into_buckets(lines: Sequence[Line], world: int) -> tuple[int, list[Cuts]]:
         lines: of all matrices; those that are not shared have no shares.
         world: ranks of the shard group.
     """
+    if _few(lines, world):
+        return 1, [_uncut(shares) for _, shares, _ in lines]
     sent, received = np.zeros((2, world), dtype=np.int64)
     numbers: list[Integers] = []
     known: dict[tuple[bytes, int], tuple[Integers, Integers, Integers]] = {}
@@ -73,6 +75,8 @@ def into_buckets(lines: Sequence[Line], world: int) -> tuple[int, list[Cuts]]:
         np.add.at(received, shares.owners[share], travelling)
         numbers.append(np.bincount(share, travelling, minlength=len(shares.owners)).astype(np.int64))
     count = max(1, -(-int(max(sent.max(), received.max())) // NUMBERS))
+    if count == 1:
+        return 1, [_uncut(shares) for _, shares, _ in lines]
     at = [0] * world
     totals = received.tolist()
     cut = []
@@ -86,6 +90,23 @@ def into_buckets(lines: Sequence[Line], world: int) -> tuple[int, list[Cuts]]:
     return count, cut
 
 
+def _few(lines: Sequence[Line], world: int) -> bool:
+    """Whether elements alone are few enough for one bucket: quickly found, and true on very many ranks."""
+    held, owned = np.zeros((2, world), dtype=np.int64)
+    known: dict[int, Integers] = {}
+    for partition, shares, _ in lines:
+        if partition.shared:
+            if id(partition) not in known:
+                known[id(partition)] = partition.elements(world)
+            held += known[id(partition)]
+            np.add.at(owned, shares.owners, shares.counts * (partition.n if partition.by_rows else partition.m))
+    return int(max(held.max(), owned.max())) <= NUMBERS
+
+
+def _uncut(shares: OwnedRanges) -> Cuts:
+    return Cuts(np.arange(len(shares.owners)), shares.starts, shares.stops, np.zeros_like(shares.owners))
+
+
 def _cut(start: int, stop: int, first: int, size: int, total: int, count: int) -> Iterable[tuple[int, int, int]]:
     """(start, stop, bucket) of the parts of a share.
 
@@ -95,7 +116,7 @@ def _cut(start: int, stop: int, first: int, size: int, total: int, count: int) -
         total: all that its owner receives.
         count: of buckets.
     """
-    if count == 1 or not size:
+    if not size:  # nothing travels
         yield start, stop, 0
         return
     low = start

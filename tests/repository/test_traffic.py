@@ -104,8 +104,6 @@ BOUNDS = [
     ("zero2", 8, "bf16", "mini", 55, 1.01, 0.02),
     ("fsdp2", 8, "bf16", "apollo", 100, 1.51, 0.45),
     ("fsdp2", 8, "bf16", "mini", 100, 1.06, 0.02),
-    # A rank has fewer than r elements of a channel, and those travel by piece.
-    ("fsdp2", 64, "bf16", "apollo", 240, 2.65, 0.45),
 ]
 
 
