@@ -11,6 +11,28 @@ if TYPE_CHECKING:
     from ..sharding.regions import Range
 
 
+class Projected(NamedTuple):
+    """A rank's part of a matrix's low-rank gradient: channels from ``position`` on in what it projects."""
+
+    matrix: int
+    position: int
+    channels: int
+    numbers: int
+
+
+class Elements(NamedTuple):
+    """Gradient elements: channels ``first .. last`` of one of the rank's tiles, counted from the tile's first one.
+
+    They travel row by row, as they lie in the tile.
+    """
+
+    matrix: int
+    tile: int
+    first: int
+    last: int
+    numbers: int
+
+
 # What has to be projected and added: channels, ranges of the projected dimension, the gradient of both, channels first.
 Operand = tuple[slice, "list[Range]", Tensor]
 

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .messages import Operand, Partial, Received
-from .routes import Elements, Place, Projected, ReduceRoutes, Route
+from .messages import Elements, Operand, Partial, Projected, Received
 
 if TYPE_CHECKING:
     from .plan import Plan
+    from .routes import Place, ReduceRoutes, Route
 
 
 def packed(

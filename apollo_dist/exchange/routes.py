@@ -14,33 +14,12 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from .channels import ChannelSet, held_channels, sum_by_holder
+from .messages import Elements, Projected
 
 if TYPE_CHECKING:
     from ..sharding.regions import Range
     from .plan import MatrixPlan, Plan
     from .products import Product
-
-
-class Projected(NamedTuple):
-    """A rank's part of a matrix's low-rank gradient: channels from ``position`` on in what it projects."""
-
-    matrix: int
-    position: int
-    channels: int
-    numbers: int
-
-
-class Elements(NamedTuple):
-    """Gradient elements: channels ``first .. last`` of one of the rank's tiles, counted from the tile's first one.
-
-    They travel row by row, as they lie in the tile.
-    """
-
-    matrix: int
-    tile: int
-    first: int
-    last: int
-    numbers: int
 
 
 @dataclass(frozen=True)

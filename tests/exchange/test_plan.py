@@ -8,9 +8,10 @@ from itertools import pairwise
 import pytest
 
 from apollo_dist.exchange import buckets
+from apollo_dist.exchange.messages import Elements, Projected
 from apollo_dist.exchange.plan import MatrixSpec, make_plan
 from apollo_dist.exchange.replies import ReplyRoutes
-from apollo_dist.exchange.routes import Elements, Projected, ReduceRoutes
+from apollo_dist.exchange.routes import ReduceRoutes
 from apollo_dist.sharding.regions import FlatPartition, Tile, check_cover, cut_ranges, flat_tiles, row_ranges
 
 
