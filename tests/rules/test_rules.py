@@ -24,6 +24,7 @@ from apollo_dist.optimizers.base import ShardedOptimizer
 from apollo_dist.rules import adamw, apollo, builtin, scale, sgd
 from apollo_dist.rules.base import MatrixRule, Reduce, Reply, Rules, Seen, Spec, State, Update
 from apollo_dist.rules.roles import HEAD, Role
+from apollo_dist.step import own
 
 from ..engines import full_weights, initialize, prepare, zero_config
 from ..models import Bag, gradients, groups_of, low_rank, mean_gradients, relative_error, shapes_of
@@ -293,6 +294,17 @@ def test_apollo_follows_its_equations():
     s = N.norm(dim=1) / (R.norm(dim=1) + 1e-8)
     torch.testing.assert_close(found.scale, s, rtol=1e-13, atol=0)
     torch.testing.assert_close(found.terms, (s * norms).square().sum()[None, None], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2, 3], [2], [1, 2, 2, 0, 1, 2], [3, 0]])
+def test_terms_are_added_to_their_matrices_in_order(members):
+    torch.manual_seed(0)
+    terms, out = torch.randn(len(members), 2), torch.randn(4, 3)
+    want = out.clone()
+    for k, row in zip(members, terms, strict=True):
+        want[k, :2] += row
+    own._add_terms(terms, members, out)
+    assert torch.equal(out, want)
 
 
 def test_a_matrix_step_leaves_its_state_to_the_caller():
