@@ -7,6 +7,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from apollo_dist import APOLLO
+from apollo_dist.exchange import buckets
 from apollo_dist.planning.estimate import estimate, state_bytes
 
 from ..engines import initialize, prepare, zero_config
@@ -123,9 +124,11 @@ def test_numbers_of_a_real_model():
         for name, shape in {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}.items():
             shapes[f"model.layers.{i}.mlp.{name}_proj.weight"] = shape
     gradient = sum(m * n for m, n in shapes.values()) * 4
-    for options, share in (({"rank": 256}, 0.03), ({"rank": 1, "scale_type": "tensor"}, 0.0005)):
+    # 362 MB of low-rank gradients in six buckets, and exchange 2; buffers of two buckets.
+    for options, share, collectives in (({"rank": 256}, 0.03, 7), ({"rank": 1, "scale_type": "tensor"}, 0.0005, 2)):
         predicted = estimate(shapes, **options, world=8, layout="zero3")
-        assert predicted.collectives == 2
+        assert predicted.collectives == collectives
+        assert max(predicted.buffer_bytes) < 6 * 4 * buckets.NUMBERS
         assert max(predicted.exchange_bytes) < share * gradient
 
 
