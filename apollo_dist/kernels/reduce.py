@@ -25,6 +25,8 @@ def project(grad: Tensor, columns: Tensor, out: Tensor, alpha: float) -> None:
         out.addmm_(grad, columns, beta=0, alpha=alpha)
     elif columns.shape[1] == 1 or grad.stride(1) != 1:
         out[:, 0].addmv_(grad, columns[:, 0], beta=0, alpha=alpha)
+    elif alpha == 1.0:  # as it is at rank 1; to copy is the least
+        out.copy_(torch.mm(grad, columns)[:, :1])
     else:
         torch.mul(torch.mm(grad, columns)[:, :1], alpha, out=out)
 

@@ -177,9 +177,11 @@ def _reduce(
     if parts:
         batch.kernels.project(parts, alpha, low_rank, squares, lines)
     for k, projection in projections.items():
-        rows = slice(batch.rows[k].start - first, batch.rows[k].stop - first)
-        mine = None if squares is None else squares[rows]
-        receive(batch.matrices[k], low_rank[rows], mine, projection, received[batch.first + k], alpha)
+        brought = received[batch.first + k]
+        if brought is not None:
+            rows = slice(batch.rows[k].start - first, batch.rows[k].stop - first)
+            mine = None if squares is None else squares[rows]
+            receive(batch.matrices[k], low_rank[rows], mine, projection, brought, alpha)
     return lines or []
 
 

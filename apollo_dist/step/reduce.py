@@ -117,7 +117,7 @@ def receive(
     low_rank: Tensor,
     squares: Tensor | None,
     projection: Projection | None,
-    received: Received | None,
+    received: Received,
     alpha: float,
 ) -> None:
     """Write R, and the squared norms of the gradient, over the owned channels that other ranks hold, too.
@@ -127,10 +127,10 @@ def receive(
         low_rank: (owned channels, r); the last rows are written.
         squares: (owned channels,), likewise; None where norms by channel are not needed.
         projection: of the current step; None if there is nothing to project.
-        received: what exchange 1 brought for ``owned_shared``, if there was one.
+        received: what exchange 1 brought for ``owned_shared``.
         alpha: what sums are multiplied by.
     """
-    if received is None or not m.channels.owned_shared.count:
+    if not m.channels.owned_shared.count:
         return
     alone = m.channels.local_only.count
     for channels, summed, norms in received.sums:
