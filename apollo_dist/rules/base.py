@@ -7,9 +7,8 @@ projection; f is one number a matrix, computed from sums over the whole matrix. 
 ``Spec`` declares which numbers the owner must see, which state is kept, and what comes back. Exchange, state,
 checkpoints, resharding and memory estimates follow from that declaration and know no rule.
 
-An *element rule* updates every element by itself, so it needs no exchange. Rules are tensors in, tensors out: no rank,
-tile or collective is visible here, and no function synchronizes with the host. A rule keeps nothing between calls;
-hyperparameters come from the parameter group at every step.
+An *element rule* updates every element by itself, without exchange. Rules are tensors in, tensors out: no rank, tile or
+collective is visible here, no function synchronizes with the host, and hyperparameters are the group's at every step.
 """
 
 from __future__ import annotations
@@ -150,7 +149,7 @@ class Seen(NamedTuple):
         step: counted from 1, of all these matrices, for a rule with ``reads_step``; else of any of them.
         grams: P P^T of each matrix, (r, r), where ``Reduce.gram`` asks for it.
         kernels: what the step computes with; None for torch's.
-        made: what ``low_rank_step`` wrote, (numbers, channels); then ``low_rank`` and ``workspace`` are empty.
+        made: what ``low_rank_step`` wrote, (numbers, channels), if there is one; then R is not here.
     """
 
     low_rank: Tensor
@@ -192,8 +191,7 @@ class MatrixRule:
         decay_first: whether weight decay acts on the weight before the update, and not on the new weight.
         spec_options: the options that ``spec`` and ``takes`` read; when one changes, the step is planned anew.
         low_rank_numbers: how many numbers a channel ``owner_step`` gets of ``low_rank_step`` in place of R; 0 without.
-        reads_step: whether ``owner_step`` reads the number of steps.
-        reads_role: whether the rule reads ``group["role"]``, what a parameter is in its model (``roles.py``).
+        reads_step, reads_role: whether ``owner_step`` reads the number of steps, and the rule ``group["role"]``.
     """
 
     name: str
