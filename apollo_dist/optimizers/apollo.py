@@ -51,8 +51,7 @@ class APOLLO(ShardedOptimizer):
             in the same way. Default: float32.
         exclude: where the library chooses, a regular expression of names to leave to AdamW.
         embeddings: where the library chooses, "low_rank" to take embeddings and output heads as well; their state
-            shrinks, and in the trainer's quickstart the loss is higher (docs/training.md). Default "adamw", as in the
-            paper.
+            shrinks, and the loss is likely to rise (docs/training.md). Default "adamw", as in the paper.
         cache_projection: keep the current projections (True), redraw them from the seed every step (False), or "auto":
             keep them on CPU, redraw on accelerators. The results are identical.
         kernels: what steps compute with: "torch", "triton", or "auto": Triton kernels over many matrices a launch on
