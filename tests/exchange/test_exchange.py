@@ -111,7 +111,7 @@ def _trained(shard, options, rank, world):
         with Counter(rank) as counter:
             optimizer.step()
         optimizer.zero_grad()
-    (group_step,) = optimizer._builds.popitem()[1].shard_groups
+    (group_step,) = optimizer._parts.plans.built.popitem()[1].shard_groups
     assert sum(counter.bytes) == sum(group_step.exchange.bytes_sent)
     state = [v for slot in optimizer.named_state().values() for v in slot.values() if isinstance(v, torch.Tensor)]
     weights = [p.to_local() if hasattr(p, "to_local") else p for p in model.parameters()]
