@@ -109,6 +109,7 @@ def on_ranks(rank, world, folder):
     return loaded
 
 
+@pytest.mark.slow
 def test_under_other_engines_and_ranks(tmp_path):
     first = build("int8")
     train(*first, 0, STEPS)

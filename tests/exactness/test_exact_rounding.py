@@ -129,7 +129,9 @@ def test_parts_of_tiles_are_rounded_alike():
     assert any(parts for _, parts in results), "no tile is in parts: another shape has to be found"
 
 
-@pytest.mark.parametrize("world", LAYOUTS)
+@pytest.mark.parametrize(
+    "world", [pytest.param(world, marks=pytest.mark.slow) if world == 2 else world for world in LAYOUTS]
+)
 def test_layouts_round_alike(world):
     for found in run_ranks(differences, world, LAYOUTS[world]):
         assert len(found) == len(CASES if world < 4 else EXACT) * len(LAYOUTS[world])

@@ -78,7 +78,7 @@ FOUR += [("fsdp2", "dim 1"), ("tp", "alternating"), ("tp", "columns")]
     ("world", "kinds"),
     [
         (1, [("fsdp1", "full")]),
-        (2, QUICK),
+        pytest.param(2, QUICK, marks=pytest.mark.slow),
         pytest.param(2, [kind for kind in TWO if kind not in QUICK], marks=pytest.mark.slow),
         pytest.param(3, [("fsdp1", "full"), ("fsdp1", "one flat")], marks=pytest.mark.slow),
         pytest.param(4, FOUR[:4], marks=pytest.mark.slow),

@@ -57,7 +57,7 @@ ENGINES = {
     "fsdp2": ("torchrun", ["--engine=fsdp2", "--micro_batch_size=1"]),
     "zero2": ("deepspeed", ["--deepspeed_config=zero2.json", "--micro_batch_size=1"]),
 }
-BY_ENGINE = [pytest.param("ddp", marks=pytest.mark.slow), pytest.param("fsdp2", marks=pytest.mark.slow), "zero2"]
+BY_ENGINE = [pytest.param(name, marks=pytest.mark.slow) for name in ENGINES]
 
 
 def two_ranks(folder: Path, name: str) -> Path:

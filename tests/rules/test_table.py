@@ -52,13 +52,14 @@ def engine_of(case):
     return names.get(layout, layout.replace("fsdp", "FSDP"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", LAYOUTS)
 def test_layouts(world, tmp_path):
     results = run_ranks(layouts, world, LAYOUTS[world], str(tmp_path), timeout=300)
     judge(results, 1e-9, engine_of, rule=rule_of)
 
 
-@pytest.mark.parametrize("world", STAGES)
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in STAGES if world != 2)])
 def test_zero(world, tmp_path):
     results = run_ranks(zero, world, STAGES[world], str(tmp_path), timeout=300)
     judge(results, 1e-5, engine_of, "float32", rule=rule_of)

@@ -160,6 +160,7 @@ def test_rounds():
         assert max(errors.values()) < 1e-9, errors
 
 
+@pytest.mark.slow
 def test_25_steps(tmp_path):
     """float64: rounding in another order, by nine refreshes."""
     for errors in run_ranks(long_runs, 2, str(tmp_path)):
