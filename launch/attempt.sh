@@ -57,12 +57,16 @@ outcome() {
     fi
 }
 
-# may_be_the_node PREFIX START: whether a start that failed before its first step deserves another one: the start before
-# it, with the same options, did not fail like that, so the reason may be a node. SLURM makes it so itself: a node that
-# was lost and comes back when the job may start again is told late to end the lost start, and ends the new one with it.
+# may_be_the_node PREFIX START: whether a start that failed before its first step deserves another one: not both of the
+# two starts before it, with the same options, failed like that, so the reason may be a node. SLURM makes it so itself: a
+# node that was lost and comes back when the job may start again is told late to end the lost start, and ends the new one
+# with it; while that one is being ended, the next may meet the same order.
 may_be_the_node() {
+    local before=$(($2 - 1))
     : >"$attempt_folder/broken"
-    (($2 > 0)) && [[ ! -e "$output/logs/$1-$(($2 - 1))/broken" ]]
+    ((before >= 0)) || return 1
+    [[ -e "$output/logs/$1-$before/broken" ]] || return 0
+    ((before > 0)) && [[ ! -e "$output/logs/$1-$((before - 1))/broken" ]]
 }
 
 # ---- processes and signals ----------------------------------------------------------------------------------------

@@ -95,7 +95,7 @@ conclude() {
                 say "failed before its first step (exit code $1): not queued again, since another start would fail the same way"
                 exit "$1"
             fi
-            say "failed before its first step (exit code $1), which the start before it did not: another one is worth a try"
+            say "failed before its first step (exit code $1), and not both starts before it did: another one is worth a try"
             ;;
     esac
     say "ended ($how, exit code $1) with the newest checkpoint at step $(newest_step)"

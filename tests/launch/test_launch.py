@@ -202,12 +202,12 @@ def test_a_single_node_goes_on_after_kill_9_and_stops_when_asked(single_node: Ru
 
 
 @pytest.mark.slow
-def test_a_single_node_gives_up_after_two_starts_without_a_step(single_node: Run) -> None:
+def test_a_single_node_gives_up_after_three_starts_without_a_step(single_node: Run) -> None:
     job, log, output = single_node
-    for start in range(3):
+    for start in range(4):
         kill_a_rank(job, log, output, start)
     assert job.wait(allowed(60)) > 0, log.read_text()
-    assert log.read_text().count("failed before its first step") == 2
+    assert log.read_text().count("failed before its first step") == 3
     assert not ranks(output)
 
 
