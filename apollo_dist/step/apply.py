@@ -14,7 +14,7 @@ from ..kernels.rounding import Rounding, key_of, write
 from ..kernels.transfer import to_device
 from ..projections.slices import Phase
 from ..rules.groups import STOCHASTIC_ROUNDING
-from .low_rank import LowRankUpdate, low_rank_update
+from .low_rank import LowRankUpdate, low_rank_update, own_then_received
 from .matrix import Matrix, cast, take
 from .rows import update_rows
 
@@ -98,9 +98,7 @@ def _scales(
     alone = owned[: m.channels.local_only.count, columns["scale"]]
     theirs = received.scales if isinstance(received, Answer) else received[:, columns["scale"]]
     assert theirs is not None
-    if not theirs.numel():
-        return alone
-    return torch.cat([alone, theirs.to(owned.dtype)]) if alone.numel() else theirs.to(owned.dtype)
+    return own_then_received(alone, theirs)
 
 
 def _update(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +112,7 @@ class ElementwiseTensor:
         return found
 
     def write_rows(self, here: slice, values: Tensor, seed: int, name: str) -> None:
-        """The same for a state of some rows of a tensor that is stored by rows; ``here`` are their local elements."""
+        """As ``write``, to a state of some rows of a tensor stored by rows; ``here`` are their local elements."""
         (span,) = self.spans  # whole rows, which follow each other here and in the whole
         piece = span._replace(first=span.first + here.start, rows=1, columns=len(values), stride=len(values))
         round_into(self.state[name][here][None], values[None], self.rounding(piece, seed, name))
@@ -158,12 +158,8 @@ def _step_dense(batch: list[ElementwiseTensor], seed: int) -> None:
         return
     weights = [t.shard.weight() for t in batch]
     work = [w.reshape(-1).to(t.shard.compute_dtype) for w, t in zip(weights, batch, strict=True)]
-    if rule.decay_first:
-        decay(work, rule.learning_rate(group), rule.weight_decay(group))
     state = {name: [t.state[name].to(t.shard.compute_dtype) for t in batch] for name in batch[0].names}
-    rule.update(work, [t.gradient() for t in batch], state, batch[0].state["step"], group)
-    if not rule.decay_first:
-        decay(work, rule.learning_rate(group), rule.weight_decay(group))
+    _advance(batch[0], work, lambda: [t.gradient() for t in batch], state)
     for t, stored, updated in zip(batch, weights, work, strict=True):
         _store(t, stored, updated, seed)
     for name, made in state.items():
@@ -172,21 +168,35 @@ def _step_dense(batch: list[ElementwiseTensor], seed: int) -> None:
                 t.write(t.state[name], values, seed, name)
 
 
+def _advance(
+    t: ElementwiseTensor, work: list[Tensor], gradients: Callable[[], list[Tensor]], state: dict[str, list[Tensor]]
+) -> None:
+    """Update weights and states in the compute dtype by the rule of ``t``, and decay them, before or afterwards."""
+    group, rule = t.group, t.rule
+    if rule.decay_first:
+        decay(work, rule.learning_rate(group), rule.weight_decay(group))
+    rule.update(work, gradients(), state, t.state["step"], group)
+    if not rule.decay_first:
+        decay(work, rule.learning_rate(group), rule.weight_decay(group))
+
+
+def _advance_piece(t: ElementwiseTensor, work: Tensor, grad: Tensor, here: slice) -> dict[str, Tensor]:
+    """The same for some elements of a tensor; their states in the compute dtype, which may be views of those kept."""
+    state = {name: t.state[name][here].to(work.dtype) for name in t.names}
+    gradient = grad[here].to(work.dtype)
+    _advance(t, [work], lambda: [gradient], {name: [values] for name, values in state.items()})
+    return state
+
+
 def _step_pieces(t: ElementwiseTensor, seed: int) -> None:
     """One step of a large tensor in low precision, so that only pieces of it are converted at a time."""
-    group, rule, step = t.group, t.rule, t.state["step"]
     weight, grad = t.shard.weight(), t.shard.grad()
     assert grad is not None
     flat, grad = weight.view(-1), grad.detach().reshape(-1)
     for span in t.pieces:
         here = slice(span.offset, span.offset + span.columns)
         work = flat[here].to(t.shard.compute_dtype)
-        state = {name: t.state[name][here].to(work.dtype) for name in t.names}
-        if rule.decay_first:
-            decay([work], rule.learning_rate(group), rule.weight_decay(group))
-        rule.update([work], [grad[here].to(work.dtype)], {name: [v] for name, v in state.items()}, step, group)
-        if not rule.decay_first:
-            decay([work], rule.learning_rate(group), rule.weight_decay(group))
+        state = _advance_piece(t, work, grad, here)
         if t.rounds_weights:
             round_into(flat[here][None], work[None], t.rounding(span, seed))
         else:
@@ -198,19 +208,11 @@ def _step_pieces(t: ElementwiseTensor, seed: int) -> None:
 
 def _step_rows(t: ElementwiseTensor, seed: int) -> None:
     """One step of a tensor that is stored by rows, some of them at a time."""
-    group, rule, step = t.group, t.rule, t.state["step"]
     grad = t.shard.grad()
     assert grad is not None
     grad = grad.detach().reshape(-1)
-    for here, work in flat_windows(t.shard, step):
-        if rule.decay_first:
-            decay([work], rule.learning_rate(group), rule.weight_decay(group))
-        gradient = grad[here].to(work.dtype)
-        state = {name: t.state[name][here].to(work.dtype) for name in t.names}
-        rule.update([work], [gradient], {name: [values] for name, values in state.items()}, step, group)
-        if not rule.decay_first:
-            decay([work], rule.learning_rate(group), rule.weight_decay(group))
-        for name, values in state.items():
+    for here, work in flat_windows(t.shard, t.state["step"]):
+        for name, values in _advance_piece(t, work, grad, here).items():
             if values.dtype != t.state[name].dtype:
                 t.write_rows(here, values, seed, name)
 

@@ -68,6 +68,14 @@ class LowRankUpdate(NamedTuple):
                 out[low - start : high - start].add_(values[low - a : high - a, inner], alpha=self.size)
 
 
+def own_then_received(own: Tensor, received: Tensor) -> Tensor:
+    """Numbers of the channels that this rank holds alone, then those of exchange 2; copied only if there are both."""
+    received = received.to(own.dtype)
+    if not received.numel():
+        return own
+    return torch.cat([own, received]) if own.numel() else received
+
+
 def low_rank_update(
     m: Matrix,
     columns: Mapping[str, slice],
@@ -88,11 +96,7 @@ def low_rank_update(
     """
     numbers = received.numbers if isinstance(received, Answer) else received
     if numbers is not None:
-        numbers = numbers.to(alone.dtype)
-        alone = alone[: m.channels.local_only.count]
-        alone = (
-            torch.cat([alone, numbers]) if alone.numel() and numbers.numel() else numbers if numbers.numel() else alone
-        )
+        alone = own_then_received(alone[: m.channels.local_only.count], numbers)
     names = [name for name in UPDATES if name in columns]
     low_rank = _sum([alone[:, columns[name]] for name in names], names, factor)
     if not isinstance(received, Answer):
