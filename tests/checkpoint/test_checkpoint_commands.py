@@ -120,6 +120,7 @@ def test_verify_names_what_is_bad(tmp_path, capsys):
     assert "there is no checkpoint in" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_it_is_a_command(tmp_path):
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 from pathlib import Path
@@ -137,16 +138,17 @@ def test_one_named_checkpoint_is_loaded_or_nothing(root, states):
 def test_every_bit_of_the_manifest_counts(root):
     manifest = root / "step_00000001" / "manifest.json"
     good, content = folder.read_manifest(manifest.parent), manifest.read_bytes()
-    for place in range(0, len(content), 7):
-        for bit in range(8):
-            damaged = bytearray(content)
-            damaged[place] ^= 1 << bit
-            manifest.write_bytes(bytes(damaged))
+    with manifest.open("r+b", buffering=0) as file:
+        for place, bit in itertools.product(range(0, len(content), 7), range(8)):
+            file.seek(place)
+            file.write(bytes([content[place] ^ 1 << bit]))
             try:
                 read = folder.read_manifest(manifest.parent)
+                assert read == good, (place, bit)  # white space, or the case of a checksum's letters
             except ValueError:
-                continue
-            assert read == good, (place, bit)  # white space, or the case of a checksum's letters
+                pass
+            file.seek(place)
+            file.write(content[place : place + 1])
 
 
 @pytest.mark.parametrize(

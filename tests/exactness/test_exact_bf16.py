@@ -81,6 +81,7 @@ def test_bf16_without_fp32_masters_equals_one_process():
         assert all(different <= 3 for different in found.values()), found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world", [1, 2])
 def test_bf16_equals_the_reference(world):
     for results in run_ranks(all_cases, world):

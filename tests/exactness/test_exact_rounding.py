@@ -44,6 +44,7 @@ NEAR = {
     "AdamMini": (AdamMini, {}),
 }
 CASES = EXACT | NEAR
+QUICK = ("APOLLO", "SGD")
 LAYOUTS = {
     2: ["ddp", "fsdp1 full", "fsdp1 one flat", "fsdp2", "fsdp2 dim 1", "tp", "in backward"],
     3: ["fsdp2"],
@@ -123,6 +124,7 @@ def cut_in_a_first_row(rank, world):
     return different, any(rows is not None for parts in held for _, rows, _ in parts)
 
 
+@pytest.mark.slow
 def test_parts_of_tiles_are_rounded_alike():
     results = run_ranks(cut_in_a_first_row, 2)
     assert [different for different, _ in results] == [0, 0]
@@ -130,7 +132,7 @@ def test_parts_of_tiles_are_rounded_alike():
 
 
 @pytest.mark.parametrize(
-    "world", [pytest.param(world, marks=pytest.mark.slow) if world == 2 else world for world in LAYOUTS]
+    "world", [world if world == 3 else pytest.param(world, marks=pytest.mark.slow) for world in LAYOUTS]
 )
 def test_layouts_round_alike(world):
     for found in run_ranks(differences, world, LAYOUTS[world]):
@@ -139,7 +141,9 @@ def test_layouts_round_alike(world):
             assert count <= (0 if case in EXACT else DIFFERENT), (case, layout, count)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
+)
 def test_kernels_round_alike(case):
     pytest.importorskip("triton", reason="Triton is an extra: pip install 'apollo-dist[triton]'")
     by_torch, by_triton = (train(case, "plain", 1, kernels=kernels) for kernels in ("torch", "triton"))
@@ -203,6 +207,7 @@ def resumed(rank, world, folder):
     return found
 
 
+@pytest.mark.slow
 def test_a_resumed_run_rounds_as_it_would_have(tmp_path):
     for found in run_ranks(resumed, 2, str(tmp_path)):
         assert set(found.values()) == {0}, found

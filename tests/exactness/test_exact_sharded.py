@@ -166,6 +166,7 @@ def placed(rank: int, world: int) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 def test_tiles_are_where_dtensor_put_them():
     assert run_ranks(placed, 4) == [[]] * 4
 

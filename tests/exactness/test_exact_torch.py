@@ -87,7 +87,7 @@ def all_cases(rank: int, world: int, engines: tuple[str, ...]) -> dict[str, dict
 @pytest.mark.parametrize(
     ("world", "engines"),
     [
-        (1, ("plain", "ddp", "fsdp2")),
+        pytest.param(1, ("plain", "ddp", "fsdp2"), marks=pytest.mark.slow),
         (2, ("ddp", "fsdp2")),
         pytest.param(3, ("ddp", "fsdp2"), marks=pytest.mark.slow),
         pytest.param(4, ("ddp", "fsdp2", "hsdp"), marks=pytest.mark.slow),

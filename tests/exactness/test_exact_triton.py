@@ -126,6 +126,7 @@ def test_torchs_engines_equal_the_reference():
     judge(run_ranks(torchs_engines, 2, CASES), TOLERANCE, test_exact_torch.engine_of, "float32")
 
 
+@pytest.mark.slow
 def test_hsdp_equals_the_reference():
     judge(run_ranks(torchs_engines, 4, [("hsdp", "", CHANNEL)]), TOLERANCE, test_exact_torch.engine_of, "float32")
 

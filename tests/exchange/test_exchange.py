@@ -130,6 +130,7 @@ BUCKETED = {
 }
 
 
+@pytest.mark.slow
 def test_buckets_change_no_bit():
     """Sums are over the same ranks in the same order, whichever bucket they travel in."""
     for found in run_ranks(in_buckets, 3):

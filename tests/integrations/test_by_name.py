@@ -185,7 +185,11 @@ assert "exec_module" not in vars(utils.__spec__.loader)
 """
 
 
-@pytest.mark.parametrize("imports", ["", "import deepspeed"], ids=["before DeepSpeed", "after DeepSpeed"])
+@pytest.mark.parametrize(
+    "imports",
+    ["", pytest.param("import deepspeed", marks=pytest.mark.slow)],
+    ids=["before DeepSpeed", "after DeepSpeed"],
+)
 def test_registered_in_either_order_of_imports(imports: str) -> None:
     done = subprocess.run(
         [sys.executable, "-c", ORDERS.format(imports=imports)],

@@ -75,7 +75,7 @@ runpy.run_module({command!r}, run_name="__main__", alter_sys=True)
 @pytest.mark.parametrize(
     ("module", "command", "arguments", "extra"),
     [
-        ("tqdm", "apollo_dist.pretrain", ["--recipe=tiny"], "pretrain"),
+        pytest.param("tqdm", "apollo_dist.pretrain", ["--recipe=tiny"], "pretrain", marks=pytest.mark.slow),
         ("transformers", "apollo_dist.pretrain", ["--recipe=tiny"], "pretrain"),
         ("transformers", "apollo_dist", ["plan", "tiny"], "pretrain"),
     ],

@@ -30,6 +30,7 @@ def test_in_one_process(tmp_path):
     check(run_ranks(cases, 1, ("plain", "inside plain"), str(tmp_path)))
 
 
+@pytest.mark.slow
 def test_on_two_ranks(tmp_path):
     check(run_ranks(cases, 2, ("ddp", "fsdp2", "inside", "fsdp1 full", "fsdp1 one flat"), str(tmp_path)))
 

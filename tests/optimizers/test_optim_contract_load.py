@@ -110,6 +110,7 @@ def test_what_was_saved_and_what_is_here(caplog):
         optimizer.accept_at_load("rank")
 
 
+@pytest.mark.slow
 def test_loading_thousands_of_parameters_takes_seconds():
     """Names are looked up, not searched for: 3,000 of them in each direction."""
     params = [(f"layers.{i}.weight", nn.Parameter(torch.ones(2, 2))) for i in range(3000)]

@@ -75,6 +75,7 @@ def test_fully_shard_plans_what_the_arithmetic_says():
     assert scaling.main(["--real", "13B", "64"]) == 0
 
 
+@pytest.mark.slow
 def test_the_table_is_complete(capsys):
     assert scaling.main(["--models", "13B", "--worlds", "8", "--optimizers", "Mini"]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]

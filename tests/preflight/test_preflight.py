@@ -101,6 +101,7 @@ def test_different_versions_name_the_ranks(unequal: Flown) -> None:
     assert "torch" not in row
 
 
+@pytest.mark.slow
 def test_a_different_recipe_names_key_and_ranks(unequal: Flown) -> None:
     row = unequal.row("recipe")
     assert row.startswith("FAIL")
@@ -182,6 +183,7 @@ def test_a_missing_first_rank_is_named_by_the_others(tmp_path: Path) -> None:
     assert flown.seconds < allowed(60)
 
 
+@pytest.mark.slow
 def test_all_is_well_under_torchrun(tmp_path: Path) -> None:
     words = ["preflight", "--output=out", "--nodes=1", "--ranks_per_node=2", "--recipe=tiny", "--engine=fsdp2"]
     done = subprocess.run(

@@ -61,6 +61,7 @@ def test_wrong_options_are_refused(words, message, capsys):
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_fails_ends_the_comparison_with_its_log(tmp_path):
     job = compare.Job("adamw", 1e-3, 0, tmp_path)
     with pytest.raises(RuntimeError, match=r"exit code 2(.|\n)*batch_size"):

@@ -71,6 +71,7 @@ def on_ranks(rank: int, world: int, folder: Path) -> None:
     trained(begun(rank, world, folder, "stopped", "fsdp2", "--resume"), STEPS - HALF)
 
 
+@pytest.mark.slow
 def test_losses_are_those_of_one_process_under_every_engine(tmp_path: Path) -> None:
     write_text(tmp_path / "text")
     kinds = run_ranks(alone, 1, tmp_path)[0]

@@ -68,6 +68,7 @@ def two_ranks(folder: Path, name: str) -> Path:
     return folder / name
 
 
+@pytest.mark.slow
 def test_plain_python_writes_metrics_picture_and_summary(folder: Path) -> None:
     first = rows(folder / "one")[0]
     assert set(first) == {"step", "loss", "lr", "tokens", "tokens_per_s", "peak_memory", "elapsed"}

@@ -75,6 +75,7 @@ def test_steps_within_the_limit_and_an_end_of_its_own_are_left_alone(tmp_path: P
     assert done.returncode == 0
 
 
+@pytest.mark.slow
 def test_a_process_that_keeps_pythons_lock_is_ended_too(tmp_path: Path) -> None:
     done, seconds = program("lock", 1.0, tmp_path)
     assert done.returncode == 1, done.stderr

@@ -49,6 +49,7 @@ def test_the_tracker_and_the_planner_agree_on_adamw() -> None:
     assert "  foreach   " in told
 
 
+@pytest.mark.slow
 def test_throughput_says_what_fits_and_the_ratio() -> None:
     done = run("throughput")
     assert done.returncode == 0, done.stderr

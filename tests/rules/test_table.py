@@ -17,10 +17,12 @@ LAYOUTS = {
     4: ["fsdp2", "hsdp"],
 }
 # (stage, how); fp32 flat partitions: 6e-8 a step.
-STAGES = {
-    2: [(0, ""), (1, ""), (2, "by name"), (3, ""), (2, "offload"), (3, "sub-groups")],
-    3: [(1, "by name"), (3, "sub-groups, offload")],
-}
+QUICK = [(2, "by name")]
+STAGES = [
+    (2, QUICK),
+    pytest.param(2, [(0, ""), (1, ""), *QUICK, (3, ""), (2, "offload"), (3, "sub-groups")], marks=pytest.mark.slow),
+    pytest.param(3, [(1, "by name"), (3, "sub-groups, offload")], marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("rule", CASES)
@@ -59,7 +61,7 @@ def test_layouts(world, tmp_path):
     judge(results, 1e-9, engine_of, rule=rule_of)
 
 
-@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in STAGES if world != 2)])
-def test_zero(world, tmp_path):
-    results = run_ranks(zero, world, STAGES[world], str(tmp_path), timeout=300)
+@pytest.mark.parametrize(("world", "stages"), STAGES)
+def test_zero(world, stages, tmp_path):
+    results = run_ranks(zero, world, stages, str(tmp_path), timeout=300)
     judge(results, 1e-5, engine_of, "float32", rule=rule_of)

@@ -38,6 +38,7 @@ def test_first_step(world, layouts):
             assert error < (1e-5 if layout.startswith("zero") else 1e-9), f"{layout} is off by {error:.1e}"
 
 
+@pytest.mark.slow
 def test_later_steps():
     """Without a word before each collective: the rank that fails raises an alarm, which ends the others' waiting."""
     for rank, wrong in enumerate(run_ranks(later_steps, 2)):

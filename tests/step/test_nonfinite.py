@@ -116,7 +116,11 @@ def engines() -> tuple[str, ...]:
 
 @pytest.mark.parametrize(
     ("kind", "world", "names"),
-    [("native", 1, ("plain",)), ("native", 2, ("ddp", "fsdp2")), ("deepspeed", 2, engines())],
+    [
+        ("native", 1, ("plain",)),
+        ("native", 2, ("ddp", "fsdp2")),
+        pytest.param("deepspeed", 2, engines(), marks=pytest.mark.slow),
+    ],
 )
 def test_every_rank_leaves_the_step_out(kind, world, names):
     for results in run_ranks(both, world, kind, names):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from apollo_dist.step import elementwise
@@ -28,6 +29,7 @@ def both(rank, world):
     return found
 
 
+@pytest.mark.slow
 def test_pieces_have_the_bits_of_whole_tensors():
     for rank in run_ranks(both, 2):
         for (case, layout, _), (whole, pieces) in zip(CASES, rank, strict=True):
