@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .judge import assert_small
 from .models import relative_error
 from .reference import Reference
+from .rules.references import Dense
 
 RANK, GAP, VOCABULARY, LENGTH = 4, 3, 32, 8
 STEPS, RATE = 6, 1e-2
@@ -108,6 +109,27 @@ def dense(
         )
         for value in sorted({decay(name) for name in weights})
     ]
+    return trained(model, weights, parts, batches, rates, factor)
+
+
+def trained(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    parts: Sequence[Reference | Dense],
+    batches: Sequence[Tensor],
+    rates: Sequence[float],
+    factor: float = 1.0,
+) -> dict[str, Tensor]:
+    """The weights of a ``llama`` after dense references, each of a part of its weights, trained it on whole batches.
+
+    Args:
+        model: what is trained.
+        weights: its parameters, by the names that the references know.
+        parts: the references.
+        batches: for each step the token ids of all ranks, (rows, LENGTH).
+        rates: for each step the learning rate.
+        factor: what the gradients of the mean loss are multiplied by.
+    """
     for batch, rate in zip(batches, rates, strict=True):
         grads = torch.autograd.grad(model(input_ids=batch, labels=batch).loss, list(weights.values()))
         given = {name: grad * factor for name, grad in zip(weights, grads, strict=True)}

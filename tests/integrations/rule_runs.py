@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 import apollo_dist
 
 from ..engines import initialize, zero_config
-from ..llama import RATE, errors, llama, tokens, whole_batches
+from ..llama import RATE, errors, llama, tokens, trained, whole_batches
 from ..models import relative_error
 from ..rules.problems import CASES, adam_mini_form, low_rank_form, muon_form, scale_form
 from ..rules.references import Dense
@@ -67,15 +67,7 @@ def dense(
         mine = {key: w for key, w in weights.items() if decay(key) == value}
         forms = {key: RULES[name][1](inner[key], w.shape) for key, w in mine.items()}
         parts.append(Dense(mine, forms, lr=RATE, weight_decay=value, draw_dtype=torch.float32))
-    for batch, rate in zip(batches, rates or [RATE] * len(batches), strict=True):
-        grads = torch.autograd.grad(model(input_ids=batch, labels=batch).loss, list(weights.values()))
-        given = {key: grad * factor for key, grad in zip(weights, grads, strict=True)}
-        for part in parts:
-            part.lr = rate
-            part.step({key: given[key] for key in part.weights})
-            for key, weight in part.weights.items():
-                weights[key].data.copy_(weight)
-    return {key: weight for part in parts for key, weight in part.weights.items()}
+    return trained(model, weights, parts, batches, rates or [RATE] * len(batches), factor)
 
 
 def options(name: str) -> dict[str, Any]:
