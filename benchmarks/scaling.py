@@ -200,7 +200,7 @@ def _peers_first(plan: Plan) -> int:
 def _peers_second(plan: Plan) -> int:
     """The same for exchange 2 as an all-to-all: norm terms go to all that hold a matrix."""
     together = np.zeros((plan.world_size, plan.world_size), dtype=bool)
-    for ranks in {m.participants.tobytes(): m.participants for m in plan.matrices if m.spec.terms}.values():
+    for ranks in {m.participants.tobytes(): m.participants for m in plan.matrices if m.spec.late_terms}.values():
         together[np.ix_(ranks, ranks)] = True
     np.fill_diagonal(together, False)
     return int(together.sum(axis=1).max())

@@ -132,3 +132,14 @@ def shapes_of(model: nn.Module) -> dict[str, torch.Size]:
 def relative_error(actual: Tensor, expected: Tensor) -> float:
     """The largest difference, relative to the largest expected value."""
     return float((actual.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def llama_7b_shapes() -> dict[str, tuple[int, int]]:
+    """Of LLaMA-7B's attention and MLP matrices, by name."""
+    shapes = {}
+    for i in range(32):
+        for name in ("q", "k", "v", "o"):
+            shapes[f"model.layers.{i}.self_attn.{name}_proj.weight"] = (4096, 4096)
+        for name, shape in {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}.items():
+            shapes[f"model.layers.{i}.mlp.{name}_proj.weight"] = shape
+    return shapes

@@ -1,1 +1,1 @@
-"""Who owns which channels, and the two collectives of a step."""
+"""Who owns which channels, and the collectives of a step."""

@@ -1,10 +1,11 @@
-"""The collectives of a step, two for each shard group: the only file with communication in a step.
+"""The collectives of a step, for each shard group two or three: the only file with communication in a step.
 
 Exchange 1 carries partial low-rank gradients, or gradient elements where those are fewer, to the owners of their
 channels; exchange 2 carries the numbers that owners answer with, and sums of terms, back to the holders. Each is one
 collective over the shard group for all matrices together: an ``all_to_all_single``, or for exchange 2 an ``all_reduce``
-where that moves less. An exchange 1 of more than 64 MB a rank takes several, of which two are under way at a time: one
-travels, on accelerators on a stream of its own, while the next one is projected (``buckets.py``).
+where that moves less. Terms on which the answers depend are summed before exchange 2, in an all-reduce of a number or
+two a matrix. An exchange 1 of more than 64 MB a rank takes several, of which two are under way at a time: one travels,
+on accelerators on a stream of its own, while the next one is projected (``buckets.py``).
 
 In an all-to-all, sums over ranks are taken in rank order, so they are deterministic and equal on every rank that takes
 them. In an all-reduce every number is summed once, in one place or along one ring or tree, and then copied to all ranks
@@ -63,7 +64,7 @@ class Exchange:
     Attributes:
         add_up: how parts of all ranks are summed, as ``kernels.reference.add_up``; in fp32 a kernel may take its place.
         channels: for each matrix the channels this rank deals with.
-        bytes_sent: bytes that leave this rank in exchange 1 and exchange 2 of each step; see ``Plan.numbers_sent``.
+        bytes_sent: bytes that leave this rank in exchange 1, and after it, in each step; see ``Plan.numbers_sent``.
     """
 
     def __init__(self, plan: Plan, group: ShardGroup, dtype: torch.dtype, device: torch.device) -> None:
@@ -73,9 +74,11 @@ class Exchange:
         self.channels = self._first.channels
         routes = (route for bucket in self._first.routes for k, route in enumerate(bucket) if k != group.rank)
         first = sum(route.send_numbers for route in routes)
-        second = 0
+        second = plan.first_term_numbers
         if plan.needs_exchange2:
-            second = self._plan_exchange2()
+            second += self._plan_exchange2()
+        places = [i * plan.term_columns + column for i, column in plan.first_term_places]
+        self._first_places = torch.tensor(places, dtype=torch.int64, device=device)
         itemsize = torch.empty((), dtype=dtype).element_size()
         self.bytes_sent = (first * itemsize, second * itemsize)
 
@@ -123,6 +126,22 @@ class Exchange:
         arrivals.take(self.end_all_to_all(under_way.popleft()))
         return [arrivals.of(i) for i in range(len(self.plan.matrices))]
 
+    def sum_first_terms(self, terms: Tensor) -> Tensor:
+        """Sum the terms on which answers depend over ranks; a collective, if there are any.
+
+        Args:
+            terms: (matrices, ``Plan.term_columns``), this rank's terms.
+
+        Returns:
+            The same with those terms summed.
+        """
+        if not self.plan.first_term_places:
+            return terms
+        summed = self._all_reduce(terms.view(-1).index_select(0, self._first_places).to(self.dtype))
+        total = terms.clone()
+        total.view(-1)[self._first_places] = summed.to(terms.dtype)
+        return total
+
     def reply_to_holders(
         self, replies: Sequence[Tensor | None], terms: Tensor, products: Mapping[int, Sequence[Tensor]]
     ) -> tuple[list[Tensor | Answer | None], Tensor]:
@@ -131,8 +150,8 @@ class Exchange:
         Args:
             replies: for each matrix with any the numbers of its ``owned_shared`` channels, (channels, numbers).
             terms: (matrices, ``Plan.term_columns``), this rank's terms.
-            products: by number of the matrix its ``Channels.products``, (updates, channels, columns) each; none where
-                a matrix has no gradient.
+            products: by number of the matrix its ``Channels.products``, (channels, columns) each; none where a matrix
+                has no gradient.
 
         Returns:
             For each such matrix the numbers over ``shared``, (channels, numbers), or an ``Answer`` where some are
@@ -171,7 +190,7 @@ class Exchange:
                 scales.append(received[offset : offset + factors].view(-1, 1))
                 offset += factors
                 for part in parts:
-                    shape = spec.low_rank_updates, part.last - part.first, part.inner[1] - part.inner[0]
+                    shape = part.last - part.first, part.inner[1] - part.inner[0]
                     values = received[offset : offset + math.prod(shape)].view(shape)
                     offset += values.numel()
                     if elements and elements[-1][1] == part.tile and ends == position + part.first:
@@ -180,7 +199,7 @@ class Exchange:
                         elements.append((position + part.first, part.tile, [values]))
                     ends = position + part.last
             position += channels
-        merged = [(first, tile, torch.cat(each, dim=1) if len(each) > 1 else each[0]) for first, tile, each in elements]
+        merged = [(first, tile, torch.cat(each) if len(each) > 1 else each[0]) for first, tile, each in elements]
         return Answer(torch.cat(numbers), torch.cat(scales) if spec.channel_scales else None, merged)
 
     def _parts(
@@ -196,11 +215,11 @@ class Exchange:
         made = products.get(reply.matrix)
         for part in reply.parts:
             if made is None:
-                found.append(numbers.new_zeros(spec.low_rank_updates * _size(part)))
+                found.append(numbers.new_zeros(_size(part)))
             else:
                 begin = self.channels[reply.matrix].products[part.product].inner[0]
                 columns = slice(part.inner[0] - begin, part.inner[1] - begin)
-                found.append(made[part.product][:, part.first : part.last, columns].reshape(-1))
+                found.append(made[part.product][part.first : part.last, columns].reshape(-1))
         return found
 
     def _scatter(
@@ -241,14 +260,17 @@ class Exchange:
             block[offset : offset + numbers.numel()].copy_(numbers)
         first_term = block.numel() - places.numel()
         torch.index_select(terms.view(-1), 0, places, out=block[first_term:])
+        summed = self._all_reduce(block)
+        total = terms.clone()  # what one rank alone has is complete
+        total.view(-1)[places] = summed[first_term:]
+        return summed, total
+
+    def _all_reduce(self, block: Tensor) -> Tensor:
         where = device_for(self.group.process_group, self.device)
         summed = block.to(where)
         meet()
         wait(dist.all_reduce(summed, group=self.group.process_group, async_op=True), where)
-        summed = summed.to(self.device)
-        total = terms.clone()  # what one rank alone has is complete
-        total.view(-1)[places] = summed[first_term:]
-        return summed, total
+        return summed.to(self.device)
 
     def all_to_all(self, buffer: Tensor, send: list[int], receive: list[int]) -> Tensor:
         """Send numbers to each rank, and return what each sends here, (sum of ``receive``,); a collective."""

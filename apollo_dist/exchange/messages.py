@@ -71,8 +71,8 @@ class Answer(NamedTuple):
     Attributes:
         numbers: of the shared channels that this rank multiplies with P, (channels, numbers).
         scales: of all shared channels, (channels, 1), or None.
-        elements: the others' low-rank updates: (first channel in ``shared``, tile number, elements, (updates, channels,
-            the tile's inner extent)).
+        elements: the others' low-rank updates: (first channel in ``shared``, tile number, elements, (channels, the
+            tile's inner extent)).
     """
 
     numbers: Tensor

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -38,12 +38,13 @@ class MatrixSpec:
         rank: r of the projection; 0 without one.
         channel_norms: whether the squared norm of each channel travels to its owner.
         channel_scales: whether each channel has a scaling factor of its own, which travels back.
-        low_rank_updates: how many times ``rank`` numbers of each channel travel back besides.
+        low_rank_update: whether ``rank`` numbers of each channel travel back besides, or their products with P.
         whole: whether one owner needs all elements in each step.
         whole_in_bfloat16: whether they travel in bfloat16, both ways.
         shared_state: how many numbers every rank with a part of it keeps that one owner makes from all elements.
         shared_in_bfloat16: whether those travel and are kept in bfloat16.
         terms: how many numbers of the whole matrix are summed over its ranks.
+        terms_first: whether they are summed before anything travels back, since that depends on them.
         state: for each kind of state that owners keep, how many numbers of it a channel has.
         matrix_state: how many numbers every rank keeps for the whole matrix.
         element_state: how many numbers a rank keeps for each element that it holds.
@@ -62,7 +63,8 @@ class MatrixSpec:
     matrix_state: int
     element_state: int
     tiles: tuple[tuple[Tile, ...], ...]
-    low_rank_updates: int = 0
+    low_rank_update: bool = False
+    terms_first: bool = False
     whole: bool = False
     whole_in_bfloat16: bool = False
     shared_state: int = 0
@@ -86,7 +88,12 @@ class MatrixSpec:
     @property
     def reply_numbers(self) -> int:
         """How many numbers of each channel travel back."""
-        return int(self.channel_scales) + self.low_rank_updates * self.rank
+        return int(self.channel_scales) + self.low_rank_update * self.rank
+
+    @property
+    def late_terms(self) -> int:
+        """How many terms are summed in exchange 2."""
+        return 0 if self.terms_first else self.terms
 
     def sends_elements(self, elements: Integers, channels: Integers) -> npt.NDArray[np.bool_]:
         """Whether a holder with so many ``elements`` of so many ``channels`` sends them as they are, not projected."""
@@ -94,7 +101,7 @@ class MatrixSpec:
 
     def replies_elements(self, elements: Integers, channels: Integers) -> npt.NDArray[np.bool_]:
         """Whether such a holder gets the elements of low-rank updates, and not what is to be multiplied with P."""
-        return (elements < channels * self.rank) & (self.low_rank_updates > 0)
+        return (elements < channels * self.rank) & self.low_rank_update
 
 
 @dataclass(frozen=True)
@@ -176,13 +183,16 @@ class Plan:
 
     @cached_property
     def term_places(self) -> list[tuple[int, int]]:
-        """(matrix, column) of the norm terms that have to be summed over ranks."""
+        """(matrix, column) of the terms that are summed over ranks in exchange 2."""
         return [
-            (i, column)
-            for i, m in enumerate(self.matrices)
-            if len(m.participants) > 1
-            for column in range(m.spec.terms)
+            (i, k) for i, m in enumerate(self.matrices) if len(m.participants) > 1 for k in range(m.spec.late_terms)
         ]
+
+    @cached_property
+    def first_term_places(self) -> list[tuple[int, int]]:
+        """(matrix, column) of those that are summed before it."""
+        first = [(i, m) for i, m in enumerate(self.matrices) if len(m.participants) > 1 and m.spec.terms_first]
+        return [(i, k) for i, m in first for k in range(m.spec.terms)]
 
     @property
     def term_columns(self) -> int:
@@ -209,17 +219,16 @@ class Plan:
         """How many numbers each rank sends to others if exchange 2 is an all-to-all."""
         sent = np.zeros(self.world_size, dtype=np.int64)
         for m in self.matrices:
-            if m.spec.low_rank_updates and m.shared:
+            if m.spec.low_rank_update and m.shared:
                 share, holders, elements = self._elements_held(m)
                 owners, counts = m.shares.owners[share], m.shares.counts[share]
-                updates = m.spec.low_rank_updates * np.minimum(elements, counts * m.spec.rank)
-                numbers = updates + counts * int(m.spec.channel_scales)
+                numbers = np.minimum(elements, counts * m.spec.rank) + counts * int(m.spec.channel_scales)
                 np.add.at(sent, owners, np.where(holders == owners, 0, numbers))
             elif m.spec.reply_numbers and m.shared:
                 others = np.array([len(run.holders) - 1 for run in m.partition.shared], dtype=np.int64)
                 numbers = m.shares.counts * m.spec.reply_numbers
                 np.add.at(sent, m.shares.owners, numbers * others[m.shares.runs])
-            sent[m.participants] += m.spec.terms * (len(m.participants) - 1)
+            sent[m.participants] += m.spec.late_terms * (len(m.participants) - 1)
         return sent
 
     @cached_property
@@ -227,26 +236,7 @@ class Plan:
         """sha256 of all integers and names in the plan."""
         text = hashlib.sha256(repr(self.world_size).encode())
         for m in self.matrices:
-            s = m.spec
-            text.update(
-                repr(
-                    (
-                        s.name,
-                        s.m,
-                        s.n,
-                        s.by_rows,
-                        s.rank,
-                        s.channel_norms,
-                        s.reply_numbers,
-                        s.terms,
-                        s.state,
-                        s.whole,
-                        s.whole_in_bfloat16,
-                        s.shared_state,
-                        s.shared_in_bfloat16,
-                    )
-                ).encode()
-            )
+            text.update(repr(replace(m.spec, tiles=())).encode())
             text.update(m.partition.digest)
             for values in (m.shares.starts, m.shares.stops, m.shares.owners, m.cuts.stops, m.cuts.buckets):
                 text.update(values.tobytes())
@@ -271,16 +261,25 @@ class Plan:
         return owned
 
     def numbers_sent(self, rank: int) -> tuple[int, int]:
-        """How many numbers ``rank`` sends to other ranks in exchange 1 and in exchange 2 of each step.
+        """How many numbers ``rank`` sends to other ranks in exchange 1, and after it, in each step.
 
         For an all-reduce: what its ring algorithm sends, 2 (world - 1) / world of the numbers, rounded up.
         """
-        return int(self._sent1[rank]), self.ring_numbers if self.reduces else int(self._scattered[rank])
+        second = self.ring_numbers if self.reduces else int(self._scattered[rank])
+        return int(self._sent1[rank]), self.first_term_numbers + second
 
     @property
     def ring_numbers(self) -> int:
         """How many numbers each rank sends in exchange 2 if it is an all-reduce."""
-        return -(-2 * self.reduced_numbers * (self.world_size - 1) // self.world_size)
+        return self._ring(self.reduced_numbers)
+
+    @property
+    def first_term_numbers(self) -> int:
+        """How many numbers each rank sends for the terms that are summed before exchange 2, in an all-reduce."""
+        return self._ring(len(self.first_term_places))
+
+    def _ring(self, numbers: int) -> int:
+        return -(-2 * numbers * (self.world_size - 1) // self.world_size)
 
     @cached_property
     def _sent1(self) -> Integers:

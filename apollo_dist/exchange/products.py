@@ -44,7 +44,7 @@ class HeldPart(NamedTuple):
 
 def held_as_elements(matrix: MatrixPlan, rank: int) -> dict[int, list[HeldPart]]:
     """By share of a matrix what this rank gets as elements."""
-    if not matrix.spec.low_rank_updates or not matrix.shared:
+    if not matrix.spec.low_rank_update or not matrix.shared:
         return {}
     partition, shares = matrix.partition, matrix.shares
     found = partition.overlaps(shares.starts, shares.stops, partition.tiles_of(rank))
@@ -64,7 +64,7 @@ def owned_as_elements(
     matrix: MatrixPlan, rank: int, world: int
 ) -> tuple[list[Product], dict[tuple[int, int], list[ProductPart]]]:
     """The products that this rank makes of a matrix, and by (share, holder) what it sends of them."""
-    if not matrix.spec.low_rank_updates or not matrix.shared:
+    if not matrix.spec.low_rank_update or not matrix.shared:
         return [], {}
     partition, shares = matrix.partition, matrix.shares
     (mine,) = np.nonzero(shares.owners == rank)

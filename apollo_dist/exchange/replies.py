@@ -126,7 +126,7 @@ def _numbers(matrix: MatrixPlan, channels: int, parts: Sequence[ProductPart] | S
     if parts is None:
         return channels * spec.reply_numbers
     elements = sum((part.last - part.first) * (part.inner[1] - part.inner[0]) for part in parts)
-    return channels * int(spec.channel_scales) + spec.low_rank_updates * elements
+    return channels * int(spec.channel_scales) + elements
 
 
 def _with_replies(plan: Plan) -> Iterator[tuple[int, MatrixPlan]]:
@@ -147,7 +147,7 @@ def _common_terms(plan: Plan, rank: int) -> list[list[int]]:
         if key not in known:
             chosen = np.nonzero(held)[0].tolist()
             known[key] = [
-                i * plan.term_columns + column for i in chosen for column in range(plan.matrices[i].spec.terms)
+                i * plan.term_columns + column for i in chosen for column in range(plan.matrices[i].spec.late_terms)
             ]
         found.append(known[key])
     return found

@@ -212,6 +212,7 @@ def estimate_plans(
     for plan in plans:
         whole = traffic(plan, NUMBER)
         collectives += plan.needs_exchange1 * plan.buckets + plan.needs_exchange2 + whole.collectives
+        collectives += bool(plan.first_term_places)
         for k in range(ranks):
             first, second = plan.numbers_sent(k)
             kept = plan.owned_numbers(k) + sum(m.spec.matrix_state for m in plan.matrices)

@@ -4,8 +4,8 @@ A *matrix rule* updates each channel (row, column or block of rows) of a matrix 
 ``U_c = f * (s_c * X_c + D_c P) + N_c P``: X is the *carrier*, the gradient G or a state by element made of it; ``s_c``
 is one number a channel, ``D_c`` and ``N_c`` are r numbers a channel, all computed by the channel's owner; P is the
 projection; f is one number a matrix, computed from sums over the whole matrix. Each part is there if it is declared.
-``Spec`` declares which numbers the owner must see, which state is kept, and what comes back. Exchange, state,
-checkpoints, resharding and memory estimates follow from that declaration and know no rule.
+With a D, answers travel after those sums, as ``f s_c`` and ``f D_c + N_c``; else the holders multiply by f. ``Spec``
+declares what the owner must see, which state is kept, and what comes back. All else follows and knows no rule.
 
 An *element rule* updates every element by itself, without exchange. Rules are tensors in, tensors out: no rank, tile or
 collective is visible here, no function synchronizes with the host, and hyperparameters are the group's at every step.
@@ -81,12 +81,12 @@ class Reply:
     direct: bool = False
 
     @property
-    def low_rank_updates(self) -> int:
-        """How many low-rank updates each channel has."""
-        return int(self.residual) + int(self.direct)
+    def low_rank_update(self) -> bool:
+        """Whether r numbers of each channel come back."""
+        return self.residual or self.direct
 
     def columns(self, low_rank: int) -> dict[str, slice]:
-        """What comes back of a channel at rank ``low_rank``, by the names of ``Update``: where among its numbers."""
+        """What an owner answers of a channel at rank ``low_rank``, by the names of ``Update``: where in its numbers."""
         found, at = {}, 0
         for name, width in (("scale", 1), ("residual", low_rank), ("direct", low_rank)):
             if getattr(self, name):

@@ -36,7 +36,10 @@ class Fira(LowRank):
     options: Mapping[str, Option] = {**ADAM, "rank": RANK, "scale": Option(1.0, positive, "alpha"), **projection("svd")}
 
     def spec(self, m: int, n: int, group: Group) -> Spec:
-        """The owner sees R, the channels' norms and P P^T, and answers with phi, -alpha phi R and alpha N."""
+        """The owner sees R, the channels' norms and P P^T, and answers with phi, -alpha phi R and alpha N.
+
+        The last two travel as one, once the limiter is known.
+        """
         reduce = self.reduces(group, channel_norms=True, gram=True)
         reply = Reply(scale=True, terms=1, residual=True, direct=True)
         return Spec(reduce, reply, self.moments(group, "last_norm"))

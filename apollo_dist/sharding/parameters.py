@@ -17,7 +17,7 @@ _shapes: Any = WeakIdKeyDictionary()
 class ParamInfo:
     """A parameter as it was given: canonical name (``param_3`` where none was), logical shape, dtype, whether named.
 
-    Members with the same ``part`` step together: their matrices share a plan and its two collectives. ``choose`` says
+    Members with the same ``part`` step together: their matrices share a plan and its collectives. ``choose`` says
     that their group has no rank of its own, so the library decides whether they are low-rank.
     """
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 def apply(
     batch: Batch,
+    active: Sequence[bool],
     carriers: Tiles,
     owned: Sequence[Tensor | None],
     replies: Sequence[Tensor | Answer | None],
@@ -36,40 +37,33 @@ def apply(
 
     Args:
         batch: the matrices.
-        carriers: of the batch's matrices.
-        owned: what ``own`` returned, for each matrix of the shard group.
+        active: for each matrix of the shard group whether it has a gradient.
+        carriers: of the batch's matrices; None for those that have none.
+        owned: what ``own`` or ``answer_with_factors`` returned, for each matrix of the shard group.
         replies: for each matrix of the shard group what exchange 2 brought, or None.
         projections: of the shard group, in the current step.
         terms: (matrices of the shard group, columns), summed over ranks.
         seed: of stochastic rounding.
     """
-    mine = terms[batch.first : batch.first + len(batch.matrices), : batch.declared.terms]
-    factor, changed = batch.rule.matrix_step(mine, batch.matrix_state, batch.group)
-    for name, values in changed.items():
-        if not all(tiles is not None for tiles in carriers):
-            moved = to_device([tiles is not None for tiles in carriers], torch.bool, values.device)
-            values = torch.where(moved, values, batch.matrix_state[name])
-        batch.matrix_state[name].copy_(values)
-    active = [k for k, tiles in enumerate(carriers) if tiles is not None]
-    if not active:
+    # Where the answers have the factors in them, the state is of this step already.
+    factor = None if batch.declared.reply.residual else batch.factors(active, terms)
+    members = [k for k, tiles in enumerate(carriers) if tiles is not None]
+    if not members:
         return
-    if factor is not None and len(active) < len(batch.matrices):
-        factor = factor[to_device(active, torch.int64, factor.device)]
-    matrices, given = [batch.matrices[k] for k in active], [tiles for tiles in carriers if tiles is not None]
+    if factor is not None and len(members) < len(batch.matrices):
+        factor = factor[to_device(members, torch.int64, factor.device)]
+    matrices, given = [batch.matrices[k] for k in members], [tiles for tiles in carriers if tiles is not None]
     coefficients = _coefficients(matrices, factor)
-    columns = batch.declared.reply.columns(batch.declared.reduce.low_rank)
-    scales = [_scales(batch.matrices[k], owned[batch.first + k], replies[batch.first + k], columns) for k in active]
-    if not matrices[0].spec.low_rank_updates:
+    scales = [_scales(batch.matrices[k], owned[batch.first + k], replies[batch.first + k]) for k in members]
+    if not matrices[0].spec.low_rank_update:
         _update(matrices, coefficients, given, scales, seed)
         return
     # One matrix after the other: products with P go to weights in the compute dtype.
-    for row, k in enumerate(active):
+    for row, (k, m) in enumerate(zip(members, matrices, strict=True)):
         answered, received = owned[batch.first + k], replies[batch.first + k]
         assert answered is not None
         projection = projections.of(batch.first + k, Phase.APPLY)
-        by = None if factor is None else factor[row]
-        product = low_rank_update(matrices[row], columns, answered, received, by, projection)
-        product = product.times(_size(matrices[row]))
+        product = low_rank_update(m, m.low_rank_columns, answered, received, projection).times(_size(m))
         here = slice(row, row + 1)
         _update(matrices[here], coefficients[here], given[here], scales[here], seed, product)
 
@@ -79,24 +73,21 @@ def update(m: Matrix, carriers: Sequence[Tensor], seed: int) -> None:
     _update([m], _coefficients([m], None), [carriers], [None], seed)
 
 
-def _scales(
-    m: Matrix, owned: Tensor | None, received: Tensor | Answer | None, columns: Mapping[str, slice]
-) -> Tensor | None:
+def _scales(m: Matrix, owned: Tensor | None, received: Tensor | Answer | None) -> Tensor | None:
     """The scaling factors of the held channels, (channels, 1): this rank's own, then those of exchange 2; or None.
 
     Args:
         m: the matrix.
-        owned: what ``own`` returned.
+        owned: of its owned channels what travels.
         received: what exchange 2 brought, if there was one.
-        columns: by name where answers are among the numbers of a channel.
     """
-    if "scale" not in columns:
+    if not m.spec.channel_scales:
         return None
     assert owned is not None  # its rule answers
     if received is None:
-        return owned[:, columns["scale"]]
-    alone = owned[: m.channels.local_only.count, columns["scale"]]
-    theirs = received.scales if isinstance(received, Answer) else received[:, columns["scale"]]
+        return owned[:, :1]
+    alone = owned[: m.channels.local_only.count, :1]
+    theirs = received.scales if isinstance(received, Answer) else received[:, :1]
     assert theirs is not None
     return own_then_received(alone, theirs)
 

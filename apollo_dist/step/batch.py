@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..kernels.transfer import to_device
 from ..state.slots import STEP
 
 if TYPE_CHECKING:
@@ -120,6 +121,22 @@ class Batch:
             else:
                 runs.append(([k], rows))
         return runs
+
+    def factors(self, active: Sequence[bool], terms: Tensor) -> Tensor | None:
+        """The factor of each matrix by its rule, (matrices,), or None for 1; state of matrices that are active changes.
+
+        Args:
+            active: for each matrix of the shard group whether it has a gradient.
+            terms: (matrices of the shard group, columns), summed over ranks.
+        """
+        here = slice(self.first, self.first + len(self.matrices))
+        moved = list(active[here])
+        factor, changed = self.rule.matrix_step(terms[here, : self.declared.terms], self.matrix_state, self.group)
+        for name, values in changed.items():
+            if not all(moved):
+                values = torch.where(to_device(moved, torch.bool, values.device), values, self.matrix_state[name])
+            self.matrix_state[name].copy_(values)
+        return factor
 
     def state_of(self, rows: slice) -> dict[str, Tensor]:
         """The state of some owned channels, by name (channels, width)."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -13,13 +13,12 @@ from ..exchange.messages import Answer
 if TYPE_CHECKING:
     from ..projections.slices import Projection
     from ..sharding.regions import Range
+    from .batch import Batch
     from .matrix import Matrix
-
-UPDATES = ("residual", "direct")  # as ``Update`` names them, in the order in which their elements travel
 
 
 class LowRankUpdate(NamedTuple):
-    """(f D + N) P over the held channels of a matrix.
+    """(f D + N) P over the held channels of a matrix, where f D + N is one low-rank update.
 
     Attributes:
         low_rank: f D + N of the channels that this rank multiplies with P, (channels, r).
@@ -77,59 +76,61 @@ def own_then_received(own: Tensor, received: Tensor) -> Tensor:
 
 
 def low_rank_update(
-    m: Matrix,
-    columns: Mapping[str, slice],
-    alone: Tensor,
-    received: Tensor | Answer | None,
-    factor: Tensor | None,
-    projection: Projection | None,
+    m: Matrix, columns: slice, alone: Tensor, received: Tensor | Answer | None, projection: Projection | None
 ) -> LowRankUpdate:
     """What the owners of a matrix's held channels have answered, as an update.
 
     Args:
         m: the matrix.
-        columns: by name where low-rank updates are among the numbers of a channel.
+        columns: where the low-rank update is among the numbers of a channel.
         alone: the numbers of the channels that this rank holds alone or, without an exchange, of all held ones.
         received: what exchange 2 brought, if there was one.
-        factor: f, or None for 1.
         projection: P, if this rank multiplies with it.
     """
     numbers = received.numbers if isinstance(received, Answer) else received
     if numbers is not None:
         alone = own_then_received(alone[: m.channels.local_only.count], numbers)
-    names = [name for name in UPDATES if name in columns]
-    low_rank = _sum([alone[:, columns[name]] for name in names], names, factor)
+    low_rank = alone[:, columns]
     if not isinstance(received, Answer):
         return LowRankUpdate(low_rank, projection)
-    base, elements = m.channels.local_only.count, []
-    for first, tile, values in received.elements:
-        elements.append((base + first, tile, _sum(list(values.to(alone.dtype).unbind()), names, factor)))
+    base = m.channels.local_only.count
+    elements = [(base + first, tile, values.to(alone.dtype)) for first, tile, values in received.elements]
     return LowRankUpdate(low_rank, projection, m.channels.multiplied, elements)
 
 
-def _sum(values: Sequence[Tensor], names: Sequence[str], factor: Tensor | None) -> Tensor:
-    """f D + N, or f D P + N P, of those that there are."""
-    parts = [
-        v * factor if name == "residual" and factor is not None else v for name, v in zip(names, values, strict=True)
-    ]
-    return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+def join_updates(batch: Batch, owned: Sequence[Tensor], factor: Tensor | None) -> list[Tensor]:
+    """What travels of the owned channels of a batch whose rule answers with a D: f s, and f D + N.
+
+    Args:
+        batch: the matrices.
+        owned: for each what the rule answered, (channels, numbers); changed.
+        factor: f of each, (matrices,), or None for 1.
+    """
+    columns = batch.declared.reply.columns(batch.declared.reduce.low_rank)
+    first = [answer[:, : columns["residual"].stop] for answer in owned]
+    if factor is not None:
+        torch._foreach_mul_(first, list(factor.unbind()))
+    if "direct" in columns:
+        torch._foreach_add_(
+            [answer[:, columns["residual"]] for answer in owned], [a[:, columns["direct"]] for a in owned]
+        )
+    return first
 
 
-def products(m: Matrix, columns: Mapping[str, slice], reply: Tensor, projection: Projection | None) -> list[Tensor]:
-    """The low-rank updates of owned channels that other ranks get as elements, (updates, channels, columns) each.
+def products(m: Matrix, columns: slice, reply: Tensor, projection: Projection | None) -> list[Tensor]:
+    """The low-rank updates of owned channels that other ranks get as elements, (channels, columns) each.
 
     Args:
         m: the matrix.
         columns: as of ``low_rank_update``.
-        reply: what the rule answered of the owned channels, (channels, numbers).
+        reply: what travels of the owned channels, (channels, numbers).
         projection: P.
     """
     found = []
     for position, channels, (first, last) in m.channels.products:
         assert projection is not None
         start = m.channels.local_only.count + position
-        rows = reply[start : start + channels]
+        rows = reply[start : start + channels, columns]
         slab = projection.slab[first - projection.first : last - projection.first, : projection.rank].to(rows.dtype)
-        made = [rows[:, columns[name]] @ slab.t() for name in UPDATES if name in columns]
-        found.append(torch.stack(made).mul_(projection.scale))
+        found.append((rows @ slab.t()).mul_(projection.scale))
     return found

@@ -112,12 +112,18 @@ class Matrix:
         if gram:
             columns = (0, self.spec.n if self.spec.by_rows else self.spec.m)
         multiplies = self.channels.multiplied is None or bool(self.channels.multiplied)
-        updates = bool(self.spec.low_rank_updates and self.held.parts and multiplies)
+        updates = bool(self.spec.low_rank_update and self.held.parts and multiplies)
         needed = bool(self.projected.parts), bool(self.local_only.parts) or elements or gram, updates
         if not self.spec.rank or self.spec.shared_state:
             needed = False, False, False
         kind, dtype = self.declared.reduce.projection, self.kernels.entries or self.shard.compute_dtype
         return ProjectionSlice(self.spec.name, self.spec.rank, dtype, columns, edges, needed, kind, self.kernels)
+
+    @property
+    def low_rank_columns(self) -> slice:
+        """Where among the numbers that travel back of a channel its low-rank update is."""
+        first = int(self.spec.channel_scales)
+        return slice(first, first + self.spec.low_rank_update * self.spec.rank)
 
     @property
     def refresh(self) -> int:

@@ -15,7 +15,7 @@ from ..kernels.transfer import to_device
 from ..projections.slices import Phase
 from ..rules.base import Seen, Update
 from ..state.slots import STEP
-from .low_rank import products
+from .low_rank import join_updates, products
 from .matrix import take
 from .reduce import parts_of, receive
 
@@ -43,7 +43,8 @@ def own(
         projections: of the shard group, in the current step.
         received: for each matrix of the shard group what ``Exchange.reduce_to_owners`` returned, or None.
         terms: (matrices of the shard group, columns), written in place.
-        made: by number in the shard group the low-rank updates that other ranks get as elements, written.
+        made: by number in the shard group the low-rank updates that other ranks get as elements, written; but for a
+            rule that answers with a D, for which ``answer_with_factors`` writes them.
 
     Returns:
         For each matrix of the batch what its owned channels answer, (channels, numbers), in the order of
@@ -52,12 +53,12 @@ def own(
     declared, kwargs, numbers = batch.declared, batch.factory_kwargs, batch.rule.low_rank_numbers
     terms = terms[batch.first : batch.first + len(batch.matrices)]
     # Zeros where there is no gradient.
-    reply = torch.zeros((batch.channels, batch.matrices[0].spec.reply_numbers), **kwargs)
+    columns = declared.reply.columns(declared.reduce.low_rank)
+    reply = torch.zeros((batch.channels, max((c.stop for c in columns.values()), default=0)), **kwargs)
     norms = torch.empty(batch.channels, **kwargs) if declared.reduce.channel_norms else None
     kept = torch.empty((numbers, batch.channels), **kwargs) if numbers else None
     multiplied: dict[int, Projection | None] = {}
-    # R of one chunk at a time, and as much for the rule to work in, in the same memory. Kernels that take many matrices
-    # need no such memory, and then it is that of R.
+    # R of one chunk, and as much for the rule to work in; kernels that take many matrices need none, and get R's.
     most = max(sum(batch.counts[chunk.start : chunk.stop]) for chunk in batch.chunks)
     space = torch.empty((1 if batch.kernels.together else 2, most, declared.reduce.low_rank), **kwargs)
     for chunk in batch.chunks:
@@ -66,7 +67,8 @@ def own(
         used = {k: projections.of(batch.first + k, Phase.OWN) for k in chunk if grads[k] is not None}
         lines = _reduce(batch, chunk, grads, used, received, space[0, : rows.stop - rows.start], squares)
         grams = {k: p.gram for k, p in used.items() if p is not None} if declared.reduce.gram else {}
-        multiplied |= {k: p for k, p in used.items() if batch.matrices[k].channels.products}
+        if not declared.reply.residual:
+            multiplied |= {k: p for k, p in used.items() if batch.matrices[k].channels.products}
         del used
         _add_squares(lines, terms[:, declared.terms - 1 : declared.terms])
         for members, run in batch.active_runs(chunk, grads):
@@ -77,13 +79,13 @@ def own(
             else:
                 batch.rule.low_rank_step(seen, batch.state_of(run), batch.group, kept[:, run])
         if kept is None:
-            _multiply(batch, multiplied, reply, made)
+            _multiply(batch, multiplied, torch.split(reply, batch.counts), made)
     # In one go over all channels, since there are more chunks than operations should be.
     if kept is not None:
         for members, run in batch.active_runs(range(len(batch.matrices)), grads):
             seen = _seen(batch, members, space[:, :0])._replace(made=kept[:, run])
             _answer(batch, members, run, seen, norms, reply, terms)
-        _multiply(batch, multiplied, reply, made)
+        _multiply(batch, multiplied, torch.split(reply, batch.counts), made)
     return torch.split(reply, batch.counts) if reply.shape[1] else [None] * len(batch.matrices)
 
 
@@ -93,20 +95,48 @@ def _seen(batch: Batch, members: Sequence[int], space: Tensor, grams: Sequence[T
     return Seen(space[0], None, space[-1], counts, batch.matrices[members[0]].state[STEP], grams, batch.kernels)
 
 
+def answer_with_factors(
+    batch: Batch,
+    active: Sequence[bool],
+    owned: Sequence[Tensor],
+    projections: ProjectionCache,
+    terms: Tensor,
+    made: dict[int, list[Tensor]],
+) -> list[Tensor]:
+    """Complete the answers of a rule with a D, once its terms are summed: they depend on the factor of each matrix.
+
+    Args:
+        batch: the matrices.
+        active: for each matrix of the shard group whether it has a gradient.
+        owned: what ``own`` returned; changed.
+        projections, made: as of ``own``.
+        terms: (matrices of the shard group, columns), summed over ranks.
+
+    Returns:
+        For each matrix of the batch what travels of its owned channels, (channels, numbers).
+    """
+    answers = join_updates(batch, owned, batch.factors(active, terms))
+    for k, m in enumerate(batch.matrices):
+        if active[batch.first + k] and m.channels.products:
+            used = {k: projections.of(batch.first + k, Phase.OWN)}
+            _multiply(batch, used, answers, made)
+    return answers
+
+
 def _multiply(
-    batch: Batch, projections: dict[int, Projection | None], reply: Tensor, made: dict[int, list[Tensor]]
+    batch: Batch, projections: dict[int, Projection | None], answers: Sequence[Tensor], made: dict[int, list[Tensor]]
 ) -> None:
     """Make the low-rank updates that other ranks get as elements, and let the projections go.
 
     Args:
         batch: of the matrices.
         projections: of those with such updates, by number in the batch; emptied.
-        reply: what the rule answered.
+        answers: for each matrix of the batch what travels of its owned channels.
         made: as of ``own``.
     """
-    columns = batch.declared.reply.columns(batch.declared.reduce.low_rank)
     for k, projection in projections.items():
-        made[batch.first + k] = products(batch.matrices[k], columns, reply[batch.rows[k]], projection)
+        m = batch.matrices[k]
+        made[batch.first + k] = products(m, m.low_rank_columns, answers[k], projection)
     projections.clear()
 
 

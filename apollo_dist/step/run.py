@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ..projections.slices import Phase
 from .apply import apply, shared_reply
-from .own import own
+from .own import answer_with_factors, own
 from .reduce import partials
 from .whole import refresh_projections, step_whole
 
 if TYPE_CHECKING:
     from ..exchange.messages import Answer, Partial, Received
+    from .batch import Batch
     from .shard_group import ShardGroupStep
 
 
@@ -37,13 +38,13 @@ class Pending:
 
 
 def step_shard_group(group_step: ShardGroupStep, seed: int) -> None:
-    """One step of all matrices of a shard group: at most two collectives, and those of whole matrices.
+    """One step of all matrices of a shard group: at most three collectives, and those of whole matrices.
 
     Args:
         group_step: the matrices, their states and their plan.
         seed: of the projections, and of stochastic rounding.
     """
-    early = not group_step.plan.needs_exchange2
+    early = not (group_step.plan.needs_exchange2 or group_step.plan.first_term_places)
     finish_step(group_step, begin_step(group_step, seed, early=early), early=early)
 
 
@@ -53,7 +54,7 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     Args:
         group_step, seed: as of ``step_shard_group``.
         early: update each batch's weights as soon as they can be, while its gradients are in the cache. Only without
-            an exchange 2.
+            an exchange 2, and without terms that are summed before it.
     """
     plan, exchange, matrices = group_step.plan, group_step.exchange, group_step.matrices
     projections = group_step.projections
@@ -83,16 +84,37 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
         reduced = batch.reduced(active)
         owned += own(batch, reduced, projections, received, terms, made)
         if early:
-            apply(batch, batch.carriers(active, reduced), owned, replies, projections, terms, seed)
+            if batch.declared.reply.residual:
+                _join(batch, active, owned, group_step, terms, made)
+            apply(batch, active, batch.carriers(active, reduced), owned, replies, projections, terms, seed)
             owned[batch.first :] = [None] * len(batch.matrices)  # low-rank updates are large
         del reduced
     del received
 
-    # The answers travel back to the holders, and terms are summed.
+    # Terms are summed, before answers travel that depend on them or with those that do not.
+    if not early:
+        terms = exchange.sum_first_terms(terms)
+        for batch in group_step.batches:
+            if batch.declared.reply.residual:
+                _join(batch, active, owned, group_step, terms, made)
     if plan.needs_exchange2:
         shared = [shared_reply(m, reply) for m, reply in zip(matrices, owned, strict=True)]
         replies, terms = exchange.reply_to_holders(shared, terms, made)
     return Pending(active, owned, replies, terms, seed)
+
+
+def _join(
+    batch: Batch,
+    active: Sequence[bool],
+    owned: list[Tensor | None],
+    group_step: ShardGroupStep,
+    terms: Tensor,
+    made: dict[int, list[Tensor]],
+) -> None:
+    """Put what travels of a batch whose answers depend on its factors in the place of what its rule answered."""
+    here = slice(batch.first, batch.first + len(batch.matrices))
+    answered = [answer for answer in owned[here] if answer is not None]  # all of them
+    owned[here] = answer_with_factors(batch, active, answered, group_step.projections, terms, made)
 
 
 def _of_buckets(group_step: ShardGroupStep, active: Sequence[bool]) -> Callable[[int], dict[int, Partial]]:
@@ -124,5 +146,14 @@ def finish_step(group_step: ShardGroupStep, pending: Pending, *, early: bool = F
         if early or batch.declared.reduce.whole:
             continue
         carriers = batch.carriers(pending.active)
-        apply(batch, carriers, pending.owned, pending.replies, group_step.projections, pending.terms, pending.seed)
+        apply(
+            batch,
+            pending.active,
+            carriers,
+            pending.owned,
+            pending.replies,
+            group_step.projections,
+            pending.terms,
+            pending.seed,
+        )
     step_whole(group_step, pending.active, pending.seed)

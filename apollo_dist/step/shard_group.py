@@ -38,11 +38,11 @@ class Entry(NamedTuple):
 def _known(declared: Spec, dtype: torch.dtype) -> bool:
     """Whether Triton's kernels know what a rule asks for: a projection from the seed, and no low-rank update."""
     reduce, reply = declared.reduce, declared.reply
-    return dtype in STORED and reduce.low_rank > 0 and reduce.projection in KINDS and not reply.low_rank_updates
+    return dtype in STORED and reduce.low_rank > 0 and reduce.projection in KINDS and not reply.low_rank_update
 
 
 class ShardGroupStep:
-    """All matrices of one shard group on one device: they share one plan and its two collectives."""
+    """All matrices of one shard group on one device: they share one plan and its collectives."""
 
     def __init__(self, entries: Sequence[Entry]) -> None:
         group, device = entries[0].shard.group, entries[0].shard.device

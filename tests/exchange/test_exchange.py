@@ -8,7 +8,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from apollo_dist import APOLLO
+from apollo_dist import APOLLO, Fira, GaLore
 from apollo_dist.exchange import buckets
 
 from ..engines import initialize, zero_config
@@ -55,14 +55,14 @@ class Counter:
         return call
 
 
-def fsdp2_step(rank, world, options):
+def fsdp2_step(rank, world, options, optimizer=APOLLO):
     model = Bag()
     shapes, ranks = shapes_of(model), low_rank(model, 2)
     mesh = init_device_mesh("cpu", (world,))
     for block in model.layers:
         fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    optimizer = APOLLO(groups_of(model, ranks), **options)
+    optimizer = optimizer(groups_of(model, ranks), **options)
     found = []
     for step in range(3):
         model(gradients(shapes, step, rank)).backward()
@@ -85,6 +85,21 @@ def test_two_collectives_whatever_the_number_of_matrices(options, second):
         for calls, sent in found:
             assert calls == ["all_to_all_single", second]
             assert tuple(sent) == predicted[0]
+
+
+def test_three_where_answers_depend_on_sums_of_the_whole_matrix():
+    """Fira's limiter is known before its two low-rank updates travel, as one."""
+    options = {"proj": "random"}
+    fira, galore = (run_ranks(fsdp2_step, 3, options, rule) for rule in (Fira, GaLore))
+    shapes = shapes_of(Bag())
+    cut = sum(len(shapes[name]) == 2 and shapes[name][0] > 1 for name in low_rank(Bag(), 2))
+    for (found, predicted), (_, (without,)) in zip(fira, galore, strict=True):
+        for calls, (first, terms, second) in found:
+            assert calls == ["all_to_all_single", "all_reduce", "all_to_all_single"]
+            assert predicted == [(first, terms + second)]
+            assert terms == 4 * math.ceil(2 * 2 * cut / 3)
+            # Not much more than GaLore's r = 2 numbers of a channel: r + 1, not 2 r + 1.
+            assert first >= without[0] and without[1] < second < 2 * without[1]
 
 
 def in_buckets(rank, world):

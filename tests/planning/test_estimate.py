@@ -11,6 +11,7 @@ from apollo_dist.exchange import buckets
 from apollo_dist.planning.estimate import estimate, state_bytes
 
 from ..engines import initialize, prepare, zero_config
+from ..models import llama_7b_shapes
 from ..ranks import run_ranks
 
 CHANNEL, TENSOR = {"rank": 8}, {"rank": 8, "scale_type": "tensor"}
@@ -117,12 +118,7 @@ def test_whole_matrices_are_kept_by_every_rank():
 
 def test_numbers_of_a_real_model():
     """LLaMA-7B on 8 ranks, ZeRO-3: a rank sends under 3 % of the gradient's bytes at rank 256, Mini under 0.05 %."""
-    shapes = {}
-    for i in range(32):
-        for name in ("q", "k", "v", "o"):
-            shapes[f"model.layers.{i}.self_attn.{name}_proj.weight"] = (4096, 4096)
-        for name, shape in {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}.items():
-            shapes[f"model.layers.{i}.mlp.{name}_proj.weight"] = shape
+    shapes = llama_7b_shapes()
     gradient = sum(m * n for m, n in shapes.values()) * 4
     # 362 MB of low-rank gradients in six buckets, and exchange 2; buffers of two buckets.
     for options, share, collectives in (({"rank": 256}, 0.03, 7), ({"rank": 1, "scale_type": "tensor"}, 0.0005, 2)):

@@ -9,7 +9,7 @@ from apollo_dist import Muon
 from apollo_dist.planning.estimate import estimate_rule
 from apollo_dist.projections.orthonormal import leading_directions
 
-from ..models import gradients, relative_error, shapes_of
+from ..models import gradients, llama_7b_shapes, relative_error, shapes_of
 from ..ranks import run_ranks
 from .problems import CASES, Llama
 from .whole_runs import (
@@ -181,17 +181,16 @@ def test_checkpoints_across_engines_and_ranks(rule, tmp_path):
 
 def test_llama_7b():
     """The share of the gradients' traffic (bf16, a ring) that the busiest rank sends: as derived by hand, to 5 %."""
-    shapes = {}
-    for i in range(32):
-        for name in ("q", "k", "v", "o"):
-            shapes[f"model.layers.{i}.self_attn.{name}_proj.weight"] = (4096, 4096)
-        for name, shape in {"gate": (11008, 4096), "up": (11008, 4096), "down": (4096, 11008)}.items():
-            shapes[f"model.layers.{i}.mlp.{name}_proj.weight"] = shape
+    shapes = llama_7b_shapes()
     expected = {
         ("galore", "fsdp2", 8): 0.0535,
         ("galore", "fsdp2", 64): 0.0134,  # both ways as elements
         ("galore", "zero3", 64): 0.0134,
         ("galore", "zero", 8): 0.0,
+        # Fira's updates travel as one, with a norm and a scaling factor of each channel.
+        ("fira", "fsdp2", 8): 0.0537,
+        ("fira", "fsdp2", 64): 0.0134,
+        ("fira", "zero", 8): 0.0,
         ("muon", "fsdp2", 8): 0.24,  # in bfloat16
         ("muon", "zero", 8): 0.0,
     }
