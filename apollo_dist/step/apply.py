@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,35 @@ from .rows import update_rows
 if TYPE_CHECKING:
     from ..projections.cache import ProjectionCache
     from .batch import Batch, Tiles
+
+
+class Updates(NamedTuple):
+    """Updates of some matrices of one batch.
+
+    Attributes:
+        matrices: the matrices.
+        coefficients: of them, (matrices, 2), as of ``_coefficients``.
+        carriers: of them; empty where there is no X.
+        scales: of each the scaling factors of its held channels, (channels, 1), or None.
+        seed: of stochastic rounding.
+        product: of the only one the step size times its low-rank update.
+    """
+
+    matrices: Sequence[Matrix]
+    coefficients: Tensor
+    carriers: Sequence[Sequence[Tensor]]
+    scales: Sequence[Tensor | None]
+    seed: int
+    product: LowRankUpdate | None = None
+
+    def of(self, chosen: Sequence[int]) -> Updates:
+        """Those of some of the matrices, by number."""
+        if len(chosen) == len(self.matrices):
+            return self
+        rows = to_device(list(chosen), torch.int64, self.coefficients.device)
+        matrices, carriers = [self.matrices[k] for k in chosen], [self.carriers[k] for k in chosen]
+        scales = [self.scales[k] for k in chosen]
+        return Updates(matrices, self.coefficients[rows], carriers, scales, self.seed, self.product)
 
 
 def apply(
@@ -56,7 +85,7 @@ def apply(
     coefficients = _coefficients(matrices, factor)
     scales = [_scales(batch.matrices[k], owned[batch.first + k], replies[batch.first + k]) for k in members]
     if not matrices[0].spec.low_rank_update:
-        _update(matrices, coefficients, given, scales, seed)
+        _update(Updates(matrices, coefficients, given, scales, seed))
         return
     # One matrix after the other: products with P go to weights in the compute dtype.
     for row, (k, m) in enumerate(zip(members, matrices, strict=True)):
@@ -65,12 +94,12 @@ def apply(
         projection = projections.of(batch.first + k, Phase.APPLY)
         product = low_rank_update(m, m.low_rank_columns, answered, received, projection).times(_size(m))
         here = slice(row, row + 1)
-        _update(matrices[here], coefficients[here], given[here], scales[here], seed, product)
+        _update(Updates(matrices[here], coefficients[here], given[here], scales[here], seed, product))
 
 
 def update(m: Matrix, carriers: Sequence[Tensor], seed: int) -> None:
     """Update the local weights of one matrix by the step size times X, channels first for each tile."""
-    _update([m], _coefficients([m], None), [carriers], [None], seed)
+    _update(Updates([m], _coefficients([m], None), [carriers], [None], seed))
 
 
 def _scales(m: Matrix, owned: Tensor | None, received: Tensor | Answer | None) -> Tensor | None:
@@ -92,49 +121,20 @@ def _scales(m: Matrix, owned: Tensor | None, received: Tensor | Answer | None) -
     return own_then_received(alone, theirs)
 
 
-def _update(
-    matrices: Sequence[Matrix],
-    coefficients: Tensor,
-    carriers: Sequence[Sequence[Tensor]],
-    scales: Sequence[Tensor | None],
-    seed: int,
-    product: LowRankUpdate | None = None,
-) -> None:
-    """Update the local weights of matrices of one batch, those that are stored by rows one after the other.
-
-    Args:
-        matrices, coefficients, carriers, scales, seed, product: as of ``_update_dense``.
-    """
-    dense = [k for k, m in enumerate(matrices) if m.shard.rows is None]
-    for k, m in enumerate(matrices):
+def _update(updates: Updates) -> None:
+    """Update the local weights of matrices, those that are stored by rows one after the other."""
+    dense = [k for k, m in enumerate(updates.matrices) if m.shard.rows is None]
+    for k, m in enumerate(updates.matrices):
         if m.shard.rows is not None:
-            update_rows(m, coefficients[k : k + 1], carriers[k], scales[k], product)
-    if len(dense) == len(matrices):
-        _update_dense(matrices, coefficients, carriers, scales, seed, product)
-    elif dense:
-        rows = to_device(dense, torch.int64, coefficients.device)
-        given, by = [carriers[k] for k in dense], [scales[k] for k in dense]
-        _update_dense([matrices[k] for k in dense], coefficients[rows], given, by, seed, product)
+            coefficients = updates.coefficients[k : k + 1]
+            update_rows(m, coefficients, updates.carriers[k], updates.scales[k], updates.product)
+    if dense:
+        _update_dense(updates.of(dense))
 
 
-def _update_dense(
-    matrices: Sequence[Matrix],
-    coefficients: Tensor,
-    carriers: Sequence[Sequence[Tensor]],
-    scales: Sequence[Tensor | None],
-    seed: int,
-    product: LowRankUpdate | None = None,
-) -> None:
-    """Update the local weights of matrices of one batch that are stored as one number an element.
-
-    Args:
-        matrices: the matrices.
-        coefficients: of them, (matrices, 2).
-        carriers: of them; empty where there is no X.
-        scales: of each the scaling factors of its held channels, (channels, 1), or None.
-        seed: of stochastic rounding.
-        product: of the only one the step size times its low-rank update.
-    """
+def _update_dense(updates: Updates) -> None:
+    """Update the local weights of matrices that are stored as one number an element."""
+    matrices, coefficients, carriers, scales, seed, product = updates
     rule, group = matrices[0].rule, matrices[0].group
     parts: list[ApplyPart] = []
     work: list[Tensor] = []
