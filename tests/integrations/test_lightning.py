@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
 
-pytest.importorskip("lightning")
+if find_spec("lightning") is None:  # not imported here: that takes a second of each process that collects the tests
+    pytest.skip("lightning is not installed", allow_module_level=True)
 pytest.importorskip("transformers")
 
 from ..llama import assert_equal_to_one_process

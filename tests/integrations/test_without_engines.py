@@ -50,6 +50,7 @@ def python(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, timeout=allowed(200))
 
 
+@pytest.mark.slow
 def test_the_core_needs_no_engine():
     names = ("deepspeed", "transformers", "accelerate")
     cases = [*combinations(names, 2), names, ("tqdm", "datasets", "tokenizers", "matplotlib", *names)]
@@ -76,7 +77,7 @@ runpy.run_module({command!r}, run_name="__main__", alter_sys=True)
     ("module", "command", "arguments", "extra"),
     [
         pytest.param("tqdm", "apollo_dist.pretrain", ["--recipe=tiny"], "pretrain", marks=pytest.mark.slow),
-        ("transformers", "apollo_dist.pretrain", ["--recipe=tiny"], "pretrain"),
+        pytest.param("transformers", "apollo_dist.pretrain", ["--recipe=tiny"], "pretrain", marks=pytest.mark.slow),
         ("transformers", "apollo_dist", ["plan", "tiny"], "pretrain"),
     ],
 )

@@ -110,7 +110,7 @@ def test_saved_bytes_are_as_the_formula_says(precision: str, attention: str, kv_
         assert recomputed == pytest.approx(predicted.recomputed, rel=0.01), checkpointing
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["sdpa", pytest.param("eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "bf16-pure"])
 def test_what_the_trainers_own_options_keep(precision: str, attention: str) -> None:
     """Within 2 % of what the allocator has after the forward pass: what checkpointing keeps, hooks do not see."""

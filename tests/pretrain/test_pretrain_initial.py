@@ -101,7 +101,7 @@ def _named(model, end: str) -> str:
     return next(name for name, _ in model.named_buffers() if name.replace("_fsdp_wrapped_module.", "").endswith(end))
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("world", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_every_engine_begins_with_the_same_bits(world: int, tmp_path: Path) -> None:
     config = load_settings(SHAPE).config
     model = build_model(config.model, config.sequence_length, config.seed)
