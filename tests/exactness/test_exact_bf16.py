@@ -132,7 +132,9 @@ def by_name(rank, world, stage):
     return low, {n: relative_error(w, results[1][n]) for n, w in results[0].items()}
 
 
-@pytest.mark.parametrize("stage", [0, *(pytest.param(n, marks=needs_zero12) for n in (1, 2))])
+@pytest.mark.parametrize(
+    "stage", [pytest.param(0, marks=pytest.mark.slow), *(pytest.param(n, marks=needs_zero12) for n in (1, 2))]
+)
 def test_by_name_in_the_config(stage):
     for low, errors in run_ranks(by_name, 2, stage):
         assert low == {f"layers.{i}.weight" for i in range(3)}
