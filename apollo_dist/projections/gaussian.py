@@ -28,10 +28,10 @@ from .slices import scale_of
 GAUSSIAN, RADEMACHER = "gaussian", "rademacher"
 _ROWS = {GAUSSIAN: 8, RADEMACHER: 128}
 KINDS = tuple(_ROWS)
-# How many calls of Philox are made together: on CPU the int64 temporaries then stay in the second-level cache; on
-# accelerators they are 8 MiB each, so that a kernel should have more to do than its launch takes (by what is known of
-# both, not measured).
-_COUNTERS = {"cpu": 1 << 14}
+# How many calls of Philox are made together: on CPU the int64 temporaries then stay in the caches. torch gives a thread
+# at least 32768 elements of an operation, so with fewer for each all but one would idle. On accelerators temporaries are
+# 8 MiB each, so that a kernel should have more to do than its launch takes (by what is known of both, not measured).
+_COUNTERS, _COUNTERS_THREAD, _MOST_THREADS = 1 << 14, 1 << 15, 8
 _COUNTERS_ACCELERATOR = 1 << 20
 # Of a kernel without temporaries: 64 MiB of bf16 numbers, which a group of matrices then needs for a moment.
 _COUNTERS_TOGETHER = 1 << 22
@@ -110,11 +110,12 @@ def drawn_together(
 ) -> int:
     """How many slabs of rank x length one set of kernels generates; at least 1."""
     calls = math.ceil(rank / _ROWS[kind]) * length
-    most = (
-        _COUNTERS_TOGETHER
-        if kernels is not None and kernels.together
-        else _COUNTERS.get(device.type, _COUNTERS_ACCELERATOR)
-    )
+    most = _COUNTERS_ACCELERATOR
+    if kernels is not None and kernels.together:
+        most = _COUNTERS_TOGETHER
+    elif device.type == "cpu":
+        threads = min(torch.get_num_threads(), _MOST_THREADS)
+        most = _COUNTERS if threads == 1 else threads * _COUNTERS_THREAD
     return max(1, most // max(1, calls))
 
 
