@@ -50,6 +50,6 @@ def line_norms(grad: Tensor) -> Tensor:
 
     In fp32 at least.
     """
-    wide = torch.promote_types(grad.dtype, torch.float32)
+    wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     lines: Tensor = torch.linalg.vector_norm(grad, dim=1 if grad.stride(1) == 1 else 0, dtype=wide)
     return lines

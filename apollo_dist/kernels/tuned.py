@@ -28,14 +28,14 @@ def project(
     squares: Tensor | None,
     totals: list[tuple[Tensor, int]] | None = None,
 ) -> None:
-    """As ``kernels.reference.project``; rows of ``out`` that no part has are left as they are."""
+    """As ``kernels.reference.project``; rows that no part has are left as they are, but for those of ``squares``."""
     for part in parts:
         if part.adds:
             rows = slice(part.first, part.first + part.grad.shape[0])
             out[rows].zero_()
             if squares is not None:
                 squares[rows].zero_()
-    rank = out.shape[1]
+    rank, together = out.shape[1], not any(part.adds for part in parts)
     for grad, columns, first, matrix, adds in parts:
         rows = slice(first, first + grad.shape[0])
         if rank:
@@ -52,9 +52,12 @@ def project(
                 mine.addcmul_(norms, norms)
             else:
                 channel_norms(grad, mine)
-                mine.square_()
+                if not together:
+                    mine.square_()
         if totals is not None and grad.numel():
             totals.append((line_norms(grad), matrix))
+    if squares is not None and together:
+        squares.square_()
 
 
 def moments(
@@ -87,7 +90,7 @@ def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool
     if scaled:
         scales = [part.scale for part in parts if part.scale is not None]
         for i, product in zip(scaled, torch._foreach_mul(scales, [by[i] for i in scaled]), strict=True):
-            by[i] = product[:, None]
+            by[i] = product.unsqueeze(1)
     for part, factor in zip(parts, by, strict=True):
         apply_one(part, factor, kept_of[part.matrix] if decays else None, decay_first=decay_first)
 

@@ -30,7 +30,7 @@ _ROWS = {GAUSSIAN: 8, RADEMACHER: 128}
 KINDS = tuple(_ROWS)
 # How many calls of Philox are made together: on CPU the int64 temporaries then stay in the caches. torch gives a thread
 # at least 32768 elements of an operation, so with fewer for each all but one would idle. On accelerators temporaries
-# are 8 MiB each, so that a kernel should have more to do than its launch takes (by what is known of both, not measured).
+# are 8 MiB each: a kernel should have more to do than its launch takes (by what is known of both, not measured).
 _COUNTERS, _COUNTERS_THREAD, _MOST_THREADS = 1 << 14, 1 << 15, 8
 _COUNTERS_ACCELERATOR = 1 << 20
 # Of a kernel without temporaries: 64 MiB of bf16 numbers, which a group of matrices then needs for a moment.
