@@ -77,8 +77,7 @@ class Exchange:
         second = plan.first_term_numbers
         if plan.needs_exchange2:
             second += self._plan_exchange2()
-        places = [i * plan.term_columns + column for i, column in plan.first_term_places]
-        self._first_places = torch.tensor(places, dtype=torch.int64, device=device)
+        self._first_places = torch.tensor(plan.first_term_places, dtype=torch.int64, device=device)
         itemsize = torch.empty((), dtype=dtype).element_size()
         self.bytes_sent = (first * itemsize, second * itemsize)
 

@@ -182,17 +182,18 @@ class Plan:
         return bool(self.term_places) or any(m.shared and m.spec.reply_numbers for m in self.matrices)
 
     @cached_property
-    def term_places(self) -> list[tuple[int, int]]:
-        """(matrix, column) of the terms that are summed over ranks in exchange 2."""
-        return [
-            (i, k) for i, m in enumerate(self.matrices) if len(m.participants) > 1 for k in range(m.spec.late_terms)
-        ]
+    def term_places(self) -> list[int]:
+        """Where in the terms, (matrices, columns) row by row, those are that are summed over ranks in exchange 2."""
+        return self._places(first=False)
 
     @cached_property
-    def first_term_places(self) -> list[tuple[int, int]]:
-        """(matrix, column) of those that are summed before it."""
-        first = [(i, m) for i, m in enumerate(self.matrices) if len(m.participants) > 1 and m.spec.terms_first]
-        return [(i, k) for i, m in first for k in range(m.spec.terms)]
+    def first_term_places(self) -> list[int]:
+        """Where those are that are summed before it."""
+        return self._places(first=True)
+
+    def _places(self, *, first: bool) -> list[int]:
+        summed = ((i, m.spec) for i, m in enumerate(self.matrices) if len(m.participants) > 1)
+        return [i * self.term_columns + k for i, s in summed if s.terms_first == first for k in range(s.terms)]
 
     @property
     def term_columns(self) -> int:

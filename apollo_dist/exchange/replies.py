@@ -106,7 +106,7 @@ class ReplyAllReduce:
     def __init__(self, plan: Plan, rank: int) -> None:
         self.owned: list[tuple[Replies, int]] = []
         self.replies: list[list[tuple[int, int]]] = [[] for _ in plan.matrices]
-        self.terms = [i * plan.term_columns + column for i, column in plan.term_places]
+        self.terms = plan.term_places
         base = 0
         for i, matrix in _with_replies(plan):
             counts = matrix.shares.counts

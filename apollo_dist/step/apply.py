@@ -54,7 +54,6 @@ class Updates(NamedTuple):
 
 def apply(
     batch: Batch,
-    active: Sequence[bool],
     carriers: Tiles,
     owned: Sequence[Tensor | None],
     replies: Sequence[Tensor | Answer | None],
@@ -66,8 +65,7 @@ def apply(
 
     Args:
         batch: the matrices.
-        active: for each matrix of the shard group whether it has a gradient.
-        carriers: of the batch's matrices; None for those that have none.
+        carriers: of the batch's matrices; None for those without a gradient.
         owned: what ``own`` or ``answer_with_factors`` returned, for each matrix of the shard group.
         replies: for each matrix of the shard group what exchange 2 brought, or None.
         projections: of the shard group, in the current step.
@@ -75,7 +73,7 @@ def apply(
         seed: of stochastic rounding.
     """
     # Where the answers have the factors in them, the state is of this step already.
-    factor = None if batch.declared.reply.residual else batch.factors(active, terms)
+    factor = None if batch.declared.reply.residual else batch.factors([tiles is not None for tiles in carriers], terms)
     members = [k for k, tiles in enumerate(carriers) if tiles is not None]
     if not members:
         return
@@ -92,7 +90,7 @@ def apply(
         answered, received = owned[batch.first + k], replies[batch.first + k]
         assert answered is not None
         projection = projections.of(batch.first + k, Phase.APPLY)
-        product = low_rank_update(m, m.low_rank_columns, answered, received, projection).times(_size(m))
+        product = low_rank_update(m, answered, received, projection).times(_size(m))
         here = slice(row, row + 1)
         _update(Updates(matrices[here], coefficients[here], given[here], scales[here], seed, product))
 

@@ -122,19 +122,22 @@ class Batch:
                 runs.append(([k], rows))
         return runs
 
-    def factors(self, active: Sequence[bool], terms: Tensor) -> Tensor | None:
-        """The factor of each matrix by its rule, (matrices,), or None for 1; state of matrices that are active changes.
+    @property
+    def here(self) -> slice:
+        """The places of the matrices in the shard group."""
+        return slice(self.first, self.first + len(self.matrices))
+
+    def factors(self, moved: Sequence[bool], terms: Tensor) -> Tensor | None:
+        """The factor of each matrix by its rule, (matrices,), or None for 1; the state of those that move changes.
 
         Args:
-            active: for each matrix of the shard group whether it has a gradient.
+            moved: for each matrix of the batch whether it has a gradient.
             terms: (matrices of the shard group, columns), summed over ranks.
         """
-        here = slice(self.first, self.first + len(self.matrices))
-        moved = list(active[here])
-        factor, changed = self.rule.matrix_step(terms[here, : self.declared.terms], self.matrix_state, self.group)
+        factor, changed = self.rule.matrix_step(terms[self.here, : self.declared.terms], self.matrix_state, self.group)
         for name, values in changed.items():
             if not all(moved):
-                values = torch.where(to_device(moved, torch.bool, values.device), values, self.matrix_state[name])
+                values = torch.where(to_device(list(moved), torch.bool, values.device), values, self.matrix_state[name])
             self.matrix_state[name].copy_(values)
         return factor
 

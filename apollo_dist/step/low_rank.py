@@ -76,13 +76,12 @@ def own_then_received(own: Tensor, received: Tensor) -> Tensor:
 
 
 def low_rank_update(
-    m: Matrix, columns: slice, alone: Tensor, received: Tensor | Answer | None, projection: Projection | None
+    m: Matrix, alone: Tensor, received: Tensor | Answer | None, projection: Projection | None
 ) -> LowRankUpdate:
     """What the owners of a matrix's held channels have answered, as an update.
 
     Args:
         m: the matrix.
-        columns: where the low-rank update is among the numbers of a channel.
         alone: the numbers of the channels that this rank holds alone or, without an exchange, of all held ones.
         received: what exchange 2 brought, if there was one.
         projection: P, if this rank multiplies with it.
@@ -90,7 +89,7 @@ def low_rank_update(
     numbers = received.numbers if isinstance(received, Answer) else received
     if numbers is not None:
         alone = own_then_received(alone[: m.channels.local_only.count], numbers)
-    low_rank = alone[:, columns]
+    low_rank = alone[:, m.low_rank_columns]
     if not isinstance(received, Answer):
         return LowRankUpdate(low_rank, projection)
     base = m.channels.local_only.count
@@ -117,12 +116,11 @@ def join_updates(batch: Batch, owned: Sequence[Tensor], factor: Tensor | None) -
     return first
 
 
-def products(m: Matrix, columns: slice, reply: Tensor, projection: Projection | None) -> list[Tensor]:
+def products(m: Matrix, reply: Tensor, projection: Projection | None) -> list[Tensor]:
     """The low-rank updates of owned channels that other ranks get as elements, (channels, columns) each.
 
     Args:
         m: the matrix.
-        columns: as of ``low_rank_update``.
         reply: what travels of the owned channels, (channels, numbers).
         projection: P.
     """
@@ -130,7 +128,7 @@ def products(m: Matrix, columns: slice, reply: Tensor, projection: Projection | 
     for position, channels, (first, last) in m.channels.products:
         assert projection is not None
         start = m.channels.local_only.count + position
-        rows = reply[start : start + channels, columns]
+        rows = reply[start : start + channels, m.low_rank_columns]
         slab = projection.slab[first - projection.first : last - projection.first, : projection.rank].to(rows.dtype)
         found.append((rows @ slab.t()).mul_(projection.scale))
     return found

@@ -43,8 +43,7 @@ def own(
         projections: of the shard group, in the current step.
         received: for each matrix of the shard group what ``Exchange.reduce_to_owners`` returned, or None.
         terms: (matrices of the shard group, columns), written in place.
-        made: by number in the shard group the low-rank updates that other ranks get as elements, written; but for a
-            rule that answers with a D, for which ``answer_with_factors`` writes them.
+        made: by number in the shard group the low-rank updates that other ranks get as elements, written; without a D.
 
     Returns:
         For each matrix of the batch what its owned channels answer, (channels, numbers), in the order of
@@ -55,6 +54,7 @@ def own(
     # Zeros where there is no gradient.
     columns = declared.reply.columns(declared.reduce.low_rank)
     reply = torch.zeros((batch.channels, max((c.stop for c in columns.values()), default=0)), **kwargs)
+    answers = torch.split(reply, batch.counts)
     norms = torch.empty(batch.channels, **kwargs) if declared.reduce.channel_norms else None
     kept = torch.empty((numbers, batch.channels), **kwargs) if numbers else None
     multiplied: dict[int, Projection | None] = {}
@@ -79,14 +79,14 @@ def own(
             else:
                 batch.rule.low_rank_step(seen, batch.state_of(run), batch.group, kept[:, run])
         if kept is None:
-            _multiply(batch, multiplied, torch.split(reply, batch.counts), made)
+            _multiply(batch, multiplied, answers, made)
     # In one go over all channels, since there are more chunks than operations should be.
     if kept is not None:
         for members, run in batch.active_runs(range(len(batch.matrices)), grads):
             seen = _seen(batch, members, space[:, :0])._replace(made=kept[:, run])
             _answer(batch, members, run, seen, norms, reply, terms)
-        _multiply(batch, multiplied, torch.split(reply, batch.counts), made)
-    return torch.split(reply, batch.counts) if reply.shape[1] else [None] * len(batch.matrices)
+        _multiply(batch, multiplied, answers, made)
+    return answers if reply.shape[1] else [None] * len(batch.matrices)
 
 
 def _seen(batch: Batch, members: Sequence[int], space: Tensor, grams: Sequence[Tensor] = ()) -> Seen:
@@ -98,29 +98,30 @@ def _seen(batch: Batch, members: Sequence[int], space: Tensor, grams: Sequence[T
 def answer_with_factors(
     batch: Batch,
     active: Sequence[bool],
-    owned: Sequence[Tensor],
+    owned: list[Tensor | None],
     projections: ProjectionCache,
     terms: Tensor,
     made: dict[int, list[Tensor]],
-) -> list[Tensor]:
+) -> None:
     """Complete the answers of a rule with a D, once its terms are summed: they depend on the factor of each matrix.
 
     Args:
-        batch: the matrices.
+        batch: the matrices; nothing is done for other rules.
         active: for each matrix of the shard group whether it has a gradient.
-        owned: what ``own`` returned; changed.
+        owned: for each matrix of the shard group what ``own`` returned; what travels takes the place of the batch's.
         projections, made: as of ``own``.
         terms: (matrices of the shard group, columns), summed over ranks.
-
-    Returns:
-        For each matrix of the batch what travels of its owned channels, (channels, numbers).
     """
-    answers = join_updates(batch, owned, batch.factors(active, terms))
+    if not batch.declared.reply.residual:
+        return
+    moved = active[batch.here]
+    answered = [answer for answer in owned[batch.here] if answer is not None]  # all of them
+    answers = join_updates(batch, answered, batch.factors(moved, terms))
     for k, m in enumerate(batch.matrices):
-        if active[batch.first + k] and m.channels.products:
-            used = {k: projections.of(batch.first + k, Phase.OWN)}
-            _multiply(batch, used, answers, made)
-    return answers
+        if moved[k] and m.channels.products:
+            # Drawn anew where it is not kept: those of all matrices are more than there should be memory for.
+            _multiply(batch, {k: projections.of(batch.first + k, Phase.OWN)}, answers, made)
+    owned[batch.here] = answers
 
 
 def _multiply(
@@ -135,8 +136,7 @@ def _multiply(
         made: as of ``own``.
     """
     for k, projection in projections.items():
-        m = batch.matrices[k]
-        made[batch.first + k] = products(m, m.low_rank_columns, answers[k], projection)
+        made[batch.first + k] = products(batch.matrices[k], answers[k], projection)
     projections.clear()
 
 

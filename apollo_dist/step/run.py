@@ -17,7 +17,6 @@ from .whole import refresh_projections, step_whole
 
 if TYPE_CHECKING:
     from ..exchange.messages import Answer, Partial, Received
-    from .batch import Batch
     from .shard_group import ShardGroupStep
 
 
@@ -84,9 +83,8 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
         reduced = batch.reduced(active)
         owned += own(batch, reduced, projections, received, terms, made)
         if early:
-            if batch.declared.reply.residual:
-                _join(batch, active, owned, group_step, terms, made)
-            apply(batch, active, batch.carriers(active, reduced), owned, replies, projections, terms, seed)
+            answer_with_factors(batch, active, owned, projections, terms, made)
+            apply(batch, batch.carriers(active, reduced), owned, replies, projections, terms, seed)
             owned[batch.first :] = [None] * len(batch.matrices)  # low-rank updates are large
         del reduced
     del received
@@ -95,26 +93,11 @@ def begin_step(group_step: ShardGroupStep, seed: int, *, early: bool = False) ->
     if not early:
         terms = exchange.sum_first_terms(terms)
         for batch in group_step.batches:
-            if batch.declared.reply.residual:
-                _join(batch, active, owned, group_step, terms, made)
+            answer_with_factors(batch, active, owned, projections, terms, made)
     if plan.needs_exchange2:
         shared = [shared_reply(m, reply) for m, reply in zip(matrices, owned, strict=True)]
         replies, terms = exchange.reply_to_holders(shared, terms, made)
     return Pending(active, owned, replies, terms, seed)
-
-
-def _join(
-    batch: Batch,
-    active: Sequence[bool],
-    owned: list[Tensor | None],
-    group_step: ShardGroupStep,
-    terms: Tensor,
-    made: dict[int, list[Tensor]],
-) -> None:
-    """Put what travels of a batch whose answers depend on its factors in the place of what its rule answered."""
-    here = slice(batch.first, batch.first + len(batch.matrices))
-    answered = [answer for answer in owned[here] if answer is not None]  # all of them
-    owned[here] = answer_with_factors(batch, active, answered, group_step.projections, terms, made)
 
 
 def _of_buckets(group_step: ShardGroupStep, active: Sequence[bool]) -> Callable[[int], dict[int, Partial]]:
@@ -146,14 +129,5 @@ def finish_step(group_step: ShardGroupStep, pending: Pending, *, early: bool = F
         if early or batch.declared.reduce.whole:
             continue
         carriers = batch.carriers(pending.active)
-        apply(
-            batch,
-            pending.active,
-            carriers,
-            pending.owned,
-            pending.replies,
-            group_step.projections,
-            pending.terms,
-            pending.seed,
-        )
+        apply(batch, carriers, pending.owned, pending.replies, group_step.projections, pending.terms, pending.seed)
     step_whole(group_step, pending.active, pending.seed)
