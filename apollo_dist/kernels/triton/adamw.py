@@ -13,7 +13,7 @@ from torch import Tensor
 from ..costs import Cost
 from .dtypes import DTYPES
 from .rounding import random_bits, random_bits_of_eights, rounded
-from .tables import blocks_on, launch, rows_on
+from .tables import blocks_on, launch, layout, rows_on
 
 if TYPE_CHECKING:
     from ..parts import AdamWPart
@@ -45,7 +45,7 @@ def _adamw(
     programs, tensors, coefficients, beta1, beta2, first, second, eps,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, SIGN: tl.constexpr, DECAY_FIRST: tl.constexpr,
     ROUND_WEIGHT: tl.constexpr, ROUND_STATE: tl.constexpr, EIGHTS: tl.constexpr, FLAT: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     program = programs + tl.program_id(0) * 2
     row = tensors + tl.load(program) * (18 if ROUND_WEIGHT or ROUND_STATE else 5)
@@ -53,9 +53,12 @@ def _adamw(
     grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
     exp_avg = tl.load(row + 2).to(tl.pointer_type(STATE))
     exp_avg_sq = tl.load(row + 3).to(tl.pointer_type(STATE))
-    block = tl.load(program + 1)
+    block, numel = tl.load(program + 1), tl.load(row + 4)
+    if ALIGNED:  # vectors of 16 bytes, also where the mask ends
+        weight, grad, numel = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16), tl.multiple_of(numel, 8)
+        exp_avg, exp_avg_sq = tl.multiple_of(exp_avg, 16), tl.multiple_of(exp_avg_sq, 16)
     at = block * BLOCK + tl.arange(0, BLOCK)
-    mask = at < tl.load(row + 4)
+    mask = at < numel
     size, kept = tl.load(coefficients), tl.load(coefficients + 1)
     g = tl.load(grad + at, mask=mask, other=0.0).to(tl.float32) * SIGN
     w = tl.load(weight + at, mask=mask, other=0.0).to(tl.float32)
@@ -88,11 +91,11 @@ def adamw(
     alike: dict[tuple[Any, ...], list[AdamWPart]] = {}
     for part in parts:
         if part.weight.numel():
-            kind = part.weight.dtype, part.grad.dtype, part.exp_avg.dtype
+            kind = part.weight.dtype, part.grad.dtype, part.exp_avg.dtype, _aligned(part)
             alike.setdefault((*kind, part.rounding is not None, part.moments is not None, *_rows(part)), []).append(
                 part
             )
-    for (weight, grad, state, of_weight, of_state, eights, flat), members in alike.items():
+    for (weight, grad, state, aligned, of_weight, of_state, eights, flat), members in alike.items():
         device = coefficients.device
         tensors = [_row(part) for part in members]
         programs = blocks_on(device, tuple((part.weight.numel(),) for part in members), (_BLOCK,))
@@ -102,8 +105,13 @@ def adamw(
             betas[0], betas[1], 1.0 - betas[0], 1.0 - betas[1], eps,
             WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], STATE=DTYPES[state], SIGN=-1.0 if maximize else 1.0,
             DECAY_FIRST=decay_first, ROUND_WEIGHT=of_weight, ROUND_STATE=of_state, EIGHTS=eights, FLAT=flat,
-            BLOCK=_BLOCK, enable_fp_fusion=False,  # as in apply.py
+            ALIGNED=aligned, BLOCK=_BLOCK, num_warps=8, enable_fp_fusion=False,  # as in apply.py
         )  # fmt: skip
+
+
+def _aligned(part: AdamWPart) -> bool:
+    """Whether vectors of eight elements are aligned, and either inside of the tensors or outside."""
+    return layout(*(tensor[None] for tensor in part[:4]))[1]
 
 
 def _rows(part: AdamWPart) -> tuple[bool, bool]:

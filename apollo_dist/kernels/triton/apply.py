@@ -35,8 +35,12 @@ def _apply(
     grad = tl.load(row + 1).to(tl.pointer_type(GRAD))
     channels, inner = tl.load(row + 4), tl.load(row + 5)
     w_c, w_k, g_c, g_k = tl.load(row + 6), tl.load(row + 7), tl.load(row + 8), tl.load(row + 9)
-    if ALIGNED:
+    if ALIGNED:  # vectors of 16 bytes, also where a mask ends
         weight, grad = tl.multiple_of(weight, 16), tl.multiple_of(grad, 16)
+        if UNIT == 1:
+            channels, w_k, g_k = tl.multiple_of(channels, 8), tl.multiple_of(w_k, 8), tl.multiple_of(g_k, 8)
+        else:
+            inner, w_c, g_c = tl.multiple_of(inner, 8), tl.multiple_of(w_c, 8), tl.multiple_of(g_c, 8)
     c = tl.load(program + 1) * CHANNELS + tl.arange(0, CHANNELS)
     k = tl.load(program + 2) * INNER + tl.arange(0, INNER)
     mask = (c < channels)[:, None] & (k < inner)[None, :]
@@ -88,8 +92,7 @@ def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool
     alike: dict[tuple[Any, ...], list[ApplyPart]] = {}
     for part in parts:
         if part.weight.numel():
-            transposed, aligned = layout(part.weight, part.grad)
-            unit = 1 if transposed else 2 if part.weight.stride(1) == part.grad.stride(1) == 1 else 0
+            unit, aligned = layout(part.weight, part.grad)
             along = 0 if part.rounding is None else 2 if part.rounding.strides[1] == 1 else 1
             eights = part.rounding is not None and part.rounding.in_eights(*part.weight.shape)
             key = (part.weight.dtype, part.grad.dtype, part.scale is not None, aligned, unit, along, eights)
@@ -109,7 +112,7 @@ def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool
             _apply, (len(programs),), device, partial(_cost, members),
             programs, rows_on(device, rows), coefficients,
             WEIGHT=DTYPES[weight], GRAD=DTYPES[grad], SCALED=scaled, ALIGNED=aligned, DECAY_FIRST=decay_first,
-            CHANNELS=channels, INNER=inner, UNIT=unit, ALONG=along, EIGHTS=eights,
+            CHANNELS=channels, INNER=inner, UNIT=unit, ALONG=along, EIGHTS=eights, num_warps=8,
             enable_fp_fusion=False,  # so that a weight is rounded alike in every variant, and as by torch's operations
         )  # fmt: skip
 

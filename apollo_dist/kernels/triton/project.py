@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from torch import Tensor
 from ..costs import Cost
 from ..transfer import to_device
 from .dtypes import DTYPES
-from .tables import blocks_of, interpreted, launch, layout, rows_on
+from .tables import EIGHT, blocks_of, interpreted, launch, layout, rows_on
 
 if TYPE_CHECKING:
     from ..parts import ProjectPart
@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 _SPLIT = {torch.bfloat16: 1, torch.float16: 2, torch.float32: 3}
 # Most columns of R that one program sums; a larger rank reads G again, mostly from the second-level cache.
 _RANK = 256
+
+# dtype, unit and alignment of gradients; unit and alignment of projections, as of ``layout``.
+_Kind = tuple[tuple[torch.dtype, int, bool], tuple[int, bool]]
 
 
 @triton.jit
@@ -53,16 +56,21 @@ def _cut(g):
 @triton.jit
 def _project(
     programs, segments, out, squares, rank, alpha,
-    GRAD: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, NORMS: tl.constexpr,
+    GRAD: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+    P_UNIT: tl.constexpr, P_ALIGNED: tl.constexpr, NORMS: tl.constexpr,
     CHANNELS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     program = programs + tl.program_id(0) * 4
     row, count, first, last = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
     j = tl.program_id(1) * RANK + tl.arange(0, RANK)
-    channel = tl.arange(0, CHANNELS)
-    c = channel.to(tl.int64)
+    c = tl.arange(0, CHANNELS).to(tl.int64)
+    if ALIGNED and UNIT == 1:  # vectors of 16 bytes along the channels, also where the mask ends
+        row, count = tl.multiple_of(row, 8), tl.multiple_of(count, 8)
     acc = tl.zeros([CHANNELS, RANK], dtype=tl.float32)
     sums = tl.zeros([CHANNELS], dtype=tl.float32)
+    # Of rank 1 products and squares are summed element by element, and over the tile at the end.
+    products = tl.zeros([CHANNELS, INNER if RANK == 1 else 1], dtype=tl.float32)
+    square = tl.zeros([CHANNELS, INNER if RANK == 1 else 1], dtype=tl.float32)
     for s in range(first, last):
         segment = segments + s * 8
         grad = tl.load(segment).to(tl.pointer_type(GRAD))
@@ -71,9 +79,19 @@ def _project(
         g_c, g_k, p_k, p_r = tl.load(segment + 4), tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
         if ALIGNED:
             grad = tl.multiple_of(grad, 16)
+            if UNIT == 1:
+                start, g_k = tl.multiple_of(start, 8), tl.multiple_of(g_k, 8)
+            else:
+                inner, g_c = tl.multiple_of(inner, 8), tl.multiple_of(g_c, 8)
+        if P_ALIGNED:
+            columns = tl.multiple_of(columns, 16)
+            if P_UNIT == 1:
+                inner, p_r = tl.multiple_of(inner, 8), tl.multiple_of(p_r, 8)
+            else:
+                p_k = tl.multiple_of(p_k, 8)
         for at in range(0, inner, INNER):
             k = at + tl.arange(0, INNER).to(tl.int64)
-            # As in apply.py: 1 the channels' stride is 1, 2 the inner one, 0 neither is known.
+            # As in apply.py: 1 the first dimension's stride is 1, 2 the second one's, 0 neither is known.
             if UNIT == 1:
                 place = (row - start + c)[:, None] + k[None, :] * g_k
             elif UNIT == 2:
@@ -81,28 +99,38 @@ def _project(
             else:
                 place = (row - start + c)[:, None] * g_c + k[None, :] * g_k
             g = tl.load(grad + place, mask=(c < count)[:, None] & (k < inner)[None, :], other=0.0).to(tl.float32)
-            p = tl.load(
-                columns + k[:, None] * p_k + j[None, :] * p_r,
-                mask=(k < inner)[:, None] & (j < rank)[None, :],
-                other=0.0,
-            )
-            if NORMS:
-                sums += tl.sum(g * g, 1)
             if RANK == 1:
-                acc += tl.sum(g * tl.reshape(p.to(tl.float32), [1, INNER]), 1, keep_dims=True)
-            elif SPLIT == 1:
-                acc = _dot(g, p, acc, INTERPRETED)
+                p = tl.load(columns + (k if P_UNIT == 1 else k * p_k), mask=k < inner, other=0.0)
+                products += g * p.to(tl.float32)[None, :]
+                if NORMS:
+                    square += g * g
             else:
-                high = _cut(g)
-                # Nothing is left of an infinity or NaN, of which inf - inf would make NaN.
-                rest = tl.where(tl.abs(high) < float("inf"), g - high, 0.0)
-                acc = _dot(high, p, acc, INTERPRETED)
-                middle = _cut(rest)
-                acc = _dot(middle, p, acc, INTERPRETED)
-                if SPLIT == 3:
-                    acc = _dot(rest - middle, p, acc, INTERPRETED)
-    mask = (c < count)[:, None] & (j < rank)[None, :]
-    tl.store(out + (row + c)[:, None] * rank + j[None, :], acc * alpha, mask=mask)
+                if P_UNIT == 1:
+                    p_at = k[:, None] + j[None, :] * p_r
+                elif P_UNIT == 2:
+                    p_at = k[:, None] * p_k + j[None, :]
+                else:
+                    p_at = k[:, None] * p_k + j[None, :] * p_r
+                p = tl.load(columns + p_at, mask=(k < inner)[:, None] & (j < rank)[None, :], other=0.0)
+                if NORMS:
+                    sums += tl.sum(g * g, 1)
+                if SPLIT == 1:
+                    acc = _dot(g, p, acc, INTERPRETED)
+                else:
+                    high = _cut(g)
+                    # Nothing is left of an infinity or NaN, of which inf - inf would make NaN.
+                    rest = tl.where(tl.abs(high) < float("inf"), g - high, 0.0)
+                    acc = _dot(high, p, acc, INTERPRETED)
+                    middle = _cut(rest)
+                    acc = _dot(middle, p, acc, INTERPRETED)
+                    if SPLIT == 3:
+                        acc = _dot(rest - middle, p, acc, INTERPRETED)
+    if RANK == 1:
+        tl.store(out + row + c, tl.sum(products, 1) * alpha, mask=c < count)
+        sums = tl.sum(square, 1)
+    else:
+        mask = (c < count)[:, None] & (j < rank)[None, :]
+        tl.store(out + (row + c)[:, None] * rank + j[None, :], acc * alpha, mask=mask)
     if NORMS:  # noqa: SIM102
         if tl.program_id(1) == 0:  # NORMS is known at compile time, this is not
             tl.store(squares + row + c, sums, mask=c < count)
@@ -119,21 +147,22 @@ def project(
     if totals is not None and squares is None:
         squares = torch.empty(out.shape[0], dtype=torch.float32, device=out.device)
     rank = out.shape[1]
-    width = 1 if rank == 1 else max(16, min(_RANK, triton.next_power_of_2(rank)))
-    # Fewer channels where they are summed in more columns; 64 along the inner extent, as tensor cores take them.
-    channels, inner = (128, 128) if rank == 1 else (128 if width <= 128 else 64, 64)
     used = [part for part in parts if part.grad.numel()]
-    for (dtype, unit, aligned), members in _alike(used).items():
+    for kind, members in _alike(used).items():
+        (dtype, unit, aligned), (p_unit, p_aligned) = kind
+        tile = _tile(rank, dtype, unit)
         rows = tuple((part.first, part.grad.shape[0]) for part in members)
-        programs, order = _programs(rows, channels, out.device)
+        programs, order = _programs(rows, tile.channels, out.device)
         segments = [_segment(members[i]) for i in order]
-        grid = (len(programs), blocks_of(rank, width))
+        grid = (len(programs), blocks_of(rank, tile.rank))
         launch(
             _project, grid, out.device, partial(_cost, members, out, squares),
             programs, rows_on(out.device, segments), out,
             out if squares is None else squares,
             rank, alpha, GRAD=DTYPES[dtype], SPLIT=_SPLIT[dtype], UNIT=unit, ALIGNED=aligned,
-            NORMS=squares is not None, CHANNELS=channels, INNER=inner, RANK=width, INTERPRETED=interpreted(),
+            P_UNIT=p_unit, P_ALIGNED=p_aligned, NORMS=squares is not None,
+            CHANNELS=tile.channels, INNER=tile.inner, RANK=tile.rank, INTERPRETED=interpreted(),
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
     _nothing(parts, out, squares)
     if totals is not None and squares is not None:
@@ -146,16 +175,46 @@ def project(
         totals += [(roots[first:last], matrix) for matrix, (first, last) in rows_of.items()]
 
 
-def _alike(parts: Sequence[ProjectPart]) -> dict[tuple[Any, int, bool], list[ProjectPart]]:
-    """Parts by dtype, unit stride and alignment; parts of one channel stay together, as one program sums them."""
-    kinds: dict[tuple[Any, int, bool], list[ProjectPart]] = {}
+class _Tile(NamedTuple):
+    """What one program computes at a time, with how many warps, and how many loads of G and P are under way."""
+
+    channels: int
+    inner: int
+    rank: int
+    warps: int
+    stages: int
+
+
+def _tile(rank: int, dtype: torch.dtype, unit: int) -> _Tile:
+    """The tile of a launch.
+
+    Of rank 1 only reading counts: a warp reads what is contiguous in memory. Of other ranks the tile is that of a
+    product on tensor cores. A program has all columns of R, up to 256, so that G is read once, and as many channels
+    as its registers take, for each program reads all of P. These tiles are the largest that the compiler keeps in
+    registers on an A100 and an H100, and in the 99 KB of shared memory of smaller GPUs (``benchmarks/compiled.py``).
+
+    Args:
+        rank: of R.
+        dtype: of the gradients.
+        unit: along which dimension they are contiguous.
+    """
+    if rank == 1:
+        return _Tile(128, 64, 1, 8, 1) if unit == 1 else _Tile(16, 512, 1, 8, 1)
+    width = max(16, min(_RANK, triton.next_power_of_2(rank)))
+    if width < 256:  # a gradient that is split takes more registers
+        return _Tile(128, 64 if dtype == torch.bfloat16 else 32, width, 8 if width == 128 else 4, 3)
+    return _Tile(64, 32, width, 8, 3) if dtype == torch.float32 else _Tile(128, 32, width, 8, 4)
+
+
+def _alike(parts: Sequence[ProjectPart]) -> dict[_Kind, list[ProjectPart]]:
+    """Parts by dtype and memory layout; parts of one channel stay together, as one program sums them."""
+    kinds: dict[_Kind, list[ProjectPart]] = {}
     for members in _connected(parts):
-        known = {layout(part.grad) for part in members}
-        units = {1 if part.grad.stride(0) == 1 and part.grad.stride(1) != 1 else 2 for part in members}
-        plain = all(1 in part.grad.stride() for part in members) and len(units) == 1
-        unit = units.pop() if plain else 0
-        aligned = all(one for _, one in known)
-        kinds.setdefault((members[0].grad.dtype, unit, aligned), []).extend(members)
+        unit, aligned = layout(*(part.grad for part in members))
+        if unit == 1:  # where a program begins follows from where parts of its channels begin
+            aligned = aligned and all(part.first % EIGHT == 0 for part in members)
+        projection = layout(*(part.columns for part in members if part.columns is not None))
+        kinds.setdefault(((members[0].grad.dtype, unit, aligned), projection), []).extend(members)
     return kinds
 
 

@@ -17,8 +17,11 @@ from torch import Tensor
 from ..costs import Cost, tell
 from ..transfer import moved, to_device
 
-# Pointers and strides that are multiples of this allow vectorized loads; the kernels promise it to the compiler.
-_ALIGNMENT = 16
+# Vectors of 16 bytes need addresses that are multiples of this,
+_BYTES = 16
+# and strides and extents that are multiples of so many elements, of two bytes or more. Kernels are told of it as well,
+# for they read both from tables, so the compiler knows nothing of them.
+EIGHT = 8
 
 
 def interpreted() -> bool:
@@ -26,28 +29,35 @@ def interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
-def layout(*tensors: Tensor) -> tuple[bool, bool]:
-    """How rectangles of one shape lie in memory: whether channels are contiguous, and whether all are aligned.
+def layout(*tensors: Tensor) -> tuple[int, bool]:
+    """How rectangles lie in memory, in a way that all of them have in common.
 
-    The first is True for transposed views, where the elements of neighbouring channels are neighbours. A kernel needs
-    one answer for all its tensors; where they differ, its loads are correct and slower.
+    Returns:
+        Along which dimension neighbours are neighbours in memory: 2 for the second, 1 for the first, 0 for neither; and
+        whether vectors of eight elements along it are aligned, and either inside of a rectangle or outside.
     """
-    transposed = all(t.stride(0) == 1 for t in tensors) and any(t.stride(1) != 1 for t in tensors)
+    unit = 2 if all(t.stride(1) == 1 for t in tensors) else 1 if all(t.stride(0) == 1 for t in tensors) else 0
+    across, along = (0, 1) if unit == 2 else (1, 0)
     aligned = all(
-        t.data_ptr() % _ALIGNMENT == 0 and t.stride(0 if not transposed else 1) * t.element_size() % _ALIGNMENT == 0
+        t.data_ptr() % _BYTES == 0
+        and t.shape[along] % EIGHT == 0
+        and (t.stride(across) % EIGHT == 0 or t.shape[across] == 1)
         for t in tensors
     )
-    return transposed, aligned
+    return unit, aligned and unit != 0
 
 
 def launch(
     kernel: Any, grid: tuple[int, ...], device: torch.device, cost: Callable[[], Cost], *args: Any, **constants: Any
 ) -> None:
-    """Launch a kernel; on the meta device tell what it would cost."""
+    """Launch a kernel; on the meta device tell what it would cost.
+
+    Products and sums are fused unless ``constants`` says otherwise: what Triton does by default changed with 3.10.
+    """
     if device.type == "meta":
         tell(cost())
     else:
-        kernel[grid](*args, **constants)
+        kernel[grid](*args, **({"enable_fp_fusion": True} | constants))
 
 
 def rows_on(device: torch.device, rows: Sequence[Sequence[int]]) -> Tensor:
