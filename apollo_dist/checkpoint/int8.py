@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..weights.int8 import dequantize
+from ..kernels.quantizer import dequantize
 from .shards import Piece, Shards
 
 if TYPE_CHECKING:

@@ -46,6 +46,28 @@ class ApplyPart(NamedTuple):
     rounding: Rounding | None = None
 
 
+class RowsPart(NamedTuple):
+    """Rows of a weight in INT8 (``quantizer.py``), and what they are updated with.
+
+    Attributes:
+        codes: (rows, n) in INT8, contiguous, written.
+        scales: (rows,) in bf16, fp16 or fp32, contiguous, written.
+        grad: (rows, n), any strides, bf16, fp16 or fp32.
+        factors: (channels,) in fp32, contiguous; None for 1.
+        block: how many rows are a channel; 0 where columns are channels.
+        matrix: the row of the coefficients.
+        rounding: how codes are rounded stochastically.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    grad: Tensor
+    factors: Tensor | None
+    block: int
+    matrix: int
+    rounding: Rounding
+
+
 class AdamWPart(NamedTuple):
     """A tensor that AdamW updates: all 1-D, contiguous and of one length.
 

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from .philox import philox_4x32_10
-from .rounding import write
+from .quantizer import dequantize, quantize
+from .rounding import random_bits, write
 
 if TYPE_CHECKING:
-    from .parts import AdamWPart, ApplyPart, ProjectPart
+    from .parts import AdamWPart, ApplyPart, ProjectPart, RowsPart
     from .rounding import Rounding
 
 
@@ -148,6 +149,28 @@ def apply(parts: Sequence[ApplyPart], coefficients: Tensor, *, decay_first: bool
         old = weight.float()
         new = old * kept + by * grad.float() if decay_first else (old + by * grad.float()) * kept
         write(weight, new, rounding)
+
+
+def apply_rows(
+    parts: Sequence[RowsPart], coefficients: Tensor, *, decay_first: bool = False, decays: bool = True
+) -> None:
+    """As ``apply``, for weights in INT8: each row is rounded stochastically to codes of a new scale.
+
+    Args:
+        parts: rows of weights.
+        coefficients, decay_first, decays: as of ``apply``.
+    """
+    for codes, scales, grad, factors, block, matrix, how in parts:
+        by, kept = coefficients[matrix].unbind()
+        if factors is not None:
+            by = by * (factors.repeat_interleave(block, output_size=len(codes))[:, None] if block else factors)
+        old = dequantize(codes, scales, torch.float32)
+        new = old * kept + by * grad.float() if decay_first else (old + by * grad.float()) * kept
+        rows, columns = codes.shape
+        bits = random_bits(how.key, how.step, how.first, rows, columns, columns, codes.device)
+        new_codes, new_scales = quantize(new, scales.dtype, bits)
+        codes.copy_(new_codes)
+        scales.copy_(new_scales)
 
 
 def adamw(

@@ -32,6 +32,7 @@ class Kernels(NamedTuple):
         together: whether a call is meant to take many matrices, and needs no temporary of a gradient's size.
         draw, draw_signs, project, moments, apply: as in ``kernels.reference`` and ``kernels.tuned``.
         adamw: the same; None where the rule's own pass is taken.
+        apply_rows: the same; None where some rows at a time are converted, and ``apply`` is taken.
         add_up: as in ``kernels.reference``.
     """
 
@@ -45,6 +46,7 @@ class Kernels(NamedTuple):
     moments: Callable[..., None]
     apply: Callable[..., None]
     adamw: Callable[..., None] | None
+    apply_rows: Callable[..., None] | None
     add_up: Callable[..., None]
 
 
@@ -55,8 +57,9 @@ def torch_kernels() -> Kernels:
 
     draws = reference.draw, reference.draw_signs
     return Kernels(
-        "torch", frozenset(), None, False, *draws, tuned.project, tuned.moments, tuned.apply, None, reference.add_up
-    )
+        "torch", frozenset(), None, False, *draws, tuned.project, tuned.moments, tuned.apply, None, None,
+        reference.add_up,
+    )  # fmt: skip
 
 
 def check(wanted: Any) -> None:
@@ -127,5 +130,5 @@ def _triton() -> Kernels:
 
     return Kernels(
         "triton", STORED, torch.bfloat16, True, triton.draw, triton.draw_signs, triton.project, triton.moments,
-        triton.apply, triton.adamw, triton.add_up,
+        triton.apply, triton.adamw, triton.apply_rows, triton.add_up,
     )  # fmt: skip

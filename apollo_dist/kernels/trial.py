@@ -9,15 +9,17 @@ import torch
 from torch import Tensor
 
 from . import reference
-from .parts import AdamWPart, ApplyPart, ProjectPart
+from .parts import AdamWPart, ApplyPart, ProjectPart, RowsPart
+from .quantizer import quantize
 from .rounding import Rounding
 
 # Relative to the largest result, by its dtype: sums are taken in another order, and what is rounded to 16 bits may
 # become the neighbour. What is generated is the same to the bit.
 TOLERANCE = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 1e-5}
-EXACT = ("draw", "rounding")
+EXACT = ("draw", "rounding", "apply_rows")
 BETAS, EPS = (0.9, 0.999), 1e-6
-CHANNELS, INNER, RANK = 67, 93, 5  # no multiples of a block
+CHANNELS, INNER, RANK = 67, 96, 5  # no multiples of a block; read in vectors, as in most models
+LARGE = 136, 256  # channels and rank of which a tile takes most registers and shared memory
 
 # Runs one kernel, of either kind, on the same inputs, and returns what it wrote.
 Trial = Callable[[Any], tuple[Tensor, ...]]
@@ -96,7 +98,21 @@ def _trials(device: torch.device) -> Iterator[tuple[str, Trial]]:
 
         yield from ((f"{run.__name__} in {dtype}", run) for run in (project, apply, adamw))
 
+    large = normal(INNER, LARGE[0], dtype=torch.bfloat16), normal(LARGE[1], INNER, dtype=torch.bfloat16)
+    yield "project of a large rank", _large_trial(*large)
     yield from _rounding_trials(normal(CHANNELS, INNER, dtype=torch.bfloat16), normal(CHANNELS, INNER), coefficients)
+
+
+def _large_trial(grad: Tensor, projection: Tensor) -> Trial:
+    """Of a gradient (inner extent, channels) and P, (r, inner extent)."""
+
+    def project(kernels: Any) -> tuple[Tensor, ...]:
+        out = torch.empty((grad.shape[1], len(projection)), device=grad.device)
+        squares = torch.empty(grad.shape[1], device=grad.device)
+        kernels.project([ProjectPart(grad.t(), projection.t(), 0)], 0.5, out, squares)
+        return out, squares
+
+    return project
 
 
 def _rounding_trials(stored: Tensor, added: Tensor, coefficients: Tensor) -> Iterator[tuple[str, Trial]]:
@@ -121,3 +137,11 @@ def _rounding_trials(stored: Tensor, added: Tensor, coefficients: Tensor) -> Ite
         return weight, m, v
 
     yield "rounded adamw", rounded_adamw
+
+    def apply_rows(kernels: Any) -> tuple[Tensor, ...]:
+        codes, scales = quantize(stored.float(), torch.bfloat16)
+        how = Rounding(key, 4, 0, (INNER, 1))
+        kernels.apply_rows([RowsPart(codes, scales, stored, added[:, 0].abs(), 1, 0, how)], coefficients)
+        return codes, scales
+
+    yield "apply_rows", apply_rows

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from apollo_dist.integrations.extras import not_installed
+from apollo_dist.kernels.quantizer import quantize
 from apollo_dist.pretrain.optimizer_config import AdamWConfig, JsonOptimizer
-from apollo_dist.weights.int8 import holds_int8, local_of, quantize
+from apollo_dist.weights.int8 import holds_int8, local_of
 
 if TYPE_CHECKING:
     from apollo_dist.pretrain.config import Config

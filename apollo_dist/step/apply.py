@@ -120,12 +120,12 @@ def _scales(m: Matrix, owned: Tensor | None, received: Tensor | Answer | None) -
 
 
 def _update(updates: Updates) -> None:
-    """Update the local weights of matrices, those that are stored by rows one after the other."""
+    """Update the local weights of matrices, of which some may be stored by rows."""
+    by_rows = [k for k, m in enumerate(updates.matrices) if m.shard.rows is not None]
     dense = [k for k, m in enumerate(updates.matrices) if m.shard.rows is None]
-    for k, m in enumerate(updates.matrices):
-        if m.shard.rows is not None:
-            coefficients = updates.coefficients[k : k + 1]
-            update_rows(m, coefficients, updates.carriers[k], updates.scales[k], updates.product)
+    if by_rows:
+        rows = updates.of(by_rows)
+        update_rows(rows.matrices, rows.coefficients, rows.carriers, rows.scales, rows.product)
     if dense:
         _update_dense(updates.of(dense))
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from torch import Tensor
 
 from ..distributed import world_of
-from ..kernels.parts import ApplyPart
+from ..kernels.parts import ApplyPart, RowsPart
 from ..state.slots import STEP
 
 if TYPE_CHECKING:
@@ -70,6 +70,54 @@ def windows(m: Matrix) -> Iterator[list[Piece]]:
 
 
 def update_rows(
+    matrices: Sequence[Matrix],
+    coefficients: Tensor,
+    carriers: Sequence[Sequence[Tensor]],
+    scales: Sequence[Tensor | None],
+    product: LowRankUpdate | None,
+) -> None:
+    """Update the local weights of matrices that are stored by rows.
+
+    All of them in one go where there is a kernel; else some rows at a time, in floating point.
+
+    Args:
+        matrices: the matrices, of one batch.
+        coefficients, carriers, scales, product: of them, as ``step.apply.Updates`` has them.
+    """
+    first = matrices[0]
+    kernel, rule = first.kernels.apply_rows, first.rule
+    given = list(zip(matrices, carriers, scales, strict=True))
+    if kernel is None or product is not None:
+        for k, (m, tiles, scale) in enumerate(given):
+            _update_windows(m, coefficients[k : k + 1], tiles, scale, product)
+        return
+    parts = [_part(m, tiles[0], scale, k) for k, (m, tiles, scale) in enumerate(given) if tiles]
+    decays = rule.weight_decay(first.group) != 0.0
+    kernel(parts, coefficients, decay_first=rule.decay_first, decays=decays)
+
+
+def _part(m: Matrix, carrier: Tensor, scale: Tensor | None, number: int) -> RowsPart:
+    """A matrix as the kernel takes it.
+
+    Args:
+        m: the matrix.
+        carrier: X of its only tile, channels first.
+        scale: scaling factors of the held channels, (channels, 1), or None.
+        number: of the matrix among those of the coefficients.
+    """
+    rows = m.shard.rows
+    assert rows is not None
+    codes, scales = rows.stored()
+    count, columns = rows.shape
+    by_rows = m.spec.by_rows
+    # The channels of one tile are held in its order.
+    factors = None if scale is None else scale[:, 0].contiguous()
+    block = m.tiles[0].width // columns if by_rows else 0
+    grad = carrier.reshape(count, columns) if by_rows else carrier.t()
+    return RowsPart(codes, scales, grad, factors, block, number, rows.rounding(m.state[STEP]))
+
+
+def _update_windows(
     m: Matrix,
     coefficients: Tensor,
     carriers: Sequence[Tensor],

@@ -1,9 +1,8 @@
-"""Weights in INT8 with one scale a row: W[i, j] = codes[i, j] * scale[i], codes from -127 to 127.
+"""Weights in INT8 with one scale a row, as ``kernels/quantizer.py`` has them.
 
 torchao's ``Int8QuantizedTrainingLinearWeight`` stores them so. A step reads some rows in floating point, updates them,
 and writes them back with a new scale. Codes are rounded stochastically then, for most updates are smaller than half a
-code. The scale is the smallest number of its dtype that keeps the largest element of the row within 127 codes, so that
-no element is cut off, which would shrink it in every step.
+code.
 
 The random bits of an element follow from (seed, name, step, index in the logical matrix), as ``kernels/rounding.py``
 has them. So every replica and every sharding has the same codes.
@@ -14,14 +13,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+if TYPE_CHECKING:
+    from ..kernels.rounding import Rounding
+
 # Where torchao has them.
 MODULE, CLASS = "torchao.prototype.quantized_training.int8", "Int8QuantizedTrainingLinearWeight"
-LARGEST = 127
 
 # How many elements are in floating point at a time: on CPUs they stay in the cache.
 _ELEMENTS = {"cpu": 1 << 18}
@@ -44,35 +46,6 @@ def holds_int8(parameter: Tensor) -> bool:
     return is_int8(local_of(parameter))
 
 
-def dequantize(codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Codes (rows, n) in INT8 times their rows' scales (rows,), in ``dtype``."""
-    return codes.to(dtype).mul_(scale.to(dtype)[:, None])
-
-
-def quantize(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes (rows, n) in INT8 and scales (rows,) of a matrix.
-
-    A row with an element that is not finite has such a scale, and so is not finite as a whole.
-
-    Args:
-        values: (rows, n) in float32 or float64.
-        dtype: of the scales.
-        bits: (rows, n), integers in [0, 65536) by which codes are rounded stochastically: the mean of a code is its
-            quotient to 2**-17. None rounds to nearest.
-    """
-    largest = values.abs().amax(1)
-    scale = _at_least(largest / LARGEST, dtype)
-    # Rows of zeros have scale 0.
-    scale = torch.where(largest > 0, scale.clamp(min=torch.finfo(dtype).tiny), scale)
-    quotient = (values / scale.to(values.dtype)[:, None]).nan_to_num_(0.0, 0.0, 0.0)
-    if bits is None:
-        codes = quotient.round_()
-    else:
-        codes = quotient.floor()
-        codes += quotient.sub_(codes).mul_(65536.0) > bits + 0.5
-    return codes.clamp_(-LARGEST, LARGEST).to(torch.int8), scale
-
-
 def quantize_again(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Codes and scales of a matrix, rounded to nearest; those that it was made of, where rows are codes times scales.
 
@@ -82,6 +55,8 @@ def quantize_again(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         values: (rows, n) in float32 or float64.
         dtype: of the scales.
     """
+    from ..kernels.quantizer import LARGEST, dequantize, quantize  # what only describes weights needs no kernels
+
     codes, scale = quantize(values, dtype)
     largest = values.abs().amax(1)
     done = torch.zeros_like(largest, dtype=torch.bool)
@@ -95,12 +70,6 @@ def quantize_again(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
             codes[exact], scale[exact] = there[exact], tried[exact]
             done |= exact
     return codes, scale
-
-
-def _at_least(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The smallest numbers of ``dtype`` that are not less than ``values``."""
-    near = values.to(dtype)
-    return torch.where(near.to(values.dtype) < values, torch.nextafter(near, torch.full_like(near, torch.inf)), near)
 
 
 @dataclass(frozen=True)
@@ -121,6 +90,16 @@ class Int8Rows:
     first: int
     seed: int = 0
 
+    def rounding(self, step: int) -> Rounding:
+        """How the codes of a step are rounded.
+
+        Args:
+            step: the number of the step, from 1.
+        """
+        from ..kernels.rounding import Rounding, key_of  # what only describes weights needs no kernels
+
+        return Rounding(key_of(self.seed, self.name), step, self.first, (self.shape[1], 1))
+
     def windows(self, step: int, dtype: torch.dtype, multiple: int = 1) -> Iterator[tuple[slice, Tensor]]:
         """Some rows at a time in floating point. What the loop's body leaves in them is stored when it goes on.
 
@@ -132,18 +111,19 @@ class Int8Rows:
         Yields:
             Which of the rows here, and their weights, (rows of the window, n), to be changed in place.
         """
-        from ..kernels.rounding import key_of, random_bits  # what only describes weights needs no kernels
+        from ..kernels.quantizer import dequantize, quantize
+        from ..kernels.rounding import random_bits
 
         codes, scale = self.stored()
         rows, columns = self.shape
         elements = _ELEMENTS.get(codes.device.type, _ELEMENTS_ACCELERATOR)
         height = multiple * max(1, elements // max(1, columns * multiple))
-        key = key_of(self.seed, self.name)
+        key, step, first, _ = self.rounding(step)
         for start in range(0, rows, height):
             here = slice(start, min(start + height, rows))
             values = dequantize(codes[here], scale[here], dtype)
             yield here, values
-            index = self.first + start * columns
+            index = first + start * columns
             bits = random_bits(key, step, index, values.shape[0], columns, columns, values.device)
             new_codes, new_scale = quantize(values, scale.dtype, bits)
             codes[here].copy_(new_codes)

@@ -5,6 +5,7 @@ another one only where that crosses a random number: one in 1e10. Scales in bf16
 are small integers and projections signs, so that sums are exact in any order.
 """
 
+import importlib.util
 from itertools import product
 
 import pytest
@@ -31,6 +32,7 @@ OPTIONS = {
     "channel": {"weight_decay": 0.1},
     "tensor": {"scale_type": "tensor", "scale": 4.0, "rank": 1},
     "signs": {"proj_type": "rademacher", "disable_nl": True},
+    "signs, triton": {"proj_type": "rademacher", "disable_nl": True, "kernels": "triton"},
 }
 
 
@@ -62,7 +64,7 @@ def train(engine, world, case, dtype=torch.float64):
     names = list(codes_and_scales(model))
     common = {"update_proj_gap": GAP, "seed": SEED, **options}
     plain = {n: p.dequantize() if n in names else p for n, p in model.named_parameters()}
-    reference = Reference(plain, ranks, **common)
+    reference = Reference(plain, ranks, **{key: value for key, value in common.items() if key != "kernels"})
     wrapped = wrap(model, engine, world)
     make = layerwise.attach if engine.endswith("in backward") else APOLLO
     optimizer = (
@@ -71,7 +73,7 @@ def train(engine, world, case, dtype=torch.float64):
         else make(groups_of(wrapped, ranks), model=wrapped, **common)
     )
     for step in range(STEPS):
-        given = small_integers(shapes, step) if case == "signs" else gradients(shapes, step, 0)
+        given = small_integers(shapes, step) if case.startswith("signs") else gradients(shapes, step, 0)
         wrapped(given).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -123,10 +125,14 @@ def test_codes_are_those_of_the_reference(world, engines):
 
 
 def test_codes_with_scales_in_bf16_do_not_depend_on_the_ranks():
-    """In fp32, as training has it: the same codes and scales at 1 and 2 ranks of DDP and at 2 and 3 of FSDP2."""
+    """In fp32, as training has it: the same codes and scales at 1 and 2 ranks of DDP and at 2 and 3 of FSDP2.
+
+    Also by Triton's kernel, in its interpreter.
+    """
+    cases = ["signs", *(["signs, triton"] if importlib.util.find_spec("triton") else [])]
     seen = []
     for world, engines in PLACES[:3]:
-        results = run_ranks(all_cases, world, engines, ("signs",), torch.bfloat16)
+        results = run_ranks(all_cases, world, engines, cases, torch.bfloat16)
         seen += [(world, case, whole_codes(results, case)) for case in results[0]]
     _, _, first = seen[0]
     assert all(codes.unique().numel() > 20 for codes, _ in first.values())

@@ -27,7 +27,7 @@ ALLOWED = {
     "sharding.parameters": (),
     "sharding.regions": (),
     "sharding": ("distributed", "weights"),
-    "weights": ("kernels.rounding",),
+    "weights": ("kernels.quantizer", "kernels.rounding"),
     "exchange.channels": ("sharding.regions",),
     "exchange.ownership": ("exchange.channels", "sharding.regions"),
     "exchange.buckets": ("exchange.channels", "exchange.ownership"),
@@ -73,6 +73,7 @@ PUBLIC = {
     "apollo_dist.optimizers.param_groups",
     "apollo_dist.projection",
     "apollo_dist.kernels.philox",
+    "apollo_dist.kernels.quantizer",
     "apollo_dist.weights.int8",
 }
 NO_DISTRIBUTED = (

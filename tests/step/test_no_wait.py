@@ -15,8 +15,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from apollo_dist import APOLLO
+from apollo_dist.kernels import costs
 from apollo_dist.planning.fake import meta_model
 from apollo_dist.pretrain.config import ModelConfig
+
+from ..int8 import quantized
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 aten = torch.ops.aten
@@ -142,3 +146,31 @@ def test_no_step_waits(layout, world, weights, kind, kernels, monkeypatch):
                     for group in groups:
                         group["params"][1].grad = None
                     take()
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+def test_no_step_of_int8_weights_waits(kernels):
+    """And Triton's launches do not grow with a model's depth."""
+    pytest.importorskip("torchao", reason="torchao is an extra: pip install 'apollo-dist[quantized]'")
+    if kernels == "triton":
+        pytest.importorskip("triton")
+    launches = []
+    for layers in (2, 4):
+        model = meta_model(ModelConfig(64, 48, 80, layers, 4)).to(torch.bfloat16)
+        quantized(model.model)
+        optimizer = APOLLO(model, rank=8, update_proj_gap=2, weight_decay=0.1, kernels=kernels)
+        told: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(costs, "LISTENERS", [lambda cost, told=told: told.append(cost.name)])
+            for step in range(3):
+                for p in model.parameters():
+                    p.grad = torch.empty(p.shape, dtype=torch.bfloat16, device="meta")
+                if not step:  # reads the layouts
+                    optimizer.step()
+                    told.clear()
+                    continue
+                with NoWait(), NoTensorOnADevice():
+                    optimizer.step()
+        launches.append(sorted(told))
+    assert launches[0] == launches[1]
+    assert ("apply_rows" in launches[0]) == (kernels == "triton")

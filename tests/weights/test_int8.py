@@ -2,8 +2,9 @@
 
 import torch
 
+from apollo_dist.kernels.quantizer import LARGEST, dequantize, quantize
 from apollo_dist.kernels.rounding import key_of, random_bits
-from apollo_dist.weights.int8 import LARGEST, Int8Rows, dequantize, quantize, quantize_again
+from apollo_dist.weights.int8 import Int8Rows, quantize_again
 
 
 def bits_of(rows, columns, step=1):

@@ -7,8 +7,9 @@ tests use. Nothing here is tuned at run time: block sizes follow from shapes, an
 from .adamw import adamw
 from .add_up import add_up
 from .apply import apply
+from .apply_rows import apply_rows
 from .draw import draw, draw_signs
 from .moments import moments
 from .project import project
 
-__all__ = ["adamw", "add_up", "apply", "draw", "draw_signs", "moments", "project"]
+__all__ = ["adamw", "add_up", "apply", "apply_rows", "draw", "draw_signs", "moments", "project"]

@@ -55,8 +55,7 @@ def _apply(
         w_at = c[:, None] * w_c + k[None, :] * w_k
         g_at = c[:, None] * g_c + k[None, :] * g_k
     matrix = coefficients + tl.load(row + 3) * 2
-    factor, kept = tl.load(matrix), tl.load(matrix + 1)
-    by = tl.zeros([CHANNELS], dtype=tl.float32) + factor
+    by, kept = tl.zeros([CHANNELS], dtype=tl.float32) + tl.load(matrix), tl.load(matrix + 1)
     if SCALED:
         scale = tl.load(row + 2).to(tl.pointer_type(tl.float32))
         by = by * tl.load(scale + c, mask=c < channels, other=0.0)

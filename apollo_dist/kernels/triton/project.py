@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import triton
@@ -54,6 +54,42 @@ def _cut(g):
 
 
 @triton.jit
+def _read(segment, GRAD: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
+          P_UNIT: tl.constexpr, P_ALIGNED: tl.constexpr):  # fmt: skip
+    """A row of the table of segments, as ``_segment`` makes it."""
+    grad = tl.load(segment).to(tl.pointer_type(GRAD))
+    columns = tl.load(segment + 1).to(tl.pointer_type(tl.bfloat16))
+    inner, start = tl.load(segment + 2), tl.load(segment + 3)
+    g_c, g_k, p_k, p_r = tl.load(segment + 4), tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
+    # What the table says is aligned the compiler has to be told: vectors of 16 bytes, also where a mask ends.
+    if ALIGNED:
+        grad = tl.multiple_of(grad, 16)
+        if UNIT == 1:
+            start, g_k = tl.multiple_of(start, 8), tl.multiple_of(g_k, 8)
+        else:
+            inner, g_c = tl.multiple_of(inner, 8), tl.multiple_of(g_c, 8)
+    if P_ALIGNED:
+        columns = tl.multiple_of(columns, 16)
+        if P_UNIT == 1:
+            inner, p_r = tl.multiple_of(inner, 8), tl.multiple_of(p_r, 8)
+        else:
+            p_k = tl.multiple_of(p_k, 8)
+    return grad, columns, inner, start, g_c, g_k, p_k, p_r
+
+
+@triton.jit
+def _load(memory, a, b, a_end, b_end, s_a, s_b, UNIT: tl.constexpr):
+    """The elements (a, b) of a rectangle; UNIT says which stride is 1, as in apply.py."""
+    if UNIT == 1:
+        at = a[:, None] + b[None, :] * s_b
+    elif UNIT == 2:
+        at = a[:, None] * s_a + b[None, :]
+    else:
+        at = a[:, None] * s_a + b[None, :] * s_b
+    return tl.load(memory + at, mask=(a < a_end)[:, None] & (b < b_end)[None, :], other=0.0)
+
+
+@triton.jit
 def _project(
     programs, segments, out, squares, rank, alpha,
     GRAD: tl.constexpr, SPLIT: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
@@ -64,76 +100,66 @@ def _project(
     row, count, first, last = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
     j = tl.program_id(1) * RANK + tl.arange(0, RANK)
     c = tl.arange(0, CHANNELS).to(tl.int64)
-    if ALIGNED and UNIT == 1:  # vectors of 16 bytes along the channels, also where the mask ends
+    if ALIGNED and UNIT == 1:
         row, count = tl.multiple_of(row, 8), tl.multiple_of(count, 8)
     acc = tl.zeros([CHANNELS, RANK], dtype=tl.float32)
     sums = tl.zeros([CHANNELS], dtype=tl.float32)
-    # Of rank 1 products and squares are summed element by element, and over the tile at the end.
-    products = tl.zeros([CHANNELS, INNER if RANK == 1 else 1], dtype=tl.float32)
-    square = tl.zeros([CHANNELS, INNER if RANK == 1 else 1], dtype=tl.float32)
     for s in range(first, last):
-        segment = segments + s * 8
-        grad = tl.load(segment).to(tl.pointer_type(GRAD))
-        columns = tl.load(segment + 1).to(tl.pointer_type(tl.bfloat16))
-        inner, start = tl.load(segment + 2), tl.load(segment + 3)
-        g_c, g_k, p_k, p_r = tl.load(segment + 4), tl.load(segment + 5), tl.load(segment + 6), tl.load(segment + 7)
-        if ALIGNED:
-            grad = tl.multiple_of(grad, 16)
-            if UNIT == 1:
-                start, g_k = tl.multiple_of(start, 8), tl.multiple_of(g_k, 8)
-            else:
-                inner, g_c = tl.multiple_of(inner, 8), tl.multiple_of(g_c, 8)
-        if P_ALIGNED:
-            columns = tl.multiple_of(columns, 16)
-            if P_UNIT == 1:
-                inner, p_r = tl.multiple_of(inner, 8), tl.multiple_of(p_r, 8)
-            else:
-                p_k = tl.multiple_of(p_k, 8)
+        grad, columns, inner, start, g_c, g_k, p_k, p_r = _read(
+            segments + s * 8, GRAD, UNIT, ALIGNED, P_UNIT, P_ALIGNED
+        )
         for at in range(0, inner, INNER):
             k = at + tl.arange(0, INNER).to(tl.int64)
-            # As in apply.py: 1 the first dimension's stride is 1, 2 the second one's, 0 neither is known.
-            if UNIT == 1:
-                place = (row - start + c)[:, None] + k[None, :] * g_k
-            elif UNIT == 2:
-                place = (row - start + c)[:, None] * g_c + k[None, :]
+            g = _load(grad, row - start + c, k, row - start + count, inner, g_c, g_k, UNIT).to(tl.float32)
+            p = _load(columns, k, j, inner, rank, p_k, p_r, P_UNIT)
+            if NORMS:
+                sums += tl.sum(g * g, 1)
+            if SPLIT == 1:
+                acc = _dot(g, p, acc, INTERPRETED)
             else:
-                place = (row - start + c)[:, None] * g_c + k[None, :] * g_k
-            g = tl.load(grad + place, mask=(c < count)[:, None] & (k < inner)[None, :], other=0.0).to(tl.float32)
-            if RANK == 1:
-                p = tl.load(columns + (k if P_UNIT == 1 else k * p_k), mask=k < inner, other=0.0)
-                products += g * p.to(tl.float32)[None, :]
-                if NORMS:
-                    square += g * g
-            else:
-                if P_UNIT == 1:
-                    p_at = k[:, None] + j[None, :] * p_r
-                elif P_UNIT == 2:
-                    p_at = k[:, None] * p_k + j[None, :]
-                else:
-                    p_at = k[:, None] * p_k + j[None, :] * p_r
-                p = tl.load(columns + p_at, mask=(k < inner)[:, None] & (j < rank)[None, :], other=0.0)
-                if NORMS:
-                    sums += tl.sum(g * g, 1)
-                if SPLIT == 1:
-                    acc = _dot(g, p, acc, INTERPRETED)
-                else:
-                    high = _cut(g)
-                    # Nothing is left of an infinity or NaN, of which inf - inf would make NaN.
-                    rest = tl.where(tl.abs(high) < float("inf"), g - high, 0.0)
-                    acc = _dot(high, p, acc, INTERPRETED)
-                    middle = _cut(rest)
-                    acc = _dot(middle, p, acc, INTERPRETED)
-                    if SPLIT == 3:
-                        acc = _dot(rest - middle, p, acc, INTERPRETED)
-    if RANK == 1:
-        tl.store(out + row + c, tl.sum(products, 1) * alpha, mask=c < count)
-        sums = tl.sum(square, 1)
-    else:
-        mask = (c < count)[:, None] & (j < rank)[None, :]
-        tl.store(out + (row + c)[:, None] * rank + j[None, :], acc * alpha, mask=mask)
+                high = _cut(g)
+                # Nothing is left of an infinity or NaN, of which inf - inf would make NaN.
+                rest = tl.where(tl.abs(high) < float("inf"), g - high, 0.0)
+                acc = _dot(high, p, acc, INTERPRETED)
+                middle = _cut(rest)
+                acc = _dot(middle, p, acc, INTERPRETED)
+                if SPLIT == 3:
+                    acc = _dot(rest - middle, p, acc, INTERPRETED)
+    mask = (c < count)[:, None] & (j < rank)[None, :]
+    tl.store(out + (row + c)[:, None] * rank + j[None, :], acc * alpha, mask=mask)
     if NORMS:  # noqa: SIM102
         if tl.program_id(1) == 0:  # NORMS is known at compile time, this is not
             tl.store(squares + row + c, sums, mask=c < count)
+
+
+@triton.jit
+def _project_one(
+    programs, segments, out, squares, alpha,
+    GRAD: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr, P_UNIT: tl.constexpr, P_ALIGNED: tl.constexpr,
+    NORMS: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr,
+):  # fmt: skip
+    """Of rank 1: products and squares are summed element by element, and over the tile at the end."""
+    program = programs + tl.program_id(0) * 4
+    row, count, first, last = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
+    c = tl.arange(0, CHANNELS).to(tl.int64)
+    if ALIGNED and UNIT == 1:
+        row, count = tl.multiple_of(row, 8), tl.multiple_of(count, 8)
+    products = tl.zeros([CHANNELS, INNER], dtype=tl.float32)
+    square = tl.zeros([CHANNELS, INNER], dtype=tl.float32)
+    for s in range(first, last):
+        grad, columns, inner, start, g_c, g_k, p_k, p_r = _read(
+            segments + s * 8, GRAD, UNIT, ALIGNED, P_UNIT, P_ALIGNED
+        )
+        for at in range(0, inner, INNER):
+            k = at + tl.arange(0, INNER).to(tl.int64)
+            g = _load(grad, row - start + c, k, row - start + count, inner, g_c, g_k, UNIT).to(tl.float32)
+            p = _load(columns, k, tl.arange(0, 1), inner, 1, p_k, p_r, P_UNIT).to(tl.float32)
+            products += g * tl.reshape(p, [1, INNER])
+            if NORMS:
+                square += g * g
+    tl.store(out + row + c, tl.sum(products, 1) * alpha, mask=c < count)
+    if NORMS:
+        tl.store(squares + row + c, tl.sum(square, 1), mask=c < count)
 
 
 def project(
@@ -154,16 +180,20 @@ def project(
         rows = tuple((part.first, part.grad.shape[0]) for part in members)
         programs, order = _programs(rows, tile.channels, out.device)
         segments = [_segment(members[i]) for i in order]
-        grid = (len(programs), blocks_of(rank, tile.rank))
-        launch(
-            _project, grid, out.device, partial(_cost, members, out, squares),
-            programs, rows_on(out.device, segments), out,
-            out if squares is None else squares,
-            rank, alpha, GRAD=DTYPES[dtype], SPLIT=_SPLIT[dtype], UNIT=unit, ALIGNED=aligned,
-            P_UNIT=p_unit, P_ALIGNED=p_aligned, NORMS=squares is not None,
-            CHANNELS=tile.channels, INNER=tile.inner, RANK=tile.rank, INTERPRETED=interpreted(),
-            num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        tables = programs, rows_on(out.device, segments)
+        constants: dict[str, Any] = {
+            "GRAD": DTYPES[dtype], "UNIT": unit, "ALIGNED": aligned, "P_UNIT": p_unit, "P_ALIGNED": p_aligned,
+            "NORMS": squares is not None, "CHANNELS": tile.channels, "INNER": tile.inner,
+            "num_warps": tile.warps, "num_stages": tile.stages,
+        }  # fmt: skip
+        written = out, out if squares is None else squares
+        cost = partial(_cost, members, out, squares)
+        if rank == 1:
+            launch(_project_one, (len(programs),), out.device, cost, *tables, *written, alpha, **constants)
+        else:
+            constants |= {"SPLIT": _SPLIT[dtype], "RANK": tile.rank, "INTERPRETED": interpreted()}
+            grid = len(programs), blocks_of(rank, tile.rank)
+            launch(_project, grid, out.device, cost, *tables, *written, rank, alpha, **constants)
     _nothing(parts, out, squares)
     if totals is not None and squares is not None:
         # Of each matrix the norms of its channels, whose rows follow each other.
