@@ -28,6 +28,7 @@ from apollo_dist.step.elementwise import ElementwiseTensor, step_elementwise
 from apollo_dist.step.run import step_shard_group
 from apollo_dist.step.shard_group import Entry, ShardGroupStep
 from apollo_dist.step.specs import specs_of
+from apollo_dist.weights.int8 import holds_int8
 
 Shapes = dict[str, tuple[int, ...]]
 META = torch.device("meta")
@@ -62,20 +63,26 @@ def make_step(
         model: on the meta device; sharded afterwards under "fsdp2".
         layout: one of ``LAYOUTS``.
         world: ranks that divide the model; 1 with "whole".
-        weights, grads: dtypes of both.
+        weights, grads: dtypes of both. int8: those of the blocks' linear layers in INT8, with a scale a row, as
+            torchao stores them, and all others in bf16; only with "whole".
         options: of ``APOLLO``, with ``rank`` and ``scale_type``.
     """
-    model = model.to(weights)
+    model = model.to(torch.bfloat16 if weights == torch.int8 else weights)
     if layout in FLAT:
         return _flat_step(model, FLAT[layout], world, weights, grads, options)
     group = None
     if layout == "fsdp2":
         _shard(model, world)
         group = dist.new_group([0])  # no other rank exists that could agree
+    if weights == torch.int8:
+        from torchao.prototype.quantized_training import int8_weight_only_quantized_training
+        from torchao.quantization import quantize_
+
+        quantize_(model.model, int8_weight_only_quantized_training())
     for p in model.parameters():
-        if grads != weights:
+        if grads != p.dtype:
             p.grad_dtype = grads
-        p.grad = torch.empty_like(p, dtype=grads)
+        p.grad = torch.empty(p.shape, dtype=grads, device=META) if holds_int8(p) else torch.empty_like(p, dtype=grads)
     optimizer = apollo_dist.APOLLO(model, process_group=group, **options)
     plans = optimizer.prepare()
     low = {m.shard.name for plan in plans for step in plan.shard_groups for m in step.matrices}

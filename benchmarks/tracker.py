@@ -41,7 +41,7 @@ from apollo_dist.step import batch
 from apollo_dist.weights import int8
 
 CATEGORIES = ("Parameter", "Gradient", "Optstate", "Activation", "Temp", "Total")
-KERNELS = ("adamw", "apply", "draw", "moments", "project")
+KERNELS = ("adamw", "apply", "apply_rows", "draw", "moments", "project")
 
 
 class PeakTracker(MemTracker):

@@ -9,7 +9,8 @@ Beside the counts stand:
 - the floor: what any implementation must move. The gradient of a low-rank matrix is read twice (once for the norms that
   scale it, once to update with it) and its weight read and written once; an element of AdamW's is read with its
   gradient, weight and two fp32 moments, and all but the gradient written.
-- torch's fused AdamW on the same elements, with moments in the weights' dtype, counted alike.
+- torch's fused AdamW on the same elements, with moments in the weights' dtype, counted alike; beside INT8 weights
+  (those of the blocks' matrices, with a scale a row) on bf16 weights.
 - the authors' package by formula, not counted: in the weights' dtype, and one pass after the other, R = P G reads G,
   U = s G reads G and writes U, its norm reads U, the limiter reads and writes U, the update reads W and U and writes W:
   nine passes over a matrix; AdamW's part as the floor has it.
@@ -54,6 +55,7 @@ DTYPES = {
     "bf16": (torch.bfloat16, torch.bfloat16),
     "fp32": (torch.float32, torch.float32),
     "mixed": (torch.float32, torch.bfloat16),
+    "int8": (torch.int8, torch.bfloat16),
 }
 OPTIMIZERS = ("apollo", "mini")
 # Bytes a second; operations a second of fp32 without and bf16 with tensor cores: NVIDIA's data sheets, SXM, 80 GB.
@@ -106,11 +108,12 @@ def count(case: Case, kernels: str) -> Row:
         with counter:
             take()
     adamw = Count()
-    step = adamw_step(sum(elements.values()), weights, grads)
+    others = torch.bfloat16 if weights == torch.int8 else weights  # of parameters that AdamW updates
+    step = adamw_step(sum(elements.values()), others, grads)
     with adamw:
         step()
     w, g = weights.itemsize, grads.itemsize
-    rest = elements["rest"] * (2 * w + g + 16)
+    rest = elements["rest"] * (2 * others.itemsize + g + 16)
     floor = elements["matrices"] * (2 * w + 2 * g) + rest
     authors = elements["matrices"] * 9 * w + rest
     return Row(case, counter.traffic, floor, adamw.traffic.bytes, authors)
@@ -128,6 +131,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                 for dtypes in args.dtypes:
                     if layout == "fsdp2" and dtypes == "mixed":
                         continue  # FSDP2 gives gradients in the dtype of the weights
+                    if layout != "whole" and dtypes == "int8":
+                        continue  # only whole models are counted
                     for optimizer in args.optimizers:
                         yield Case(size, layout, world, dtypes, optimizer)
 
@@ -142,7 +147,7 @@ def table(rows: list[Row]) -> str:
     lines = [head, "|" + "---|" * head.count(" |")]
     for row in rows:
         case, counted = row.case, row.traffic
-        kinds = {"bf16": "bf16", "fp32": "fp32", "mixed": "fp32, bf16"}[case.dtypes]
+        kinds = {"bf16": "bf16", "fp32": "fp32", "mixed": "fp32, bf16", "int8": "int8, bf16"}[case.dtypes]
         cells = [
             case.size,
             "zero1, zero2" if case.layout == "zero2" else case.layout,
@@ -153,7 +158,7 @@ def table(rows: list[Row]) -> str:
             f"{counted.bytes / 1e9:.2f}",
             f"{counted.bytes / row.floor:.2f}",
             f"{counted.bytes / row.adamw:.2f}",
-            f"{row.authors / row.floor:.2f}" if case.layout == "whole" else "",
+            f"{row.authors / row.floor:.2f}" if case.layout == "whole" and case.dtypes != "int8" else "",
             f"{counted.tensor_core / 1e12:.3f}",
             f"{counted.fp32_products / 1e12:.3f}",
             f"{counted.other / 1e9:.1f}",

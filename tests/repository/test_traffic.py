@@ -98,6 +98,8 @@ def test_the_table_is_whole(tmp_path, capsys):
 BOUNDS = [
     ("whole", 1, "bf16", "apollo", 90, 1.20, 0.4),
     ("whole", 1, "bf16", "mini", 55, 1.01, 0.05),
+    ("whole", 1, "int8", "apollo", 90, 1.25, 0.4),
+    ("whole", 1, "int8", "mini", 55, 1.01, 0.05),
     ("whole", 1, "fp32", "apollo", 90, 1.11, 0.4),
     ("whole", 1, "fp32", "mini", 55, 1.01, 0.05),
     ("zero2", 8, "bf16", "apollo", 50, 1.20, 0.3),
@@ -111,6 +113,8 @@ BOUNDS = [
 def test_a_step_of_tritons_kernels_stays_within_its_bounds(layout, world, dtypes, optimizer, launches, times, memory):
     """LLaMA-7B, embeddings and head included, redrawing at every step."""
     pytest.importorskip("triton")
+    if dtypes == "int8":
+        pytest.importorskip("torchao", reason="torchao is an extra: pip install 'apollo-dist[quantized]'")
     import traffic
 
     row = traffic.count(traffic.Case("7B", layout, world, dtypes, optimizer), "triton")
