@@ -21,6 +21,7 @@ RECIPES = {
     "7B": (4096, 11008, 32, 256),
 }
 NEVER = 10**9  # an update_proj_gap that no benchmark reaches
+COPY = "plain copies of the least bytes that APOLLO moves"
 
 
 def matrix_shapes(recipe: str) -> list[tuple[int, int]]:
@@ -72,6 +73,27 @@ class _Products(torch.optim.Optimizer):
             torch.mm((p.grad if tall else p.grad.t()).float(), columns, out=out)
 
 
+class _Copy(torch.optim.Optimizer):
+    """Copies that move as many bytes as a step of APOLLO must: gradients twice, and weights in and out.
+
+    The target is larger than caches are, so that it is written to memory.
+    """
+
+    def __init__(self, params: list[nn.Parameter]) -> None:
+        super().__init__(params, {})
+        largest = max(p.numel() for p in params)
+        self._target = torch.empty(max(1 << 27, largest), dtype=params[0].dtype, device=params[0].device)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        at = 0
+        for p in self.param_groups[0]["params"]:
+            for source in (p, p.grad):
+                at = 0 if at + p.numel() > len(self._target) else at
+                self._target[at : at + p.numel()].copy_(source.view(-1))
+                at += p.numel()
+
+
 def low_rank_bytes(shapes: Sequence[tuple[int, int]], rank: int) -> int:
     """Two fp32 moments of ``rank`` numbers for each channel (index of the larger dimension), and one norm a matrix."""
     return sum(4 * (2 * max(m, n) * rank + 1) for m, n in shapes)
@@ -107,6 +129,7 @@ def candidates(rank: int) -> list[Candidate]:
             lambda shapes, size: 0,
         ),
     ]
+    found.append(Candidate(COPY, lambda params, _: _Copy(params), lambda shapes, size: 0))
     if importlib.util.find_spec("apollo_torch") is not None:
         found.append(_authors_package(1, "tensor", 128.0, "apollo-torch Mini"))
         found.append(_authors_package(rank, "channel", 1.0, f"apollo-torch rank {rank}"))

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the tests marked gpu, then step_time.py on CUDA. Fetches and installs
-# nothing: it needs a python3 with torch and pytest, and puts this repository on its path, and with it whatever wheels
+# Everything that needs a GPU, in one command: the tests marked gpu and those of the kernels, which run on the GPU if
+# there is one, then kernel_time.py and step_time.py on CUDA. Fetches and installs nothing: it needs a python3 with torch and pytest, and puts this repository on its path, and with it whatever wheels
 # lie in .whl/ (DeepSpeed, for example, on a machine without a network). Tables go to $OUT if that is set, else to
 # benchmarks/results/.
 #
@@ -10,7 +10,7 @@
 # .parts-GPU from the folder of results to begin anew.
 #
 #   PYTHON=python3     the interpreter
-#   SHAPES="60M 350M 1B 7B"    DTYPES="fp32 bf16"    ROUNDS=15
+#   SHAPES="60M 350M 1B 7B"    DTYPES="fp32 bf16"    ROUNDS=15    KERNEL_SHAPES=7B
 set -euo pipefail
 cd "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
@@ -43,6 +43,18 @@ status=0
 if ! has_run tests; then
     echo "==> tests marked gpu"
     if "$python" -m pytest -p no:cacheprovider -m gpu tests; then mark tests; else status=$?; fi
+fi
+if ! has_run kernels; then
+    echo "==> tests of the kernels, compiled"
+    if "$python" -m pytest -p no:cacheprovider tests/kernels; then mark kernels; else status=$?; fi
+fi
+if ! has_run kernel_time; then
+    echo "==> each kernel alone"
+    if "$python" benchmarks/kernel_time.py --shapes "${KERNEL_SHAPES:-7B}" --write "$name-kernels" --results "$results"; then
+        mark kernel_time
+    else
+        status=$?
+    fi
 fi
 
 for shapes in ${SHAPES:-60M 350M 1B 7B}; do

@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from candidates import NEVER, RECIPES, Candidate, candidates, matrix_shapes, state_bytes
+from candidates import COPY, NEVER, RECIPES, Candidate, candidates, matrix_shapes, state_bytes
 from measure import machine, peak_extra_bytes, seconds_per_call
 from torch import nn
 
@@ -133,13 +133,14 @@ def ratio(row: Row, base: Row, gap: int) -> float:
     return statistics.median(own / other for own, other in pairs)
 
 
-def row_text(row: Row, base: Row, gap: int) -> str:
+def row_text(row: Row, base: Row, copy: Row, gap: int) -> str:
     """One line of the table."""
     times = row.per_step(gap)
     ms = [f"{1e3 * statistics.median(times):.2f}", f"{1e3 * min(times):.2f} to {1e3 * max(times):.2f}"]
     ms += [f"{1e3 * statistics.median(kind):.2f}" if kind else "" for kind in (row.plain, row.redraw)]
     formula = "" if row.formula is None else size(row.formula)
     cells = [row.candidate.name, *ms, f"{ratio(row, base, gap):.2f}", size(row.extra), size(row.state), formula]
+    cells.append(f"{ratio(row, copy, gap):.2f}")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -153,6 +154,7 @@ def report(rows: list[Row], args: argparse.Namespace, where: str, command: str) 
         if args.device == "cuda"
         else "the running sum of what torch's allocator reported to the profiler (work space in oneDNN or MKL unseen)"
     )
+    copy = next(row for row in rows if row.candidate.name == COPY)
     lines = [
         f"# Optimizer step: LLaMA {args.shapes} matrices, {args.dtype}, {args.device}",
         "",
@@ -164,14 +166,16 @@ def report(rows: list[Row], args: argparse.Namespace, where: str, command: str) 
         f"{args.rounds} rounds of {args.steps} steps",
         "",
         "| optimizer | ms/step (median) | range over rounds | without redraw | with redraw | x fused AdamW "
-        "| peak extra in a step | state | state by formula |",
-        "|---|---|---|---|---|---|---|---|---|",
-        *[row_text(row, rows[0], args.gap) for row in rows],
+        "| peak extra in a step | state | state by formula | x copies |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+        *[row_text(row, rows[0], copy, args.gap) for row in rows],
         "",
         f"ms/step = (({args.gap} - 1) x without redraw + with redraw) / {args.gap}, both measured in every round; "
         "the ratio is the median of the rounds' ratios. "
         f"Peak extra memory is {memory}, over one step without redraw. "
-        "State counts moments and limiter norms; projections are not state.",
+        "State counts moments and limiter norms; projections are not state. "
+        "The copies are of each gradient and each weight: as many bytes as a step must move, which reads gradients "
+        "twice, reads weights and writes them.",
     ]
     if max(rows[0].plain) > BUSY * min(rows[0].plain):
         lines += ["", f"**Something else used the machine: {rows[0].candidate.name} alone varies by the range above.**"]

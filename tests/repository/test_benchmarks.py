@@ -34,7 +34,9 @@ def test_every_row_is_there_and_state_is_what_the_formula_says(tmp_path: Path, d
     assert text in done.stdout
     rows = table(text)
     products = "matrix products of rank 16, nothing else"
-    assert {"AdamW (torch, fused)", "SGD (torch)", "APOLLO-Mini", "APOLLO rank 16", products} <= set(rows)
+    copies = "plain copies of the least bytes that APOLLO moves"
+    assert {"AdamW (torch, fused)", "SGD (torch)", "APOLLO-Mini", "APOLLO rank 16", products, copies} <= set(rows)
+    assert float(rows[copies][8]) == 1.0
     for name, cells in rows.items():
         assert re.fullmatch(r"[\d.]+", cells[0]), f"{name} has no time"
         if cells[7]:
@@ -50,3 +52,18 @@ def test_wrong_arguments_are_refused(arguments: tuple[str, ...]) -> None:
     done = run(*arguments)
     assert done.returncode == 2
     assert "error" in done.stderr
+
+
+@pytest.mark.slow
+def test_every_kernel_is_timed(tmp_path: Path) -> None:
+    """Where no GPU is, in Triton's interpreter."""
+    pytest.importorskip("triton", reason="Triton is an extra: pip install 'apollo-dist[triton]'")
+    words = ["--shapes", "tiny", "--matrices", "5", "--rounds", "1", "--calls", "1", "--copy", "4096"]
+    script = str(ROOT / "benchmarks" / "kernel_time.py")
+    done = run_python(script, *words, "--write", "tiny", "--results", str(tmp_path), timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = table((tmp_path / "tiny.md").read_text(encoding="utf-8"))
+    names = {name.partition(",")[0] for name in rows}
+    assert names == {"project", "moments", "apply", "apply_rows", "adamw", "draw", "draw_signs", "add_up"}
+    for name, cells in rows.items():
+        assert int(cells[0]) == 1 and float(cells[2]) > 0, name  # square and tall matrices: one launch for all
