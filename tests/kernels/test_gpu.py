@@ -7,6 +7,9 @@ everywhere; ``benchmarks/gpu.sh`` runs the CUDA half.
 from __future__ import annotations
 
 import copy
+import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -17,35 +20,15 @@ from torch.distributed.fsdp import CPUOffload, FullyShardedDataParallel
 from apollo_dist import APOLLO, APOLLOMini
 from apollo_dist.projections import gaussian as projection
 
+from ..timeouts import allowed
+from .gpu_runs import batches, made
+
 CUDA = pytest.param(
     "cuda",
     marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")],
 )
 DEVICES = ["cpu", CUDA]
 KINDS = {"channel": (APOLLO, {"rank": 4}), "tensor": (APOLLOMini, {})}
-
-
-class Model(nn.Module):
-    """Tall, wide and square matrices inside blocks, and tensors for AdamW."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(7, 12)
-        self.layers = nn.ModuleList(
-            nn.Sequential(nn.Linear(12, 29), nn.Tanh(), nn.Linear(29, 12, bias=False), nn.Linear(12, 12))
-            for _ in range(2)
-        )
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        x = self.embed(tokens)
-        for layer in self.layers:
-            x = x + layer(x)
-        return x
-
-
-def make(device: str, dtype: torch.dtype) -> Model:
-    torch.manual_seed(0)
-    return Model().to(dtype).to(device)
 
 
 def set_gradients(model: nn.Module, step: int) -> None:
@@ -69,7 +52,7 @@ def train(model: nn.Module, kind: str, cache: bool | str, steps: int = 7) -> tor
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 1e-4)])
 def test_a_step_equals_the_cpu_step(device: str, kind: str, dtype: torch.dtype, tolerance: float) -> None:
-    expected, actual = make("cpu", dtype), make(device, dtype)
+    expected, actual = made("cpu", dtype), made(device, dtype)
     train(expected, kind, cache=True)
     train(actual, kind, cache=False)
     for (name, want), got in zip(expected.named_parameters(), actual.parameters(), strict=True):
@@ -80,7 +63,7 @@ def test_a_step_equals_the_cpu_step(device: str, kind: str, dtype: torch.dtype, 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_the_projection_cache_changes_nothing(device: str) -> None:
-    kept, redrawn, automatic = (make(device, torch.float32) for _ in range(3))
+    kept, redrawn, automatic = (made(device, torch.float32) for _ in range(3))
     for model, cache in ((kept, True), (redrawn, False), (automatic, "auto")):
         train(model, "channel", cache)
     for a, b, c in zip(kept.parameters(), redrawn.parameters(), automatic.parameters(), strict=True):
@@ -101,7 +84,7 @@ def test_projections_are_those_of_the_cpu(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_resuming_on_the_device_is_exact(device: str, kind: str) -> None:
-    model = make(device, torch.bfloat16)
+    model = made(device, torch.bfloat16)
     optimizer = train(model, kind, cache="auto", steps=4)
     twin = copy.deepcopy(model)
     cls, options = KINDS[kind]
@@ -120,7 +103,7 @@ def test_resuming_on_the_device_is_exact(device: str, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cache", [True, False])
 def test_a_step_never_waits_for_the_device(kind: str, cache: bool) -> None:
-    model = make("cuda", torch.bfloat16)
+    model = made("cuda", torch.bfloat16)
     optimizer = train(model, kind, cache, steps=2)
     set_gradients(model, 2)
     torch.cuda.synchronize()
@@ -138,14 +121,12 @@ def test_fsdp1_with_cpu_offload_equals_the_cpu_step(tmp_path) -> None:
     """FSDP1 pins what it offloads, so that its offload runs on accelerators only."""
     dist.init_process_group("nccl", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
     try:
-        expected, actual = make("cpu", torch.float64), make("cpu", torch.float64)
+        expected, actual = made("cpu", torch.float64), made("cpu", torch.float64)
         wrapped = FullyShardedDataParallel(
             actual, use_orig_params=True, device_id=0, cpu_offload=CPUOffload(offload_params=True)
         )
         optimizers = [APOLLO(model, rank=4, update_proj_gap=3) for model in (expected, wrapped)]
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(7):
-            tokens = torch.randint(7, (3, 5), generator=generator)
+        for tokens in batches():
             for model, optimizer, batch in zip((expected, wrapped), optimizers, (tokens, tokens.cuda()), strict=True):
                 model(batch).square().mean().backward()
                 optimizer.step()
@@ -154,3 +135,16 @@ def test_fsdp1_with_cpu_offload_equals_the_cpu_step(tmp_path) -> None:
             torch.testing.assert_close(got.cpu().view(want.shape), want, rtol=1e-9, atol=1e-9)
     finally:
         dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), CUDA])
+def test_engines_of_one_rank_take_the_cpus_steps(device: str) -> None:
+    """FSDP1, FSDP2 and ZeRO 0 to 3, over NCCL on a GPU."""
+    pytest.importorskip("deepspeed", reason="DeepSpeed is an extra: pip install 'apollo-dist[deepspeed]'")
+    words = [sys.executable, "-m", f"{__package__}.gpu_runs", device]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=allowed(200))
+    assert done.returncode == 0, done.stdout + done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert len(errors) == 6
+    for engine, error in errors.items():
+        assert error < (1e-4 if engine.startswith("ZeRO") else 1e-9), errors
