@@ -29,7 +29,7 @@ def quantize(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> 
             quotient to 2**-17. None rounds to nearest.
     """
     largest = values.abs().amax(1)
-    scale = _at_least(largest / LARGEST, dtype)
+    scale = _at_least(divided(largest, LARGEST), dtype)
     # Rows of zeros have scale 0.
     scale = torch.where(largest > 0, scale.clamp(min=torch.finfo(dtype).tiny), scale)
     quotient = (values / scale.to(values.dtype)[:, None]).nan_to_num_(0.0, 0.0, 0.0)
@@ -39,6 +39,11 @@ def quantize(values: Tensor, dtype: torch.dtype, bits: Tensor | None = None) -> 
         codes = quotient.floor()
         codes += quotient.sub_(codes).mul_(65536.0) > bits + 0.5
     return codes.clamp_(-LARGEST, LARGEST).to(torch.int8), scale
+
+
+def divided(values: Tensor, by: int) -> Tensor:
+    """``values / by``, rounded once: CUDA multiplies by the rounded reciprocal of what is no tensor."""
+    return values / torch.full_like(values, by)
 
 
 def _at_least(values: Tensor, dtype: torch.dtype) -> Tensor:

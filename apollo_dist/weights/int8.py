@@ -55,13 +55,18 @@ def quantize_again(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         values: (rows, n) in float32 or float64.
         dtype: of the scales.
     """
-    from ..kernels.quantizer import LARGEST, dequantize, quantize  # what only describes weights needs no kernels
+    from ..kernels.quantizer import (
+        LARGEST,
+        dequantize,
+        divided,
+        quantize,
+    )  # what only describes weights needs no kernels
 
     codes, scale = quantize(values, dtype)
     largest = values.abs().amax(1)
     done = torch.zeros_like(largest, dtype=torch.bool)
     for code in (LARGEST, LARGEST - 1):  # the largest element of a row has one of these
-        near = (largest / code).to(dtype)
+        near = divided(largest, code).to(dtype)
         infinity = torch.full_like(near, torch.inf)
         for tried in (near, torch.nextafter(near, infinity), torch.nextafter(near, -infinity)):
             there = (values / tried.to(values.dtype)[:, None]).round_().nan_to_num_(0.0, 0.0, 0.0)

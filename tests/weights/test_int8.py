@@ -1,6 +1,8 @@
 """The quantizer of INT8 weights."""
 
+import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from apollo_dist.kernels.quantizer import LARGEST, dequantize, quantize
 from apollo_dist.kernels.rounding import key_of, random_bits
@@ -44,6 +46,24 @@ def test_rows_of_zeros_and_rows_that_are_not_finite():
             found = dequantize(*quantize(values, dtype, bits), torch.float32)
             assert (found[0] == 0).all() and torch.allclose(found[1], values[1], atol=0.01)
             assert found[2].isnan().all() and found[3].isnan().all() and found[4].isfinite().all()
+
+
+class ByTensors(TorchDispatchMode):
+    """Raises where something is divided by a number, which CUDA does with the number's rounded reciprocal."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket is torch.ops.aten.div:
+            assert all(isinstance(each, torch.Tensor) for each in args[:2])
+        return func(*args, **(kwargs or {}))
+
+
+def test_every_quotient_is_rounded_once_on_every_device():
+    values = torch.rand(3, 4)
+    with pytest.raises(AssertionError), ByTensors():
+        values / 127
+    with ByTensors():
+        quantize(values, torch.bfloat16, bits_of(3, 4))
+        quantize_again(values, torch.float32)
 
 
 def test_weights_from_int8_and_back_are_the_same():
