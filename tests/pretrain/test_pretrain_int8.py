@@ -51,6 +51,7 @@ def alone(rank: int, world: int, folder: Path) -> dict[str, bool]:
     """Trains one process; which parameters are INT8."""
     run = trained(begun(rank, world, folder, "one", "ddp"), STEPS)
     trained(begun(rank, world, folder, "one layerwise", "ddp", "--layerwise"), STEPS)
+    trained(begun(rank, world, folder, "one compiled", "ddp", "--compile"), STEPS)
     switched(folder)
     return {name: holds_int8(p) for name, p in run.engine.trained.named_parameters()}
 
@@ -80,7 +81,7 @@ def test_losses_are_those_of_one_process_under_every_engine(tmp_path: Path) -> N
     assert len(expected) == STEPS and expected[STEPS] < expected[1]
     run_ranks(on_ranks, 2, tmp_path)
     # Sums in another order move a code in a hundred thousand.
-    for name in ("one layerwise", *CASES):
+    for name in ("one layerwise", "one compiled", *CASES):
         assert losses(tmp_path / name) == pytest.approx(expected, rel=1e-4), name
     # A step in fp32 between: rounding to codes of 1/127 of a row's largest weight moves a loss by thousandths.
     assert losses(tmp_path / "switched") == pytest.approx(expected, rel=5e-3)
