@@ -47,6 +47,7 @@ from apollo_dist.kernels.rounding import Rounding
 RESULTS = Path(__file__).resolve().parent / "results" / "compiled.md"
 TARGETS = {80: "A100", 90: "H100"}
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 ROWS, COLUMNS = 256, 512
 HOW = Rounding((1, 2, 3), 1, 0, (COLUMNS, 1))
 ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
@@ -95,23 +96,23 @@ def matrix(dtype: torch.dtype, turned: bool = False) -> Tensor:
     return torch.zeros((COLUMNS, ROWS), dtype=dtype).t() if turned else torch.zeros((ROWS, COLUMNS), dtype=dtype)
 
 
-def cases() -> Iterator[tuple[str, Callable[[], object]]]:
+def cases(ranks: list[int], gradients: list[torch.dtype]) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches by name: gradients whose channels are rows (tall matrices) and columns (wide ones), in their dtypes."""
     coefficients = torch.zeros((1, 2))
-    for rank in (256, 128, 1):
+    for rank in ranks:
         columns, out = torch.zeros((rank, COLUMNS), dtype=BF16).t(), torch.zeros((ROWS, rank))
-        for dtype in (BF16, FP16, FP32):
+        for dtype in gradients:
             for turned in (False, True):
                 part = ProjectPart(matrix(dtype, turned), columns, 0)
                 yield (
-                    f"project, rank {rank}, {_name(dtype)}, {'columns' if turned else 'rows'}",
+                    f"project, rank {rank}, {NAMES[dtype]}, {'columns' if turned else 'rows'}",
                     lambda part=part, out=out: kernels.project([part], 0.5, out, torch.zeros(ROWS)),
                 )
     for weights, grads, rounding in ((BF16, BF16, None), (FP32, FP32, None), (FP32, BF16, None), (BF16, BF16, HOW)):
         for turned in (False, True):
             how = rounding._replace(strides=(1, ROWS)) if rounding and turned else rounding
             part = ApplyPart(matrix(weights, turned), matrix(grads, turned), torch.zeros(ROWS), 0, how)
-            kind = f"{_name(weights)} {'rounded stochastically ' if rounding else ''}by {_name(grads)}"
+            kind = f"{NAMES[weights]} {'rounded stochastically ' if rounding else ''}by {NAMES[grads]}"
             yield (
                 f"apply, {kind}, {'columns' if turned else 'rows'}",
                 lambda part=part: kernels.apply([part], coefficients),
@@ -128,7 +129,7 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
         w, g, m, v = (torch.zeros(ROWS * COLUMNS, dtype=dtype) for dtype in (weights, weights, states, states))
         tensor = AdamWPart(w, g, m, v, COLUMNS, rounding, (rounding, rounding) if rounding else None)
         yield (
-            f"adamw, {_name(weights)}, moments {_name(states)}{', rounded stochastically' if rounding else ''}",
+            f"adamw, {NAMES[weights]}, moments {NAMES[states]}{', rounded stochastically' if rounding else ''}",
             lambda tensor=tensor: kernels.adamw([tensor], coefficients[0], **ADAM),
         )
     for rank in (256, 1):
@@ -144,14 +145,10 @@ def cases() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "add_up", lambda: kernels.add_up(torch.zeros((8, 1 << 14)), torch.zeros(1 << 14))
 
 
-def _name(dtype: torch.dtype) -> str:
-    return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
-
-
-def compiled(capability: int) -> Iterator[Row]:
-    """Compile each case for a target, such as 80."""
+def compiled(capability: int, ranks: list[int], gradients: list[torch.dtype]) -> Iterator[Row]:
+    """Compile each case for a target, such as 80, and projections of some ranks, of gradients in some dtypes."""
     driver.set_active(Absent(capability))
-    for name, call in cases():
+    for name, call in cases(ranks, gradients):
         made: list[Any] = []
         with _compiling(made):
             call()
@@ -216,10 +213,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--targets", nargs="+", type=int, default=list(TARGETS), help="compute capabilities: 80 for 8.0"
     )
+    parser.add_argument("--ranks", nargs="+", type=int, default=[256, 128, 1], help="of projections")
+    names = list(NAMES.values())
+    parser.add_argument("--gradients", nargs="+", choices=names, default=names, help="that are projected")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows as JSON")
     parser.add_argument("--write", action="store_true", help=f"write the table to {RESULTS.name} in benchmarks/results")
     args = parser.parse_args(arguments)
-    rows = [row for target in args.targets for row in compiled(target)]
+    dtypes = [dtype for dtype, name in NAMES.items() if name in args.gradients]
+    rows = [row for target in args.targets for row in compiled(target, args.ranks, dtypes)]
     text = table(rows)
     print(text)
     if args.json:

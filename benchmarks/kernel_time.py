@@ -44,7 +44,6 @@ from apollo_dist.projections.quantiles import quantiles
 
 RESULTS = Path(__file__).resolve().parent / "results"
 BF16 = torch.bfloat16
-VOCABULARY = 32000
 ADAM: dict[str, Any] = {"betas": (0.9, 0.999), "eps": 1e-8}
 
 
@@ -58,7 +57,9 @@ class Row:
     times: list[float] = field(default_factory=list)
 
 
-def cases(shapes: list[tuple[int, int]], rank: int, device: torch.device) -> Iterator[tuple[str, Callable[[], object]]]:
+def cases(
+    shapes: list[tuple[int, int]], rank: int, vocabulary: int, device: torch.device
+) -> Iterator[tuple[str, Callable[[], object]]]:
     """Launches by name, over all matrices at a time; bf16 weights and gradients."""
 
     def made(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -96,13 +97,14 @@ def cases(shapes: list[tuple[int, int]], rank: int, device: torch.device) -> Ite
         rows.append(RowsPart(codes, made(m, dtype=BF16).abs(), stored, by, int(m >= n), 0, how))
     yield "apply_rows, int8", partial(kernels.apply_rows, rows, coefficients)
     hidden = min(shapes[0])
-    flat = [made(VOCABULARY * hidden, dtype=dtype).abs() for dtype in (BF16, BF16, torch.float32, torch.float32)]
+    flat = [made(vocabulary * hidden, dtype=dtype).abs() for dtype in (BF16, BF16, torch.float32, torch.float32)]
     tensor = AdamWPart(*flat)
     yield "adamw, embedding", partial(kernels.adamw, [tensor], coefficients[0], **ADAM)
     keys, slabs = torch.zeros((8, 5), dtype=torch.int64, device=device), made(8, rank, hidden, dtype=BF16)
     yield "draw, 8 slabs", partial(kernels.draw, keys, quantiles(device), slabs)
     yield "draw_signs, 8 slabs", partial(kernels.draw_signs, keys, slabs)
-    sent, summed = made(8, 1 << 21), made(1 << 21)
+    numbers = min(1 << 21, sum(m * n for m, n in shapes))  # a bucket of exchange 1
+    sent, summed = made(8, numbers), made(numbers)
     yield "add_up, 8 ranks", partial(kernels.add_up, sent, summed)
 
 
@@ -134,7 +136,7 @@ def run(args: argparse.Namespace) -> tuple[list[Row], list[float]]:
     source = torch.zeros(args.copy // 4, device=device)
     target = torch.empty_like(source)
     copies: list[float] = []
-    rows = [Row(name, call) for name, call in cases(shapes, args.rank, device)]
+    rows = [Row(name, call) for name, call in cases(shapes, args.rank, args.vocabulary, device)]
     for row in rows:
         with told(row.costs):
             row.call()
@@ -181,6 +183,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--matrices", type=int, help="only so many of them")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rank", type=int, help="of the projections (default: the recipe's)")
+    parser.add_argument("--vocabulary", type=int, default=32000, help="rows of the embedding (default 32000)")
     parser.add_argument("--rounds", type=int, default=11, help="medians are taken over them (default 11)")
     parser.add_argument("--calls", type=int, default=3, help="consecutive calls timed in a round (default 3)")
     parser.add_argument(
