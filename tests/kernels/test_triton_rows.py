@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 
@@ -35,9 +37,10 @@ def part(shape, number, scales, grads, *, turned=False):
     return memory, RowsPart(memory[:rows], scale, grad, factors, max(block, 0), number % 2, how)
 
 
-@pytest.mark.parametrize("grads", DTYPES, ids=str)
-@pytest.mark.parametrize("scales", DTYPES, ids=str)
-@pytest.mark.parametrize("decay_first", [False, True])
+KINDS = [(*dtypes, False) for dtypes in product(DTYPES, DTYPES)] + [(torch.bfloat16, torch.bfloat16, True)]
+
+
+@pytest.mark.parametrize(("scales", "grads", "decay_first"), KINDS, ids=str)
 def test_codes_and_scales_are_bit_equal(scales, grads, decay_first):
     coefficients = torch.tensor([[-0.01, 1.0], [-0.03, 0.875]], device=DEVICE)
     sides = [

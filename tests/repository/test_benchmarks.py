@@ -23,7 +23,8 @@ def table(text: str) -> dict[str, list[str]]:
     return {row[0]: row[1:] for row in rows[2:]}
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_row_is_there_and_state_is_what_the_formula_says(tmp_path: Path, dtype: str) -> None:
     done = run(
         *("--shapes", "tiny", "--rank", "16", "--dtype", dtype, "--rounds", "2", "--steps", "1"),

@@ -37,6 +37,9 @@ WAITS = {
 }
 
 
+KERNELS = [pytest.param("torch", marks=pytest.mark.slow), "triton"]
+
+
 def devices(tree):
     return {leaf.device.type for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)}
 
@@ -107,7 +110,7 @@ def test_the_mode_lets_the_host_work():
         torch.tensor([1.0, 2.0]).to("meta", non_blocking=True)
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("kind", ["channel", "tensor"])
 @pytest.mark.parametrize(
     ("layout", "world", "weights"),
@@ -148,7 +151,7 @@ def test_no_step_waits(layout, world, weights, kind, kernels, monkeypatch):
                     take()
 
 
-@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("kernels", KERNELS)
 def test_no_step_of_int8_weights_waits(kernels):
     """And Triton's launches do not grow with a model's depth."""
     pytest.importorskip("torchao", reason="torchao is an extra: pip install 'apollo-dist[quantized]'")
