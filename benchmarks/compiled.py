@@ -17,25 +17,23 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import json
 import os
-import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest.mock import patch
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
+from launches import instead_of_launches
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
@@ -163,11 +161,7 @@ def _compiling(made: list[Any]) -> Iterator[None]:
     def launch(kernel: Any, grid: Any, device: Any, cost: Any, *args: Any, **constants: Any) -> None:
         made.append(kernel.warmup(*args, grid=grid, **({"enable_fp_fusion": True} | constants)))
 
-    with ExitStack() as stack:
-        for found in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
-            module = importlib.import_module(found.name)
-            if hasattr(module, "launch") and module.__name__.rpartition(".")[2] != "tables":
-                stack.enter_context(patch.object(module, "launch", launch))
+    with instead_of_launches(launch):
         yield
 
 

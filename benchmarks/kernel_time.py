@@ -12,19 +12,16 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import importlib
 import os
-import pkgutil
 import shlex
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
@@ -33,6 +30,7 @@ if not torch.cuda.is_available():
 
 import triton
 from candidates import RECIPES, matrix_shapes
+from launches import instead_of_launches
 from measure import machine, seconds_per_call
 from torch import Tensor
 
@@ -120,11 +118,7 @@ def told(costs: list[Cost]) -> Iterator[None]:
     def launch(kernel: Any, grid: Any, device: Any, cost: Callable[[], Cost], *args: Any, **constants: Any) -> None:
         costs.append(cost())
 
-    with ExitStack() as stack:
-        for found in pkgutil.iter_modules(kernels.__path__, kernels.__name__ + "."):
-            module = importlib.import_module(found.name)
-            if hasattr(module, "launch") and not found.name.endswith(".tables"):
-                stack.enter_context(patch.object(module, "launch", launch))
+    with instead_of_launches(launch):
         yield
 
 

@@ -17,11 +17,11 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
 import torch
+from launches import instead_of_launches
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -41,7 +41,6 @@ from apollo_dist.step import batch
 from apollo_dist.weights import int8
 
 CATEGORIES = ("Parameter", "Gradient", "Optstate", "Activation", "Temp", "Total")
-KERNELS = ("adamw", "apply", "apply_rows", "draw", "moments", "project")
 
 
 class PeakTracker(MemTracker):
@@ -140,9 +139,7 @@ def _as_on_cuda() -> Iterator[None]:
         tell(cost())
 
     with contextlib.ExitStack() as stack:
-        for name in KERNELS:
-            module = import_module(f"apollo_dist.kernels.triton.{name}")
-            stack.enter_context(patch.object(module, "launch", told))
+        stack.enter_context(instead_of_launches(told))
         stack.enter_context(patch.object(table, "torch_kernels", table._triton))
         for module, limits in ((batch, "_ELEMENTS"), (batch, "_NUMBERS"), (int8, "_ELEMENTS")):  # those of CPUs
             stack.enter_context(patch.object(module, limits, {}))

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..costs import Cost
 from .dtypes import DTYPES
 from .rounding import random_bits, random_bits_of_eights, rounded
-from .tables import blocks_on, launch, layout, rows_on
+from .tables import BYTES, EIGHT, blocks_on, launch, rows_on
 
 if TYPE_CHECKING:
     from ..parts import AdamWPart
@@ -111,7 +111,7 @@ def adamw(
 
 def _aligned(part: AdamWPart) -> bool:
     """Whether vectors of eight elements are aligned, and either inside of the tensors or outside."""
-    return layout(*(tensor[None] for tensor in part[:4]))[1]
+    return part.weight.numel() % EIGHT == 0 and all(tensor.data_ptr() % BYTES == 0 for tensor in part[:4])
 
 
 def _rows(part: AdamWPart) -> tuple[bool, bool]:

@@ -54,6 +54,16 @@ def _cut(g):
 
 
 @triton.jit
+def _program(programs, UNIT: tl.constexpr, ALIGNED: tl.constexpr):
+    """This program's row of the table of programs, as ``_programs`` makes it."""
+    program = programs + tl.program_id(0) * 4
+    row, count, first, last = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
+    if ALIGNED and UNIT == 1:
+        row, count = tl.multiple_of(row, 8), tl.multiple_of(count, 8)
+    return row, count, first, last
+
+
+@triton.jit
 def _read(segment, GRAD: tl.constexpr, UNIT: tl.constexpr, ALIGNED: tl.constexpr,
           P_UNIT: tl.constexpr, P_ALIGNED: tl.constexpr):  # fmt: skip
     """A row of the table of segments, as ``_segment`` makes it."""
@@ -96,12 +106,9 @@ def _project(
     P_UNIT: tl.constexpr, P_ALIGNED: tl.constexpr, NORMS: tl.constexpr,
     CHANNELS: tl.constexpr, INNER: tl.constexpr, RANK: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
-    program = programs + tl.program_id(0) * 4
-    row, count, first, last = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
+    row, count, first, last = _program(programs, UNIT, ALIGNED)
     j = tl.program_id(1) * RANK + tl.arange(0, RANK)
     c = tl.arange(0, CHANNELS).to(tl.int64)
-    if ALIGNED and UNIT == 1:
-        row, count = tl.multiple_of(row, 8), tl.multiple_of(count, 8)
     acc = tl.zeros([CHANNELS, RANK], dtype=tl.float32)
     sums = tl.zeros([CHANNELS], dtype=tl.float32)
     for s in range(first, last):
@@ -139,11 +146,8 @@ def _project_one(
     NORMS: tl.constexpr, CHANNELS: tl.constexpr, INNER: tl.constexpr,
 ):  # fmt: skip
     """Of rank 1: products and squares are summed element by element, and over the tile at the end."""
-    program = programs + tl.program_id(0) * 4
-    row, count, first, last = tl.load(program), tl.load(program + 1), tl.load(program + 2), tl.load(program + 3)
+    row, count, first, last = _program(programs, UNIT, ALIGNED)
     c = tl.arange(0, CHANNELS).to(tl.int64)
-    if ALIGNED and UNIT == 1:
-        row, count = tl.multiple_of(row, 8), tl.multiple_of(count, 8)
     products = tl.zeros([CHANNELS, INNER], dtype=tl.float32)
     square = tl.zeros([CHANNELS, INNER], dtype=tl.float32)
     for s in range(first, last):

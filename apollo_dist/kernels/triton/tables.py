@@ -18,7 +18,7 @@ from ..costs import Cost, tell
 from ..transfer import moved, to_device
 
 # Vectors of 16 bytes need addresses that are multiples of this,
-_BYTES = 16
+BYTES = 16
 # and strides and extents that are multiples of so many elements, of two bytes or more. Kernels are told of it as well,
 # for they read both from tables, so the compiler knows nothing of them.
 EIGHT = 8
@@ -39,7 +39,7 @@ def layout(*tensors: Tensor) -> tuple[int, bool]:
     unit = 2 if all(t.stride(1) == 1 for t in tensors) else 1 if all(t.stride(0) == 1 for t in tensors) else 0
     across, along = (0, 1) if unit == 2 else (1, 0)
     aligned = all(
-        t.data_ptr() % _BYTES == 0
+        t.data_ptr() % BYTES == 0
         and t.shape[along] % EIGHT == 0
         and (t.stride(across) % EIGHT == 0 or t.shape[across] == 1)
         for t in tensors
